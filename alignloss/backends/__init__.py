@@ -1,0 +1,91 @@
+"""The primitives of the ops, twice with one signature: `_torch` (any device, the specification) and `_triton`.
+
+Both work on a tile x = (h W_slice^T + b) * linear of C tokens and Vs vocabulary entries, in fp32 (fp64 for fp64 input),
+and on `state`, a tensor (7, C) of running sums over the vocabulary without the target column y. The logits are z = x,
+or z = cap tanh(x) under a softcap. Leaving the target out keeps 1 - p_y and log p_y exact as p_y -> 1.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+# rows of `state`; the first four are what the backward needs
+REF = 0  # reference m that the exponentials are relative to; at most 40 nats below the largest z
+SUM = 1  # sum of exp(z - m) over v != y
+TARGET = 2  # x of the target; NaN while no slice has held it, so a label outside the vocabulary ends as NaN
+SUM_ZE = 3  # sum of (z - m) exp(z - m) over v != y
+SUM_Z = 4  # sum of z over every v
+SUM_EE = 5  # sum of exp(z - m)^2 over v != y
+TOP = 6  # largest z over v != y
+STATE_ROWS = 7
+SAVED_ROWS = 4
+
+# what the caller asks for beyond log-probabilities, as bits of one int
+STATS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+LSE, ENTROPY, MEAN_LOGITS, IS_TOP1, LOG_SUM_SQ = (1 << i for i in range(len(STATS)))
+
+
+class Transform(NamedTuple):
+    """z = softcap(logit_scale * (hW + b)) / temperature, as a factor on the GEMM and one elementwise function."""
+
+    linear: float  # x = (hW + b) * linear
+    cap: float | None  # z = cap * tanh(x), or x when None
+    slope: float  # dz / d(hW + b) = slope * sech^2(x), or slope when cap is None
+
+    @staticmethod
+    def of(logit_scale: float, softcap: float | None, temperature: float) -> "Transform":
+        slope = logit_scale / temperature
+        if softcap is None:
+            return Transform(slope, None, slope)
+        return Transform(logit_scale / softcap, softcap / temperature, slope)
+
+
+class RowStats(NamedTuple):
+    """Per-token results, each (C,); those not asked for are None."""
+
+    logps: torch.Tensor
+    lse: torch.Tensor | None
+    entropy: torch.Tensor | None
+    mean_logits: torch.Tensor | None
+    is_top1: torch.Tensor | None
+    log_sum_sq_probs: torch.Tensor | None
+
+
+def get(name: str) -> ModuleType:
+    """The backend module of a resolved name, "torch" or "triton"."""
+    if name == "torch":
+        from . import _torch
+
+        return _torch
+    from . import _triton
+
+    return _triton
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Turn the public `backend` argument into "torch" or "triton" for this device and compute dtype."""
+    if name == "torch":
+        return name
+    if name not in ("auto", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {name!r}")
+    problem = _triton_problem(device, dtype)
+    if name == "auto":
+        return "torch" if problem or device.type == "cpu" else "triton"
+    if problem:
+        raise ValueError(f"backend='triton' cannot run here: {problem}; use backend='auto' or 'torch'")
+    return name
+
+
+def _triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "it computes in float32 and the input is float64"
+    try:
+        import triton
+    except ImportError:
+        return "the package triton is not installed (pip install 'alignloss[triton]')"
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1), meant for tests"
+    if device.type not in ("cpu", "cuda"):
+        return f"device type {device.type!r} is not an NVIDIA or AMD GPU"
+    return None

@@ -1,0 +1,257 @@
+"""The primitives in plain torch, for any device: the specification of `_triton`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import (
+    ENTROPY,
+    IS_TOP1,
+    LOG_SUM_SQ,
+    LSE,
+    MEAN_LOGITS,
+    REF,
+    SUM,
+    SUM_EE,
+    SUM_Z,
+    SUM_ZE,
+    TARGET,
+    TOP,
+    RowStats,
+    Transform,
+)
+
+_LOWEST = -1e30  # finite stand-in for -inf, so that differences of references are never NaN
+
+
+def scratch_tiles(cap: float | None, stats: int, save: int) -> int:
+    """How many tiles beside the logits tile `fold` needs: for sech^2, and for (z - m) exp(z - m)."""
+    return int(cap is not None and save > 0) + int(save == 2 or bool(stats & (ENTROPY | LOG_SUM_SQ)))
+
+
+def fold(
+    tile: Tensor,  # (C, Vs) x; overwritten
+    scratch: Tensor,  # (scratch_tiles, C, Vs)
+    state: Tensor,  # (7, C); updated
+    labels: Tensor,  # (C,)
+    first: int,  # vocabulary index of the tile's first column
+    transform: Transform,
+    stats: int,
+    save: int,  # 0: statistics alone; 1: and exponentials for `u`; 2: and for `u2`
+    u: Tensor | None,  # (C, H) sum of exp(z - m) sech^2 W over v != y so far; rescaled
+    u2: Tensor | None,  # (C, H) the same with (z - m) exp(z - m)
+) -> tuple[Tensor, Tensor | None]:
+    """Fold one tile into the running statistics; return what `u` and `u2` have to accumulate by W_slice."""
+    index, inside = _target_column(tile, labels, first)
+    target = tile.gather(1, index)
+    state[TARGET] = torch.where(inside, target, state[TARGET, :, None]).squeeze(1)
+    slope = None
+    if transform.cap is not None:
+        if save:
+            slope = _sech2(tile, out=scratch[0])
+        tile.tanh_().mul_(transform.cap)
+    if stats & MEAN_LOGITS:
+        state[SUM_Z] += tile.sum(1)
+    tile.scatter_(1, index, torch.where(inside, -torch.inf, tile.gather(1, index)))
+
+    top = tile.amax(1)
+    old = state[REF].clone()
+    torch.maximum(old, top.clamp(min=_LOWEST), out=state[REF])
+    shift = old - state[REF]
+    decay = shift.exp()
+    if stats & IS_TOP1:
+        torch.maximum(state[TOP], top, out=state[TOP])
+    if u2 is not None and u is not None:
+        u2.addcmul_(u, shift[:, None]).mul_(decay[:, None])
+    if u is not None:
+        u.mul_(decay[:, None])
+
+    exps = tile.sub_(state[REF, :, None]).exp_()
+    z_exps = None
+    if stats & LOG_SUM_SQ:
+        state[SUM_EE].mul_(decay**2).add_(torch.mul(exps, exps, out=scratch[-1]).sum(1))
+    if stats & ENTROPY or save == 2:
+        # e ln e = (z - m) e, and 0 at e = 0
+        z_exps = torch.special.entr(exps, out=scratch[-1]).neg_()
+        state[SUM_ZE].addcmul_(state[SUM], shift).mul_(decay).add_(z_exps.sum(1))
+    state[SUM].mul_(decay).add_(exps.sum(1))
+    if slope is not None:
+        exps.mul_(slope)
+        if save == 2:
+            z_exps = z_exps.mul_(slope) if z_exps is not None else None
+    return exps, z_exps
+
+
+def statistics(
+    hidden: Tensor,  # (C, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (C,)
+    state: Tensor,  # (7, C); filled
+    transform: Transform,
+    stats: int,
+    workspace_bytes: int,
+) -> bool:
+    """A fused path from hidden states to `state` without a tile in memory; False where the backend has none."""
+    return False
+
+
+def finish(state: Tensor, vocabulary: int, transform: Transform, stats: int) -> RowStats:
+    """Log-probabilities and the asked statistics from the sums over the whole vocabulary."""
+    z = _logit(state[TARGET], transform)
+    log_sum = state[SUM].log()
+    gap = _gap(state, transform)
+    logps, log_rest = F.logsigmoid(-gap), F.logsigmoid(gap)
+    lse = entropy = mean_logits = is_top1 = log_sum_sq = None
+    if stats & LSE:
+        lse = torch.where(gap > 0, state[REF] + log_sum - log_rest, z - logps)
+    if stats & ENTROPY:
+        p, rest = logps.exp(), torch.sigmoid(gap)
+        inside_rest = log_sum - state[SUM_ZE] / state[SUM] - log_rest
+        entropy = torch.where(rest > 0, rest * inside_rest, 0) - torch.where(p > 0, p * logps, 0)
+        entropy += _poison(state)
+    if stats & MEAN_LOGITS:
+        mean_logits = state[SUM_Z] / vocabulary + _poison(state)
+    if stats & IS_TOP1:
+        is_top1 = z >= state[TOP]
+    if stats & LOG_SUM_SQ:
+        of_rest = 2 * (log_rest - log_sum) + state[SUM_EE].log()
+        log_sum_sq = torch.where(state[SUM] > 0, torch.logaddexp(2 * logps, of_rest), 2 * logps)
+    return RowStats(logps, lse, entropy, mean_logits, is_top1, log_sum_sq)
+
+
+def derivative(
+    u: Tensor,  # (C, H); overwritten
+    u2: Tensor | None,  # (C, H); overwritten
+    state: Tensor,  # (7, C)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (C,)
+    transform: Transform,
+    dlogp: Tensor,  # (C, H); filled
+    dentropy: Tensor | None,  # (C, H); filled
+) -> None:
+    """d logp / d hidden and d entropy / d hidden of each row, both divided by 1 - p_y.
+
+    dlogp = slope (D_y W_y - U / s) and dentropy = -slope (U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1,
+    s = SUM, and mu, pull as in `_entropy_terms`.
+    """
+    target = weight[labels.clamp(0, weight.shape[0] - 1)].to(u.dtype)
+    if transform.cap is not None:
+        target.mul_(_sech2(state[TARGET])[:, None])
+    inverse = torch.where(state[SUM] > 0, 1 / state[SUM], 0)[:, None]
+    u.mul_(inverse)
+    if u2 is not None and dentropy is not None:
+        mu, pull = _entropy_terms(state, transform)
+        u2.mul_(inverse).addcmul_(u, mu[:, None], value=-1).addcmul_(target, pull[:, None])
+        dentropy.copy_(u2.mul_(-transform.slope))
+    dlogp.copy_(torch.sub(target, u, out=u).mul_(transform.slope).add_(_poison(state)[:, None]))
+
+
+def dlogits(
+    tile: Tensor,  # (C, Vs) x; overwritten by the result
+    scratch: Tensor,  # (dlogits_tiles, C, Vs)
+    state: Tensor,  # (4, C) the saved rows
+    labels: Tensor,  # (C,)
+    first: int,
+    transform: Transform,
+    entropy_weight: Tensor | None,  # (C,) upstream of the entropy over the upstream of the log-probability's scale
+    logp_weight: Tensor | None,  # (C,) given with entropy_weight
+) -> Tensor:
+    """Turn a tile into dL / d(hW + b), divided by slope (1 - p_y) and by one scale per row.
+
+    With q_v = exp(z_v - m) / s over v != y this is D_y at the target and -q_v D_v elsewhere: free of cancellation and
+    of the size of the upstream gradient. With A = logp_weight and B = entropy_weight it is D_y (A - B pull) and
+    -q_v D_v (A + B (z_v - m - mu)).
+    """
+    index, inside = _target_column(tile, labels, first)
+    slope = None
+    if transform.cap is not None:
+        slope = _sech2(tile, out=scratch[0])
+        tile.tanh_().mul_(transform.cap)
+    tile.sub_(state[REF, :, None])
+    negative_inverse = torch.where(state[SUM] > 0, -1 / state[SUM], 0)
+    at_target = torch.ones_like(negative_inverse)
+    tilt = None
+    if entropy_weight is not None and logp_weight is not None:
+        mu, pull = _entropy_terms(state, transform)
+        at_target = logp_weight - entropy_weight * pull
+        tilt = torch.mul(tile.clamp(min=_LOWEST), entropy_weight[:, None], out=scratch[-1])
+        tilt.add_((logp_weight - entropy_weight * mu)[:, None])
+    if transform.cap is not None:
+        at_target = at_target * _sech2(state[TARGET])
+    tile.exp_().mul_(negative_inverse[:, None])
+    if tilt is not None:
+        tile.mul_(tilt)
+    if slope is not None:
+        tile.mul_(slope)
+    return tile.scatter_(1, index, torch.where(inside, at_target[:, None], tile.gather(1, index)))
+
+
+def dlogits_tiles(cap: float | None, entropy: bool) -> int:
+    """How many tiles beside the logits tile `dlogits` needs."""
+    return int(cap is not None) + int(entropy)
+
+
+def rest_probability(state: Tensor, transform: Transform) -> Tensor:
+    """1 - p_y per row, to full relative precision however small; NaN for a label outside the vocabulary."""
+    return torch.sigmoid(_gap(state, transform))
+
+
+def sequence_sum(
+    values: Tensor,  # (M,) per token
+    cu_seqlens: Tensor,  # (S + 1,) int64 offsets
+    token_weights: Tensor | None,  # (M,)
+) -> Tensor:  # (S,) fp64
+    """Sum tokens per sequence in fp64, in a fixed order."""
+    values = values.double() if token_weights is None else values.double() * token_weights
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True, initial=0)
+
+
+def sequence_scatter(
+    dsums: Tensor,  # (S,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    token_weights: Tensor | None,  # (M,)
+    tokens: int,  # M
+    dtype: torch.dtype,
+) -> Tensor:  # (M,) dtype
+    """The adjoint of `sequence_sum`: each token takes its sequence's gradient times its weight; 0 outside of all."""
+    position = torch.arange(tokens, device=dsums.device)
+    sequence = torch.searchsorted(cu_seqlens, position, right=True)
+    padded = F.pad(dsums, (1, 1))  # positions before the first and after the last offset belong to no sequence
+    spread = padded[sequence]
+    return (spread if token_weights is None else spread * token_weights).to(dtype)
+
+
+def _target_column(tile: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    column = (labels - first)[:, None]
+    inside = (column >= 0) & (column < tile.shape[1])
+    return column.clamp(0, tile.shape[1] - 1), inside
+
+
+def _sech2(x: Tensor, out: Tensor | None = None) -> Tensor:
+    # 1 / cosh^2, not 1 - tanh^2: no cancellation where tanh saturates
+    return torch.cosh(x, out=out).square_().reciprocal_()
+
+
+def _logit(x: Tensor, transform: Transform) -> Tensor:
+    return x if transform.cap is None else transform.cap * torch.tanh(x)
+
+
+def _gap(state: Tensor, transform: Transform) -> Tensor:
+    """log((1 - p_y) / p_y); the reference leaves before the log-sum joins, so a shared offset costs nothing."""
+    return state[SUM].log() - (_logit(state[TARGET], transform) - state[REF])
+
+
+def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
+    gap = _gap(state, transform)
+    d = _logit(state[TARGET], transform) - state[REF]
+    rest_mean = torch.where(state[SUM] > 0, state[SUM_ZE] / state[SUM], 0)
+    p = torch.sigmoid(-gap)
+    pd = torch.where(p > 0, p * d, 0)
+    return pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
+
+
+def _poison(state: Tensor) -> Tensor:
+    """NaN where the label was outside the vocabulary, else 0."""
+    return torch.where(state[TARGET].isnan(), torch.nan, 0.0).to(state.dtype)

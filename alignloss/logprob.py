@@ -1,0 +1,368 @@
+"""Log-probabilities of tokens and sequences straight from hidden states, without the logits in memory.
+
+Notation: N labelled tokens, H hidden size, V vocabulary, M positions, S sequences.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+
+__all__ = [
+    "LogprobStats",
+    "SequenceLogprob",
+    "linear_logprob",
+    "linear_logprob_stats",
+    "next_token_labels",
+    "sequence_logprob",
+]
+
+
+class LogprobStats(NamedTuple):
+    """Result of `linear_logprob_stats`: each of the shape of labels; a statistic not asked for is None."""
+
+    logps: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+class SequenceLogprob(NamedTuple):
+    """Result of `sequence_logprob`: sums in nats (S,), differentiable, and labelled tokens (S,) int64, at least 1."""
+
+    logps: Tensor
+    lengths: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    token_index: Tensor | None = None,  # (N,)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """Log-probability in nats of `labels[..., t]`, the token that `hidden[..., t]` predicts (not HF's unshifted labels).
+
+    log p_y = z_y - logsumexp(z), with z = softcap(logit_scale (h W^T + b)) / temperature and softcap(x) = c tanh(x / c).
+
+    Args:
+        hidden: (..., H) floating point, any layout of leading dimensions.
+        weight: (V, H), of the dtype of hidden unless autocast is on.
+        labels: (...) integers in [0, V), or `ignore_index` where nothing is scored. Labels are aligned with hidden:
+            `next_token_labels` makes them from token ids. HF's `labels`, which are not shifted, train the wrong thing.
+        bias: (V,), optional.
+        token_index: (N,) integers, the flat positions to score; every labelled position exactly once, and ignored
+            positions as padding if a fixed N is wanted. Without it the labelled positions are looked up, which costs
+            one device synchronisation.
+        ignore_index: the label of positions that are not scored.
+        logit_scale: factor on the logits, before the softcap.
+        softcap: positive bound c of the logits, or None.
+        temperature: positive divisor of the logits, after the softcap.
+        backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
+        workspace_bytes: bytes for temporary tiles. By default 32 MiB on a CPU and 1/256 of the memory of a GPU, between
+            64 and 512 MiB. Below the few rows and columns that one tile needs, it is exceeded.
+        validate: check values of labels and token_index on the host; by default on a CPU only. Unchecked, a label
+            outside [0, V) gives NaN, in its gradient too, and never an access out of bounds.
+
+    Returns:
+        (...) float32, or float64 for float64 input: 0 with no gradient at ignored positions. Gradients reach hidden,
+        weight and bias, each in its own dtype; with hidden alone to differentiate the backward is a row scaling.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices, options or (if validated) values that do not fit.
+        RuntimeError: when differentiated twice.
+    """
+    _, outputs = token_outputs(
+        hidden,
+        weight,
+        labels,
+        bias,
+        stats=0,
+        token_index=token_index,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        validate=validate,
+    )
+    return outputs[0].view(labels.shape)
+
+
+def linear_logprob_stats(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    stats: Sequence[str] = (),
+    **options: Any,
+) -> LogprobStats:
+    """`linear_logprob` of labels aligned with hidden (not HF's unshifted labels), with statistics of each distribution.
+
+    Args:
+        stats: any of "lse" (logsumexp of the logits, nats), "entropy" (nats), "mean_logits" (mean of the logits over
+            the vocabulary), "is_top1" (no token has a larger logit than the label), "log_sum_sq_probs" (log of the sum
+            of squared probabilities, for WPO: Zhou et al. 2024, arXiv:2406.11827). All of the transformed logits.
+        options: the other arguments, as in `linear_logprob`, with the same errors.
+
+    Returns:
+        LogprobStats, each asked field of the shape of labels, 0 (False) at ignored positions. `logps` and `entropy` are
+        differentiable, the others are not. An entropy to be differentiated costs a third GEMM in the forward: ask for
+        it under `torch.no_grad()` if it is only logged.
+    """
+    unknown = [name for name in stats if name not in backends.STATS]
+    if isinstance(stats, str) or unknown:
+        raise ValueError(f"stats takes a sequence of names out of {backends.STATS}, got {stats!r}")
+    bits = sum(1 << i for i, name in enumerate(backends.STATS) if name in stats)
+    _, outputs = token_outputs(hidden, weight, labels, bias, stats=bits, **options)
+    fields = {
+        name: (value if name == "entropy" else value.detach()).view(labels.shape)
+        for name, value in zip(backends.STATS, outputs[1:], strict=False)
+        if name in stats
+    }
+    return LogprobStats(outputs[0].view(labels.shape), **fields)
+
+
+def sequence_logprob(
+    hidden: Tensor,  # (S, T, H), or packed (tokens, H) or (1, tokens, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (S, T), (tokens,) or (1, tokens)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    token_weights: Tensor | None = None,  # of the shape of labels
+    **options: Any,
+) -> SequenceLogprob:
+    """Log-probability in nats of each sequence's labels, aligned with hidden (not HF's unshifted labels): the sum over t.
+
+    Under `torch.no_grad()` this is the way to compute and cache reference log-probabilities.
+
+    Args:
+        cu_seqlens: (S + 1,) integers, the offsets of packed sequences, from 0 to the number of tokens.
+        token_weights: factors on the token log-probabilities, detached.
+        options: the other arguments, as in `linear_logprob`, with the same errors.
+
+    Returns:
+        (logps, lengths): (S,) float32 (float64 for float64 input), summed in float64 in a fixed order, and (S,) int64
+        labelled tokens, at least 1. A sequence without labels has log-probability 0 and no gradient.
+    """
+    ignore_index = options.get("ignore_index", -100)
+    offsets = sequence_offsets(labels, cu_seqlens, options.get("validate"))
+    weights = flat_token_weights(token_weights, labels)
+    backend, outputs = token_outputs(hidden, weight, labels, bias, stats=0, **options)
+    sums = ops.sequence_sum(outputs[0], offsets, weights, backend)
+    return SequenceLogprob(sums.to(outputs[0].dtype), labelled_tokens(labels, offsets, ignore_index).clamp(min=1))
+
+
+def next_token_labels(
+    input_ids: Tensor,  # (S, T), or packed (tokens,) or (1, tokens)
+    completion_mask: Tensor,  # of the same shape, nonzero at tokens to score
+    *,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    ignore_index: int = -100,
+) -> Tensor:
+    """Labels aligned with hidden states: position t gets token t + 1 if the mask holds there, else `ignore_index`.
+
+    The last position of every sequence predicts nothing. Same shape as `input_ids`, int64.
+    """
+    if input_ids.shape != completion_mask.shape or input_ids.dim() not in (1, 2):
+        raise ValueError(
+            f"input_ids and completion_mask must have one shape, (S, T) or packed (tokens,); "
+            f"got {tuple(input_ids.shape)} and {tuple(completion_mask.shape)}"
+        )
+    offsets = sequence_offsets(input_ids, cu_seqlens, None)
+    labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
+    keep = completion_mask[..., 1:].bool()
+    labels[..., :-1] = torch.where(keep, input_ids[..., 1:].long(), ignore_index)
+    if cu_seqlens is None:
+        return labels
+    last = offsets[1:][offsets[1:] > offsets[:-1]] - 1
+    return labels.view(-1).index_fill_(0, last, ignore_index).view(labels.shape)
+
+
+def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool | None) -> Tensor:
+    """Offsets (S + 1,) int64 of the sequences in the flattened labels, for padded and packed layouts."""
+    if cu_seqlens is None:
+        if labels.dim() != 2:
+            raise ValueError(
+                f"labels must be (sequences, T); got {tuple(labels.shape)}. "
+                "For packed tokens pass cu_seqlens, the (S + 1,) offsets of the sequences"
+            )
+        sequences, length = labels.shape
+        return torch.arange(sequences + 1, device=labels.device) * length
+    if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
+        raise ValueError(f"with cu_seqlens, labels must be (tokens,) or (1, tokens); got {tuple(labels.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point() or cu_seqlens.is_complex():
+        raise ValueError(
+            f"cu_seqlens must be a 1-d integer tensor (S + 1,); got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device != labels.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, labels on {labels.device}; move one of them")
+    if validates(validate, labels.device):
+        tokens = labels.numel()
+        ordered = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+        if not ordered or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu_seqlens.tolist()[:8]} ..."
+            )
+    return cu_seqlens.long()
+
+
+def labelled_tokens(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
+    """Labelled tokens per sequence, (S,) int64."""
+    counts = torch.nn.functional.pad((labels.reshape(-1) != ignore_index).cumsum(0), (1, 0))
+    return counts[offsets[1:]] - counts[offsets[:-1]]
+
+
+def flat_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Token weights as (M,) float64, detached."""
+    if token_weights is None:
+        return None
+    check_like_labels("token_weights", token_weights, labels)
+    return token_weights.detach().reshape(-1).double()
+
+
+def check_like_labels(name: str, value: Tensor, labels: Tensor) -> None:
+    if value.shape != labels.shape or value.device != labels.device:
+        raise ValueError(
+            f"{name} must have the shape and device of labels, {tuple(labels.shape)} on {labels.device}; "
+            f"got {tuple(value.shape)} on {value.device}"
+        )
+
+
+def validates(validate: bool | None, device: torch.device) -> bool:
+    """Whether values are checked on the host: as asked, by default on a CPU, never while compiling."""
+    return (device.type == "cpu" if validate is None else validate) and not torch.compiler.is_compiling()
+
+
+def token_outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *,
+    stats: int,
+    token_index: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    validate: bool | None = None,
+) -> tuple[str, tuple[Tensor, ...]]:
+    """The checked call of the op on flattened tokens: the resolved backend, and logps and stats, each (M,) or empty."""
+    _check_tensors(hidden, weight, labels, bias, token_index)
+    _check_options(logit_scale, softcap, temperature, workspace_bytes)
+    compute_dtype = _compute_dtype(hidden, weight, bias)
+    resolved = backends.resolve(backend, hidden.device, compute_dtype)
+    if validate is None:
+        validate = hidden.device.type == "cpu"
+    flat_labels = labels.reshape(-1).long()
+
+    differentiate = torch.is_grad_enabled()
+    save = int(differentiate and hidden.requires_grad)
+    if save and stats & backends.ENTROPY:
+        save = 2
+    select = False
+    if token_index is not None:
+        token_index = token_index.long()
+    elif torch.compiler.is_compiling():
+        select = True  # a shape that depends on data would break the graph: the op looks the positions up inside
+    else:
+        token_index = torch.nonzero(flat_labels != ignore_index).squeeze(1)
+        if token_index.numel() == flat_labels.numel():
+            token_index = None
+    outputs = ops.linear_logprob_fwd(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        flat_labels,
+        token_index,
+        select,
+        compute_dtype,
+        ignore_index,
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        stats,
+        save,
+        resolved,
+        int(workspace_bytes or ops.default_workspace(hidden.device)),
+        validate,
+    )
+    return resolved, outputs[: 1 + len(backends.STATS)]
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, token_index: Tensor | None
+) -> None:
+    for name, value in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}; pass lm_head.weight, not lm_head")
+    if hidden.dim() < 1 or weight.dim() != 2 or 0 in weight.shape or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (..., H) and weight (V, H) with one H >= 1 and V >= 1; "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have the leading shape of hidden, {tuple(hidden.shape[:-1])}, one label per position; "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if token_index is not None and (token_index.dim() != 1 or token_index.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"token_index must be (N,) int64, got {tuple(token_index.shape)} {token_index.dtype}")
+    for name, value in (("weight", weight), ("labels", labels), ("bias", bias), ("token_index", token_index)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}; move one of them")
+
+
+def _check_options(
+    logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None
+) -> None:
+    for name, number, positive in (
+        ("logit_scale", logit_scale, False),
+        ("softcap", softcap, True),
+        ("temperature", temperature, True),
+        ("workspace_bytes", workspace_bytes, True),
+    ):
+        if number is None:
+            continue
+        if isinstance(number, Tensor) or not -float("inf") < number < float("inf") or (positive and number <= 0):
+            kind = "a positive number" if positive else "a finite number"
+            raise ValueError(f"{name} must be {kind}, got {number!r}")
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, value in tensors.items():
+        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}; dequantise the head first"
+            )
+    dtypes = {value.dtype for value in tensors.values()}
+    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(hidden.device.type)
+    if len(dtypes) > 1:
+        got = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
+        raise ValueError(f"hidden, weight and bias must have one dtype outside autocast; got {got}")
+    return hidden.dtype

@@ -1,0 +1,450 @@
+"""Loss modules: from hidden states to one scalar, around any plain loss function of sequence log-probabilities.
+
+    loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens) / num_tokens
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import losses, ops
+from .logprob import (
+    check_like_labels,
+    flat_token_weights,
+    labelled_tokens,
+    sequence_logprob,
+    sequence_offsets,
+    token_outputs,
+    validates,
+)
+
+__all__ = [
+    "CPOLoss",
+    "DPOLoss",
+    "IPOLoss",
+    "KTOLoss",
+    "PairedOutput",
+    "PreferenceLoss",
+    "SFTLoss",
+    "UnpairedOutput",
+]
+
+_PAIRED = ("logps", "ref_logps", "lengths")
+# what the library fills in, by the name of the parameter: (column, half of the batch)
+_FILLED_UNPAIRED = {name: (name, None) for name in _PAIRED}
+_FILLED_PAIRED = {
+    ("ref_" if column == "ref_logps" else "") + side + "_" + column.removeprefix("ref_"): (column, half)
+    for column in _PAIRED
+    for half, side in enumerate(("chosen", "rejected"))
+}
+# losses with a kernel that sums the tokens and computes loss, rewards and coefficients in one launch
+_FUSED = {losses.dpo_loss: "dpo", losses.ipo_loss: "ipo", losses.kto_loss: "kto", losses.cpo_loss: "cpo"}
+
+
+class PairedOutput(NamedTuple):
+    """Result of a paired loss. Only `loss` is differentiable; log-probabilities are sums in nats."""
+
+    loss: Tensor  # 0-d
+    losses: Tensor  # (B,) as the function returned them, before pair_weights
+    chosen_logps: Tensor  # (B,)
+    rejected_logps: Tensor  # (B,)
+    chosen_rewards: Tensor  # (B,)
+    rejected_rewards: Tensor  # (B,)
+    nll_loss: Tensor  # 0-d, NLL per chosen token, before nll_weight
+
+
+class UnpairedOutput(NamedTuple):
+    """Result of an unpaired loss. Only `loss` is differentiable; log-probabilities are sums in nats."""
+
+    loss: Tensor  # 0-d
+    losses: Tensor  # (B,) as the function returned them, before pair_weights
+    logps: Tensor  # (B,)
+    rewards: Tensor  # (B,)
+
+
+class _HeadLoss(nn.Module):
+    """The options of the projection, shared by every loss module."""
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.validate = ignore_index, validate
+        self.head_options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "temperature": temperature,
+            "backend": backend,
+            "workspace_bytes": workspace_bytes,
+            "validate": validate,
+        }
+
+
+_HEAD_OPTIONS = frozenset(inspect.signature(_HeadLoss.__init__).parameters) - {"self"}
+
+
+class PreferenceLoss(_HeadLoss):
+    """Any preference loss as a module over hidden states, a user's own included.
+
+    Args:
+        fn: a plain torch function on (B,) tensors. Its positional parameters are data: the library fills `chosen_logps,
+            rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths` (a paired loss), or
+            `logps, ref_logps, lengths` (an unpaired one), and any other name is a keyword of the module's call. Its
+            keyword-only parameters are options, given here. It returns (losses, chosen_rewards, rejected_rewards), or
+            (losses, rewards), each (B,), unreduced. Log-probabilities come to it in float64.
+        nll_weight: weight of the NLL (nats) per chosen token that is added to a paired loss.
+        couples_batch: declares that an element of `losses` depends on more than its own pair.
+        options: the options of `fn`, and of the projection as in `linear_logprob`: ignore_index, logit_scale, softcap,
+            temperature, backend, workspace_bytes, validate.
+
+    Raises:
+        ValueError: for an option that `fn` lacks, a missing one, or a signature that is neither paired nor unpaired.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., tuple[Tensor, ...]],
+        *,
+        nll_weight: float = 0.0,
+        couples_batch: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**{name: options.pop(name) for name in _HEAD_OPTIONS & set(options)})
+        self.fn, self.nll_weight, self.couples_batch, self.options = fn, nll_weight, couples_batch, options
+        self.fn_name = getattr(fn, "__name__", repr(fn))
+        parameters = inspect.signature(fn).parameters.values()
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.names = [p.name for p in positional]
+        self.paired = "chosen_logps" in self.names and "rejected_logps" in self.names
+        if self.paired == ("logps" in self.names):
+            raise ValueError(
+                f"{self.fn_name} must take chosen_logps and rejected_logps (a paired loss) or logps (an unpaired one) "
+                f"as positional parameters; it takes {self.names}"
+            )
+        self.filled, foreign = (
+            (_FILLED_PAIRED, _FILLED_UNPAIRED) if self.paired else (_FILLED_UNPAIRED, _FILLED_PAIRED)
+        )
+        self.data = {p.name: p.default is p.empty for p in positional if p.name not in self.filled}
+        self.needs_reference = any(self.filled[n][0] == "ref_logps" for n in self.names if n in self.filled)
+        known = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+        taken = set(self.data) & {*foreign, *inspect.signature(self.forward).parameters}
+        taken |= set(known) & {*_HEAD_OPTIONS, "fn", "nll_weight", "couples_batch"}
+        if taken:
+            raise ValueError(f"parameters of {self.fn_name} have reserved names, {sorted(taken)}; rename them")
+        _check_keywords(f"{self.fn_name} takes the options", known, options)
+        if nll_weight and not self.paired:
+            raise ValueError(
+                f"nll_weight adds the NLL of chosen sequences and {self.fn_name} is unpaired; use SFTLoss beside it"
+            )
+
+    def extra_repr(self) -> str:
+        return ", ".join([self.fn_name, *(f"{name}={value}" for name, value in self.options.items())])
+
+    def forward(
+        self,
+        hidden: Tensor,  # (2B, T, H), or (B, T, H) if unpaired; packed (tokens, H) or (1, tokens, H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # hidden's shape without H
+        bias: Tensor | None = None,  # (V,)
+        *,
+        ref_logps: Tensor | None = None,  # (2B,), or (B,) if unpaired
+        ref_hidden: Tensor | None = None,  # hidden's leading shape, of any H
+        ref_weight: Tensor | None = None,  # (V, H of the reference)
+        ref_bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (sequences + 1,)
+        token_index: Tensor | None = None,  # (N,)
+        token_weights: Tensor | None = None,  # the shape of labels
+        pair_weights: Tensor | None = None,  # (B,)
+        nll_labels: Tensor | None = None,  # the shape of labels
+        num_sequences: float | Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
+        **data: Any,
+    ) -> Any:
+        """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
+
+        Args:
+            hidden, weight, labels, bias, token_index: as in `linear_logprob`. For a paired loss the B chosen sequences
+                come first, then the B rejected ones, padded or packed.
+            ref_logps: the reference's sums in nats, in the order of the batch, without gradient. Or:
+            ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, projected here without gradient.
+            cu_seqlens: offsets of packed sequences.
+            token_weights: factors on the token log-probabilities of policy and reference sums (not of the NLL), detached.
+            pair_weights: factors on `losses`, detached. A pair of weight 0 leaves the sum, not the count.
+            nll_labels: where the NLL of the chosen sequences runs; by default at labels.
+            num_sequences, num_tokens: what sum(losses) and the NLL are divided by; by default this call's pairs
+                (sequences if unpaired) and chosen NLL tokens. Give totals of all micro-batches for accumulation.
+            data: the other positional parameters of the loss function, each (B,) or 0-d.
+
+        Returns:
+            PairedOutput or UnpairedOutput, in float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: for anything missing, unknown, of the wrong shape, or that the loss would ignore.
+        """
+        reference = {"ref_logps": ref_logps, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        self._check_reference({name for name, value in reference.items() if value is not None})
+        _check_keywords(f"{type(self).__name__} takes the data", self.data, data)
+        if not self.nll_weight and (nll_labels is not None or num_tokens is not None):
+            raise ValueError(f"{type(self).__name__} has nll_weight=0: nll_labels and num_tokens would be ignored")
+        offsets = sequence_offsets(labels, cu_seqlens, self.validate)
+        sequences = offsets.shape[0] - 1
+        if self.paired and sequences % 2:
+            raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
+        count = sequences // 2 if self.paired else sequences
+
+        weights = flat_token_weights(token_weights, labels)
+        scored_labels = labels
+        if nll_labels is not None:
+            nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets[count])
+            scored_labels = torch.where(labels != self.ignore_index, labels, nll_labels)
+            preferred = (labels != self.ignore_index).reshape(-1)
+            weights = preferred.double() if weights is None else weights * preferred
+        backend, (tokens, *_) = token_outputs(
+            hidden, weight, scored_labels, bias, stats=0, token_index=token_index, **self.head_options
+        )
+        ref = None
+        if ref_hidden is not None and ref_weight is not None:
+            with torch.no_grad():
+                ref = sequence_logprob(
+                    ref_hidden,
+                    ref_weight,
+                    labels,
+                    ref_bias,
+                    cu_seqlens=cu_seqlens,
+                    token_weights=token_weights,
+                    token_index=token_index if nll_labels is None else None,
+                    **self.head_options,
+                ).logps.double()
+        elif ref_logps is not None:
+            ref = _column("ref_logps", ref_logps, sequences, hidden.device)
+            if ref.requires_grad or ref.dim() == 0:
+                raise ValueError(
+                    f"ref_logps must be ({sequences},) without gradient, sums made under torch.no_grad(); got shape "
+                    f"{tuple(ref.shape)}, requires_grad={ref.requires_grad}"
+                )
+
+        extra = {name: _column(name, value, count, hidden.device) for name, value in data.items()}
+        sums = None
+        if backend == "triton" and self.fn in _FUSED:
+            sums, results = self._fused(tokens, offsets, weights, labels, ref, extra)
+        else:
+            sums = ops.sequence_sum(tokens, offsets, weights, backend)
+            lengths = labelled_tokens(labels, offsets, self.ignore_index).clamp(min=1)
+            results = self._plain({"logps": sums, "ref_logps": ref, "lengths": lengths}, extra, count)
+        values, *rewards = results
+
+        weighted = values
+        if pair_weights is not None:
+            weighted = values * _column("pair_weights", pair_weights, count, hidden.device).detach()
+        loss = weighted.sum() / (max(count, 1) if num_sequences is None else num_sequences)
+        dtype = tokens.dtype
+        if not self.paired:
+            return UnpairedOutput(loss.to(dtype), *(t.detach().to(dtype) for t in (values, sums, *rewards)))
+
+        nll_sums, counted = sums, labels
+        if weights is not None:
+            counted = labels if nll_labels is None else nll_labels
+            nll_mask = (counted != self.ignore_index).reshape(-1).double()
+            nll_sums = ops.sequence_sum(tokens, offsets, nll_mask, backend)
+        if num_tokens is None:
+            num_tokens = labelled_tokens(counted, offsets, self.ignore_index)[:count].sum().clamp(min=1)
+        nll_loss = -nll_sums[:count].sum() / num_tokens
+        if self.nll_weight:
+            loss = loss + self.nll_weight * nll_loss
+        results = (values, sums[:count], sums[count:], *rewards, nll_loss)
+        return PairedOutput(loss.to(dtype), *(t.detach().to(dtype) for t in results))
+
+    def _check_reference(self, given: set[str]) -> None:
+        name = type(self).__name__
+        if given and not self.needs_reference:
+            raise ValueError(f"{name} is reference-free and would ignore {sorted(given)}; leave them out")
+        ways: tuple[set[str], ...] = ({"ref_logps"}, {"ref_hidden", "ref_weight"}, {"ref_hidden", "ref_weight", "ref_bias"})
+        if self.needs_reference and given not in ways:
+            raise ValueError(
+                f"{name} needs a reference: either ref_logps, or ref_hidden with ref_weight (and ref_bias); "
+                f"got {sorted(given) or 'none'}"
+            )
+
+    def _chosen_nll_labels(self, nll_labels: Tensor, labels: Tensor, end: Tensor) -> Tensor:
+        """nll_labels with the rejected sequences, from flat position `end` on, ignored."""
+        check_like_labels("nll_labels", nll_labels, labels)
+        position = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
+        nll_labels = nll_labels.to(labels.dtype).masked_fill(position >= end, self.ignore_index)
+        if validates(self.validate, labels.device):
+            both = (labels != self.ignore_index) & (nll_labels != self.ignore_index)
+            if bool((both & (labels != nll_labels)).any()):
+                raise ValueError("labels and nll_labels must agree where both are set: each is the next token")
+        return nll_labels
+
+    def _plain(self, columns: dict[str, Tensor | None], extra: dict[str, Tensor], count: int) -> tuple[Tensor, ...]:
+        """Call the loss function on its halves of the batch."""
+        halves = {None: slice(None), 0: slice(None, count), 1: slice(count, None)}
+        arguments = []
+        for name in self.names:
+            if name in self.filled:
+                column, half = self.filled[name]
+                values = columns[column]
+                assert values is not None
+                arguments.append(values[halves[half]])
+            elif name in extra:
+                arguments.append(extra[name])
+            else:
+                break  # parameters with defaults that were not given; a later one is passed by name below
+        named = {name: extra[name] for name in self.names[len(arguments) :] if name in extra}
+        results = self.fn(*arguments, **named, **self.options)
+        expected = 3 if self.paired else 2
+        if not isinstance(results, tuple) or [tuple(r.shape) for r in results] != [(count,)] * expected:
+            got = [tuple(r.shape) for r in results] if isinstance(results, tuple) else type(results).__name__
+            raise ValueError(f"{self.fn_name} must return a tuple of {expected} tensors of shape ({count},), got {got}")
+        return results
+
+    def _fused(
+        self,
+        tokens: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        labels: Tensor,
+        ref: Tensor | None,
+        extra: dict[str, Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        defaults = {"label_smoothing": 0.0, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+        values, sums, rewards, _ = ops.preference(
+            tokens,
+            offsets,
+            weights,
+            labels.reshape(-1),
+            ref,
+            extra.get("desirable"),
+            extra.get("kl"),
+            _FUSED[self.fn],
+            **{name: float(value) for name, value in (defaults | self.options).items()},
+            ignore_index=self.ignore_index,
+        )
+        return sums, (values, *(rewards.chunk(2) if self.paired else (rewards,)))
+
+
+def _check_keywords(what: str, known: dict[str, bool], given: dict[str, Any]) -> None:
+    """`known` maps each name to whether it is required."""
+    unknown = sorted(set(given) - set(known))
+    missing = sorted(name for name, required in known.items() if required and given.get(name) is None)
+    if unknown or missing:
+        raise ValueError(f"{what} {sorted(known)}; unknown: {unknown}, missing: {missing}")
+
+
+def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
+    """A datum as a tensor (count,) or 0-d, floating point in float64."""
+    value = value if isinstance(value, Tensor) else torch.as_tensor(value, device=device)
+    if value.dim() and value.shape != (count,):
+        raise ValueError(f"{name} must be ({count},), in the order of the batch, or 0-d; got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, hidden on {device}; move one of them")
+    return value.double() if value.is_floating_point() else value
+
+
+class DPOLoss(PreferenceLoss):
+    """`losses.dpo_loss` as a module: -log sigmoid(r_chosen - r_rejected), with r = beta log(pi / pi_ref).
+
+    `label_smoothing` in [0, 0.5) gives cDPO. Other arguments as in `PreferenceLoss`.
+    """
+
+    def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0, **options: Any) -> None:
+        _check_range(beta=beta, label_smoothing=label_smoothing)
+        super().__init__(losses.dpo_loss, beta=beta, label_smoothing=label_smoothing, **options)
+
+
+class IPOLoss(PreferenceLoss):
+    """`losses.ipo_loss` as a module: (h - 1 / (2 beta))^2 on log-ratios per token. Arguments as in `PreferenceLoss`."""
+
+    def __init__(self, *, beta: float = 0.1, **options: Any) -> None:
+        _check_range(beta=beta)
+        super().__init__(losses.ipo_loss, beta=beta, **options)
+
+
+class KTOLoss(PreferenceLoss):
+    """`losses.kto_loss` as a module: w (1 - sigmoid(s (r - beta kl))), unpaired. Arguments as in `PreferenceLoss`.
+
+    Its call takes `desirable` (B,) bool and `kl`, 0-d in nats (0.0 for none; `kto_kl` estimates it), clamped at 0.
+    """
+
+    def __init__(
+        self, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, **options: Any
+    ) -> None:
+        _check_range(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+        super().__init__(
+            losses.kto_loss,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            **options,
+        )
+
+
+class CPOLoss(PreferenceLoss):
+    """`losses.cpo_loss` with the NLL of the chosen tokens: -log sigmoid(beta (log pi_c - log pi_r)) + nll_weight NLL.
+
+    Xu et al. 2024 (arXiv:2401.08417), eq. 5. Reference-free. Other arguments as in `PreferenceLoss`.
+    """
+
+    def __init__(
+        self, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0, **options: Any
+    ) -> None:
+        _check_range(beta=beta, label_smoothing=label_smoothing)
+        super().__init__(
+            losses.cpo_loss, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, **options
+        )
+
+
+class SFTLoss(_HeadLoss):
+    """The negative log-likelihood alone, in nats per labelled token. Options of the projection as in `linear_logprob`."""
+
+    def forward(
+        self,
+        hidden: Tensor,  # (B, T, H), or packed (tokens, H) or (1, tokens, H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # hidden's shape without H
+        bias: Tensor | None = None,  # (V,)
+        *,
+        cu_seqlens: Tensor | None = None,  # (B + 1,)
+        token_index: Tensor | None = None,  # (N,)
+        token_weights: Tensor | None = None,  # the shape of labels
+        num_tokens: float | Tensor | None = None,
+    ) -> UnpairedOutput:
+        """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
+
+        loss = -sum of (weighted) token log-probabilities / num_tokens, by default the labelled tokens of this call.
+        `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
+        """
+        logps, lengths = sequence_logprob(
+            hidden,
+            weight,
+            labels,
+            bias,
+            cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
+            token_index=token_index,
+            **self.head_options,
+        )
+        if num_tokens is None:
+            num_tokens = (labels != self.ignore_index).sum().clamp(min=1)
+        loss = -(logps.double().sum() / num_tokens).to(logps.dtype)
+        return UnpairedOutput(loss, -logps.detach(), logps.detach(), torch.zeros_like(logps))
+
+
+def _check_range(**options: float) -> None:
+    for name, value in options.items():
+        low, high = (0.0, 0.5) if name == "label_smoothing" else (0.0, float("inf"))
+        if not (low <= value < high) or (name == "beta" and value == 0):
+            interval = "(0, inf)" if name == "beta" else f"[{low}, {high})"
+            raise ValueError(f"{name} must lie in {interval}, got {value}")
