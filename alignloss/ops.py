@@ -79,9 +79,8 @@ class _Problem:
         self.hidden, self.weight, self.transform = hidden, weight, transform
         self.index = torch.nonzero(labels != ignore_index).squeeze(1) if select else token_index
         labels = labels if self.index is None else labels[self.index]
-        # rows with an ignored label score some valid token and are zeroed at the end
         self.ignored = None if select else labels == ignore_index
-        self.labels = labels if self.ignored is None else labels.masked_fill(self.ignored, 0)
+        self.labels = labels
         self.rows, self.vocabulary, self.width = labels.numel(), weight.shape[0], hidden.shape[1]
         self.compute_dtype = compute_dtype
         self.accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -261,11 +260,11 @@ def _walk_forward(
             weight = problem.weight_slice(first, last, weight_buffer)
             x = problem.logits_tile(rows, weight, first, tile[: shape[0] * shape[1]].view(shape))
             spare = scratch[:, : x.numel()].view(tiles, *shape)
-            exps, z_exps = primitives.fold(x, spare, part, labels, first, transform, stats, save, u, u2)
+            exps, z_exps = primitives.fold(x, spare, part, labels, first, transform, stats, save, u, u2, problem.gemm_dtype)
             if u is not None:
-                _addmm(u, exps.to(problem.gemm_dtype), weight, u)
+                _addmm(u, exps, weight, u)
             if u2 is not None:
-                _addmm(u2, z_exps.to(problem.gemm_dtype), weight, u2)
+                _addmm(u2, z_exps, weight, u2)
         if u is not None:
             primitives.derivative(
                 u,
@@ -426,7 +425,8 @@ def _walk_backward(
                 transform,
                 None if entropy_weight is None else entropy_weight[part],
                 None if logp_weight is None else logp_weight[part],
-            ).to(problem.gemm_dtype)
+                problem.gemm_dtype,
+            )
             if need_dweight:
                 scaled_rows = torch.mul(rows, coefficient[part, None], out=scaled[: shape[0]])
                 _addmm(dw, dz.T, scaled_rows, dw, beta=int(start > 0))
@@ -541,6 +541,64 @@ def _(values, cu_seqlens, token_weights, backend):  # type: ignore[no-untyped-de
 @sequence_scatter.register_fake
 def _(dsums, cu_seqlens, token_weights, tokens, dtype, backend):  # type: ignore[no-untyped-def]
     return dsums.new_empty(tokens, dtype=dtype)
+
+
+@torch.library.custom_op("alignloss::preference", mutates_args=())
+def preference(
+    values: Tensor,  # (M,) fp32 token log-probabilities
+    cu_seqlens: Tensor,  # (S + 1,) int64
+    token_weights: Tensor | None,  # (M,) fp64
+    labels: Tensor,  # (M,) int64, for the lengths
+    ref_logps: Tensor | None,  # (S,) fp64
+    desirable: Tensor | None,  # (S,)
+    kl: Tensor | None,  # 0-d
+    loss: str,  # "dpo", "ipo", "kto" or "cpo"
+    beta: float,
+    label_smoothing: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(losses (B,), sums (S,), rewards (S,), d losses / d sums (S,)) in fp64, by one Triton launch."""
+    with _device(values):
+        return backends.get("triton").preference(
+            values,
+            token_weights,
+            labels,
+            cu_seqlens,
+            ref_logps,
+            None if desirable is None else desirable.bool().to(torch.int8).contiguous(),
+            None if kl is None else kl.detach().double(),
+            loss,
+            ignore_index,
+            beta,
+            label_smoothing,
+            desirable_weight,
+            undesirable_weight,
+        )
+
+
+@preference.register_fake
+def _(values, cu_seqlens, token_weights, labels, ref_logps, desirable, kl, loss, *options):  # type: ignore[no-untyped-def]
+    sequences = cu_seqlens.shape[0] - 1
+    count = sequences if loss == "kto" else sequences // 2
+    return tuple(values.new_empty(n, dtype=torch.float64) for n in (count, sequences, sequences, sequences))
+
+
+def _preference_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    values, cu_seqlens, token_weights, *_ = inputs
+    ctx.save_for_backward(cu_seqlens, token_weights, output[3])
+    ctx.tokens, ctx.dtype = values.shape[0], values.dtype
+
+
+def _preference_backward(ctx, dlosses, dsums, *unused):  # type: ignore[no-untyped-def]
+    cu_seqlens, token_weights, slopes = ctx.saved_tensors
+    total = dsums + slopes * (dlosses if len(dlosses) == len(slopes) else dlosses.repeat(2))
+    dvalues = sequence_scatter(total, cu_seqlens, token_weights, ctx.tokens, ctx.dtype, "triton")
+    return dvalues, *(None,) * 12
+
+
+preference.register_autograd(_preference_backward, setup_context=_preference_setup)
 
 
 def _sequence_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -40,6 +40,7 @@ def fold(
     save: int,  # 0: statistics alone; 1: and exponentials for `u`; 2: and for `u2`
     u: Tensor | None,  # (C, H) sum of exp(z - m) sech^2 W over v != y so far; rescaled
     u2: Tensor | None,  # (C, H) the same with (z - m) exp(z - m)
+    dtype: torch.dtype,  # of the result, an operand of the next GEMM
 ) -> tuple[Tensor, Tensor | None]:
     """Fold one tile into the running statistics; return what `u` and `u2` have to accumulate by W_slice."""
     index, inside = _target_column(tile, labels, first)
@@ -77,9 +78,9 @@ def fold(
     state[SUM].mul_(decay).add_(exps.sum(1))
     if slope is not None:
         exps.mul_(slope)
-        if save == 2:
-            z_exps = z_exps.mul_(slope) if z_exps is not None else None
-    return exps, z_exps
+        if save == 2 and z_exps is not None:
+            z_exps.mul_(slope)
+    return exps.to(dtype), None if z_exps is None else z_exps.to(dtype)
 
 
 def statistics(
@@ -133,7 +134,7 @@ def derivative(
     """d logp / d hidden and d entropy / d hidden of each row, both divided by 1 - p_y.
 
     dlogp = slope (D_y W_y - U / s) and dentropy = -slope (U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1,
-    s = SUM, and mu, pull as in `_entropy_terms`.
+    s = SUM, and mu, pull as in `entropy_terms`.
     """
     target = weight[labels.clamp(0, weight.shape[0] - 1)].to(u.dtype)
     if transform.cap is not None:
@@ -141,10 +142,10 @@ def derivative(
     inverse = torch.where(state[SUM] > 0, 1 / state[SUM], 0)[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
-        mu, pull = _entropy_terms(state, transform)
+        mu, pull = entropy_terms(state, transform)
         u2.mul_(inverse).addcmul_(u, mu[:, None], value=-1).addcmul_(target, pull[:, None])
         dentropy.copy_(u2.mul_(-transform.slope))
-    dlogp.copy_(torch.sub(target, u, out=u).mul_(transform.slope).add_(_poison(state)[:, None]))
+    dlogp.copy_(torch.sub(target, u, out=u).mul_(transform.slope))
 
 
 def dlogits(
@@ -156,6 +157,7 @@ def dlogits(
     transform: Transform,
     entropy_weight: Tensor | None,  # (C,) upstream of the entropy over the upstream of the log-probability's scale
     logp_weight: Tensor | None,  # (C,) given with entropy_weight
+    dtype: torch.dtype,  # of the result, an operand of the next GEMM
 ) -> Tensor:
     """Turn a tile into dL / d(hW + b), divided by slope (1 - p_y) and by one scale per row.
 
@@ -173,7 +175,7 @@ def dlogits(
     at_target = torch.ones_like(negative_inverse)
     tilt = None
     if entropy_weight is not None and logp_weight is not None:
-        mu, pull = _entropy_terms(state, transform)
+        mu, pull = entropy_terms(state, transform)
         at_target = logp_weight - entropy_weight * pull
         tilt = torch.mul(tile.clamp(min=_LOWEST), entropy_weight[:, None], out=scratch[-1])
         tilt.add_((logp_weight - entropy_weight * mu)[:, None])
@@ -184,7 +186,7 @@ def dlogits(
         tile.mul_(tilt)
     if slope is not None:
         tile.mul_(slope)
-    return tile.scatter_(1, index, torch.where(inside, at_target[:, None], tile.gather(1, index)))
+    return tile.scatter_(1, index, torch.where(inside, at_target[:, None], tile.gather(1, index))).to(dtype)
 
 
 def dlogits_tiles(cap: float | None, entropy: bool) -> int:
@@ -195,6 +197,16 @@ def dlogits_tiles(cap: float | None, entropy: bool) -> int:
 def rest_probability(state: Tensor, transform: Transform) -> Tensor:
     """1 - p_y per row, to full relative precision however small; NaN for a label outside the vocabulary."""
     return torch.sigmoid(_gap(state, transform))
+
+
+def entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
+    gap = _gap(state, transform)
+    d = _logit(state[TARGET], transform) - state[REF]
+    rest_mean = torch.where(state[SUM] > 0, state[SUM_ZE] / state[SUM], 0)
+    p = torch.sigmoid(-gap)
+    pd = torch.where(p > 0, p * d, 0)
+    return pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
 
 
 def sequence_sum(
@@ -240,16 +252,6 @@ def _logit(x: Tensor, transform: Transform) -> Tensor:
 def _gap(state: Tensor, transform: Transform) -> Tensor:
     """log((1 - p_y) / p_y); the reference leaves before the log-sum joins, so a shared offset costs nothing."""
     return state[SUM].log() - (_logit(state[TARGET], transform) - state[REF])
-
-
-def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
-    """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
-    gap = _gap(state, transform)
-    d = _logit(state[TARGET], transform) - state[REF]
-    rest_mean = torch.where(state[SUM] > 0, state[SUM_ZE] / state[SUM], 0)
-    p = torch.sigmoid(-gap)
-    pd = torch.where(p > 0, p * d, 0)
-    return pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
 
 
 def _poison(state: Tensor) -> Tensor:

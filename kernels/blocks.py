@@ -1,0 +1,30 @@
+"""The one table of block sizes: per architecture, fixed, so that results never depend on a timing.
+
+Shared memory bounds the GEMM tile: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on sm_86, sm_89 and sm_120, and
+64 KB of LDS on gfx942. A tile of 128 x 256 needs 8 warps (4 spill). Not yet tuned on a GPU.
+"""
+
+import torch
+
+# architecture -> operand bytes -> (BLOCK_N, BLOCK_V, BLOCK_H, num_warps, num_stages) of stats_fwd_kernel
+GEMM_BLOCKS = {
+    "sm_90": {2: (128, 256, 64, 8, 3), 4: (128, 128, 32, 8, 3)},
+    "sm_100": {2: (128, 256, 64, 8, 3), 4: (128, 128, 32, 8, 3)},
+    "sm_80": {2: (128, 128, 64, 8, 3), 4: (128, 128, 32, 8, 3)},
+    "small": {2: (128, 128, 32, 8, 3), 4: (64, 128, 32, 8, 2)},
+    "gfx942": {2: (128, 128, 64, 8, 2), 4: (64, 128, 32, 8, 2)},
+    "interpreter": {2: (16, 32, 16, 1, 1), 4: (16, 32, 16, 1, 1)},
+}
+COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
+ROW_BLOCK, ROW_WARPS = 2048, 8  # kernels with one program per row of a tile
+SEQUENCE_BLOCK = 1024
+
+
+def architecture(device: torch.device) -> str:
+    """The key of `GEMM_BLOCKS` for a device."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "small")

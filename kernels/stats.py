@@ -1,0 +1,227 @@
+"""Statistics of the logits of every row in one GEMM that never writes a logits tile, and their combination.
+
+For each row and each tile of BLOCK_V vocabulary entries, over v != y:
+
+    m = max z_v,  s = sum e_v,  and on request sum (z_v - m) e_v, sum z_v (y included), sum e_v^2,  e_v = exp(z_v - m)
+
+`combine_fwd_kernel` merges the tiles of a row in a fixed order and adds the target logit from a dot product of its own:
+the GEMM's accumulator needs no gather, and a logit known to the sums in another rounding can leave no trace in them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, GEMM_BLOCKS, architecture
+from .math import softcap_logit
+
+
+@triton.jit
+def stats_fwd_kernel(
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    bias,  # (V,) fp32, times linear
+    labels,  # (N,) int64
+    partials,  # (fields, tiles, N) fp32: m, s, then sum (z - m) e, sum z, sum e^2
+    N,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    linear,  # x = (h w + b) * linear
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    GROUP: tl.constexpr,  # row blocks that share a weight tile in cache
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    blocks_n, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
+    pid = tl.program_id(0)
+    group = pid // (GROUP * tiles)
+    first = group * GROUP
+    size = tl.minimum(blocks_n - first, GROUP)
+    block_n = first + (pid % (GROUP * tiles)) % size
+    tile = (pid % (GROUP * tiles)) // size
+
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    k = tl.arange(0, BLOCK_H)
+    # rows beyond the end repeat the last one, so that only the tail of H needs a mask
+    h_rows = hidden + tl.minimum(n, N - 1).to(tl.int64)[:, None] * hidden_stride
+    w_rows = weight + tl.minimum(v, V - 1).to(tl.int64)[None, :] * weight_stride
+    x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        inside = start + k < H
+        h = tl.load(h_rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
+        w = tl.load(w_rows + (start + k)[:, None], mask=inside[:, None], other=0.0)
+        x = tl.dot(h, w, x, input_precision=PRECISION)
+
+    x *= linear
+    if HAS_BIAS:
+        x += tl.load(bias + v, mask=v < V, other=0.0)[None, :]
+    z = softcap_logit(x, cap) if HAS_CAP else x
+    label = tl.load(labels + n, mask=n < N, other=-1)
+    rest = tl.where((v < V)[None, :] & (v[None, :] != label[:, None]), z, -float("inf"))
+    m = tl.max(rest, 1)
+    base = tl.where(m == -float("inf"), 0.0, m)
+    e = tl.exp(rest - base[:, None])
+
+    field = tiles.to(tl.int64) * N
+    out = partials + tile.to(tl.int64) * N + n
+    tl.store(out, m, mask=n < N)
+    tl.store(out + field, tl.sum(e, 1), mask=n < N)
+    if EXTRAS:
+        tl.store(out + 2 * field, tl.sum(tl.where(e > 0, (rest - base[:, None]) * e, 0.0), 1), mask=n < N)
+        tl.store(out + 3 * field, tl.sum(tl.where((v < V)[None, :], z, 0.0), 1), mask=n < N)
+        tl.store(out + 4 * field, tl.sum(e * e, 1), mask=n < N)
+
+
+@triton.jit
+def combine_fwd_kernel(
+    partials,  # (fields, tiles, N)
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    bias,  # (V,) fp32, times linear
+    labels,  # (N,) int64
+    state,  # (7, N) fp32: m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
+    N,
+    V,
+    H,
+    tiles,
+    hidden_stride,
+    weight_stride,
+    state_stride,
+    linear,
+    HAS_BIAS: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    t = tl.arange(0, BLOCK_T)
+    field = tl.cast(tiles, tl.int64) * N
+    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
+        mask = (start + t < tiles)[:, None] & inside[None, :]
+        top = tl.maximum(top, tl.max(tl.load(partials + at, mask=mask, other=-float("inf")), 0))
+    m = tl.where(top == -float("inf"), -1e30, top)
+    s = tl.zeros((BLOCK_N,), tl.float32)
+    ze = tl.zeros((BLOCK_N,), tl.float32)
+    z = tl.zeros((BLOCK_N,), tl.float32)
+    ee = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
+        mask = (start + t < tiles)[:, None] & inside[None, :]
+        m_t = tl.load(partials + at, mask=mask, other=-float("inf"))
+        s_t = tl.load(partials + at + field, mask=mask, other=0.0)
+        decay = tl.exp(m_t - m[None, :])
+        s += tl.sum(s_t * decay, 0)
+        if EXTRAS:
+            shift = tl.where(m_t == -float("inf"), 0.0, m_t - m[None, :])
+            ze_t = tl.load(partials + at + 2 * field, mask=mask, other=0.0)
+            ze += tl.sum((ze_t + s_t * shift) * decay, 0)
+            z += tl.sum(tl.load(partials + at + 3 * field, mask=mask, other=0.0), 0)
+            ee += tl.sum(tl.load(partials + at + 4 * field, mask=mask, other=0.0) * decay * decay, 0)
+
+    label = tl.load(labels + n, mask=inside, other=-1)
+    known = (label >= 0) & (label < V)
+    row = tl.where(known, label, 0)
+    h_rows = hidden + tl.minimum(n, N - 1).to(tl.int64)[:, None] * hidden_stride
+    w_rows = weight + row[:, None] * weight_stride
+    k = tl.arange(0, BLOCK_H)
+    x = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        mask = (start + k < H)[None, :] & known[:, None]
+        h = tl.load(h_rows + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(w_rows + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
+        x += tl.sum(h * w, 1)
+    x *= linear
+    if HAS_BIAS:
+        x += tl.load(bias + row, mask=known, other=0.0)
+    x = tl.where(known, x, float("nan"))
+
+    out = state + n
+    step = tl.cast(state_stride, tl.int64)
+    tl.store(out, m, mask=inside)
+    tl.store(out + step, s, mask=inside)
+    tl.store(out + 2 * step, x, mask=inside)
+    tl.store(out + 3 * step, ze, mask=inside)
+    tl.store(out + 4 * step, z, mask=inside)
+    tl.store(out + 5 * step, ee, mask=inside)
+    tl.store(out + 6 * step, top, mask=inside)
+
+
+def partial_bytes_per_row(vocabulary: int, device: torch.device, itemsize: int, extras: bool) -> int:
+    """Bytes of partial statistics that one row needs."""
+    return 4 * (5 if extras else 2) * triton.cdiv(vocabulary, GEMM_BLOCKS[architecture(device)][itemsize][1])
+
+
+def stats_fwd(
+    hidden: Tensor,  # (N, H), rows contiguous
+    weight: Tensor,  # (V, H) of the same dtype, rows contiguous
+    bias: Tensor | None,  # (V,) fp32, times linear
+    labels: Tensor,  # (N,) int64
+    state: Tensor,  # (7, N) fp32, rows contiguous; filled
+    linear: float,
+    cap: float | None,
+    extras: bool,
+    precision: str,
+) -> None:
+    """Fill `state` with the sums over v != y, the target logit and the maximum of each row."""
+    (N, H), V = hidden.shape, weight.shape[0]
+    block_n, block_v, block_h, warps, stages = GEMM_BLOCKS[architecture(hidden.device)][hidden.element_size()]
+    tiles = triton.cdiv(V, block_v)
+    partials = torch.empty((5 if extras else 2, tiles, N), dtype=torch.float32, device=hidden.device)
+    stats_fwd_kernel[(triton.cdiv(N, block_n) * tiles,)](
+        hidden,
+        weight,
+        bias,
+        labels,
+        partials,
+        N,
+        V,
+        H,
+        hidden.stride(0),
+        weight.stride(0),
+        linear,
+        cap or 1.0,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=cap is not None,
+        EXTRAS=extras,
+        GROUP=8,
+        PRECISION=precision,
+        BLOCK_N=block_n,
+        BLOCK_V=block_v,
+        BLOCK_H=block_h,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    combine_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
+        partials,
+        hidden,
+        weight,
+        bias,
+        labels,
+        state,
+        N,
+        V,
+        H,
+        tiles,
+        hidden.stride(0),
+        weight.stride(0),
+        state.stride(0),
+        linear,
+        HAS_BIAS=bias is not None,
+        EXTRAS=extras,
+        BLOCK_N=COMBINE_BLOCK_N,
+        BLOCK_T=COMBINE_BLOCK_T,
+        BLOCK_H=64,
+    )

@@ -1,0 +1,241 @@
+"""Kernels over a logits tile that a GEMM wrote, one program per row, one read of the tile from device memory.
+
+`fold_fwd_kernel` folds the tile into the running statistics of its rows and, when the derivative is wanted, overwrites it
+by e_v sech^2(x_v) with e_v = exp(z_v - m) and 0 at the target. The reference m of a row is kept until the maximum exceeds
+it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almost never.
+
+`dlogits_bwd_kernel` overwrites the tile by the gradient of the logits, divided by one factor per row: with q_v = e_v / s
+over v != y it is D_y (A - B pull) at the target and -q_v D_v (A + B (z_v - m - mu)) elsewhere; A = 1 and B = 0 without a
+gradient of the entropy.
+
+The result may be half as wide as the tile: it then fills the first half of each row's memory. A block of the row is
+written only after the whole block, and every earlier one, has been read; hence the barriers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .blocks import ROW_BLOCK, ROW_WARPS
+from .math import sech2, softcap_logit
+
+
+@triton.jit
+def fold_fwd_kernel(
+    tile,  # (C, Vs) fp32 x
+    out,  # (C, Vs) exponentials, in the memory of `tile`
+    out2,  # (C, Vs) (z - m) times the exponentials
+    state,  # (7, C): m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
+    labels,  # (C,) int64
+    u,  # (C, H) fp32
+    u2,  # (C, H) fp32
+    first,  # vocabulary index of column 0
+    Vs,
+    H,
+    tile_stride,
+    out_stride,
+    out2_stride,
+    state_stride,
+    cap,
+    slack,
+    HAS_CAP: tl.constexpr,
+    SAVE: tl.constexpr,
+    NARROW: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.cast(state_stride, tl.int64)
+    at = state + row
+    x_row = tile + row * tile_stride
+    target = tl.load(labels + row) - first
+    c = tl.arange(0, BLOCK)
+
+    tops = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(0, Vs, BLOCK):
+        v = start + c
+        x = tl.load(x_row + v, mask=(v < Vs) & (v != target), other=-float("inf"))
+        tops = tl.maximum(tops, x)
+    top = tl.max(tops, 0)
+    top = softcap_logit(top, cap) if HAS_CAP else top  # monotone
+    if (target >= 0) & (target < Vs):
+        tl.store(at + 2 * step, tl.load(x_row + target))
+
+    old = tl.load(at)
+    m = tl.where(top > old + slack, top, old)
+    shift = old - m
+    decay = tl.exp(shift)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    ze_sums = tl.zeros((BLOCK,), tl.float32)
+    z_sums = tl.zeros((BLOCK,), tl.float32)
+    ee_sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, Vs, BLOCK):
+        v = start + c
+        rest = (v < Vs) & (v != target)
+        x = tl.load(x_row + v, mask=v < Vs, other=0.0)
+        z = softcap_logit(x, cap) if HAS_CAP else x
+        e = tl.where(rest, tl.exp(z - m), 0.0)
+        ze = tl.where(e > 0, (z - m) * e, 0.0)
+        sums += e
+        if EXTRAS:
+            ze_sums += ze
+            z_sums += tl.where(v < Vs, z, 0.0)
+            ee_sums += e * e
+        if SAVE > 0:
+            slope = sech2(x) if HAS_CAP else 1.0
+            if NARROW:
+                tl.debug_barrier()
+            tl.store(out + row * out_stride + v, (e * slope).to(out.dtype.element_ty), mask=v < Vs)
+            if SAVE > 1:
+                tl.store(out2 + row * out2_stride + v, (ze * slope).to(out2.dtype.element_ty), mask=v < Vs)
+
+    s = tl.load(at + step)
+    tl.store(at, m)
+    tl.store(at + step, s * decay + tl.sum(sums, 0))
+    tl.store(at + 6 * step, tl.maximum(tl.load(at + 6 * step), top))
+    if EXTRAS:
+        tl.store(at + 3 * step, (tl.load(at + 3 * step) + s * shift) * decay + tl.sum(ze_sums, 0))
+        tl.store(at + 4 * step, tl.load(at + 4 * step) + tl.sum(z_sums, 0))
+        tl.store(at + 5 * step, tl.load(at + 5 * step) * decay * decay + tl.sum(ee_sums, 0))
+    if SAVE > 0:
+        if m != old:
+            for start in range(0, H, BLOCK):
+                k = start + c
+                u_k = tl.load(u + row * H + k, mask=k < H, other=0.0)
+                if SAVE > 1:
+                    u2_k = tl.load(u2 + row * H + k, mask=k < H, other=0.0)
+                    tl.store(u2 + row * H + k, (u2_k + u_k * shift) * decay, mask=k < H)
+                tl.store(u + row * H + k, u_k * decay, mask=k < H)
+
+
+@triton.jit
+def dlogits_bwd_kernel(
+    tile,  # (C, Vs) fp32 x
+    out,  # (C, Vs), in the memory of `tile`
+    state,  # (4, C): m, s, x_y, sum (z - m) e
+    labels,  # (C,) int64
+    logp_weight,  # (C,) A
+    entropy_weight,  # (C,) B
+    mu,  # (C,)
+    pull,  # (C,)
+    first,
+    Vs,
+    tile_stride,
+    out_stride,
+    state_stride,
+    cap,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.cast(state_stride, tl.int64)
+    m, s = tl.load(state + row), tl.load(state + row + step)
+    target = tl.load(labels + row) - first
+    inverse = tl.where(s > 0, 1.0 / s, 0.0)
+    a, b, center, at_target = 1.0, 0.0, 0.0, 1.0
+    if ENTROPY:
+        a, b = tl.load(logp_weight + row), tl.load(entropy_weight + row)
+        center = tl.load(mu + row)
+        at_target = a - b * tl.load(pull + row)
+    c = tl.arange(0, BLOCK)
+    for start in range(0, Vs, BLOCK):
+        v = start + c
+        x = tl.load(tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        z = softcap_logit(x, cap) if HAS_CAP else x
+        # not exp(z - m - log s): rounding log s together with a large m would unbalance the sum of the q
+        q = tl.exp(z - m) * inverse
+        if ENTROPY:
+            q = tl.where(q > 0, q * (a + b * (z - m - center)), 0.0)
+        d = tl.where(v == target, at_target, -q)
+        if HAS_CAP:
+            d *= sech2(x)
+        if NARROW:
+            tl.debug_barrier()
+        tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < Vs)
+
+
+def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first part of each row's memory as a tile of another dtype; the tile itself for its own dtype."""
+    return tile if dtype == tile.dtype else tile.view(dtype)[:, : tile.shape[1]]
+
+
+def fold_fwd(
+    tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten if save
+    spare: Tensor | None,  # (C, Vs) fp32, for save == 2
+    state: Tensor,  # (7, C)
+    labels: Tensor,  # (C,)
+    u: Tensor | None,  # (C, H) contiguous
+    u2: Tensor | None,  # (C, H) contiguous
+    first: int,
+    cap: float | None,
+    save: int,
+    extras: bool,
+    dtype: torch.dtype,  # of the result
+) -> tuple[Tensor, Tensor | None]:
+    """Fold a tile into `state`, rescale u and u2 where the reference moved, return what they have to accumulate."""
+    C, Vs = tile.shape
+    out = narrowed(tile, dtype)
+    out2 = None if spare is None else narrowed(spare, dtype)
+    # fp16 exponentials must stay under 65,504
+    slack = 8.0 if dtype == torch.float16 else 40.0
+    fold_fwd_kernel[(C,)](
+        tile,
+        out,
+        out2,
+        state,
+        labels,
+        u,
+        u2,
+        first,
+        Vs,
+        0 if u is None else u.shape[1],
+        tile.stride(0),
+        out.stride(0),
+        0 if out2 is None else out2.stride(0),
+        state.stride(0),
+        cap or 1.0,
+        slack,
+        HAS_CAP=cap is not None,
+        SAVE=save,
+        NARROW=dtype != tile.dtype,
+        EXTRAS=extras,
+        BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
+        num_warps=ROW_WARPS,
+    )
+    return out, out2
+
+
+def dlogits_bwd(
+    tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten
+    state: Tensor,  # (4, C)
+    labels: Tensor,  # (C,)
+    entropy: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # logp_weight, entropy_weight, mu, pull, each (C,)
+    first: int,
+    cap: float | None,
+    dtype: torch.dtype,  # of the result
+) -> Tensor:
+    """Overwrite a tile of logits by their gradient, divided by one factor per row."""
+    C, Vs = tile.shape
+    out = narrowed(tile, dtype)
+    dlogits_bwd_kernel[(C,)](
+        tile,
+        out,
+        state,
+        labels,
+        *(entropy or (None,) * 4),
+        first,
+        Vs,
+        tile.stride(0),
+        out.stride(0),
+        state.stride(0),
+        cap or 1.0,
+        HAS_CAP=cap is not None,
+        ENTROPY=entropy is not None,
+        NARROW=dtype != tile.dtype,
+        BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
+        num_warps=ROW_WARPS,
+    )
+    return out
