@@ -15,6 +15,8 @@ GEMM_BLOCKS = {
     "gfx942": {2: (128, 128, 64, 8, 2), 4: (64, 128, 32, 8, 2)},
     "interpreter": {2: (16, 32, 16, 1, 1), 4: (16, 32, 16, 1, 1)},
 }
+# with a softcap or further statistics in the epilogue, wider tiles spill
+FULL_EPILOGUE_BLOCK_V = 128
 COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
 ROW_BLOCK, ROW_WARPS = 2048, 8  # kernels with one program per row of a tile
 SEQUENCE_BLOCK = 1024
@@ -28,3 +30,9 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "small")
+
+
+def gemm_blocks(architecture: str, itemsize: int, full_epilogue: bool) -> tuple[int, int, int, int, int]:
+    """(BLOCK_N, BLOCK_V, BLOCK_H, num_warps, num_stages); full_epilogue: softcap or statistics beyond the log-sum."""
+    block_n, block_v, *rest = GEMM_BLOCKS[architecture][itemsize]
+    return (block_n, min(block_v, FULL_EPILOGUE_BLOCK_V) if full_epilogue else block_v, *rest)  # type: ignore[return-value]

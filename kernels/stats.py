@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, GEMM_BLOCKS, architecture
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, architecture, gemm_blocks
 from .math import softcap_logit
 
 
@@ -159,9 +159,10 @@ def combine_fwd_kernel(
     tl.store(out + 6 * step, top, mask=inside)
 
 
-def partial_bytes_per_row(vocabulary: int, device: torch.device, itemsize: int, extras: bool) -> int:
+def partial_bytes_per_row(weight: Tensor, cap: float | None, extras: bool) -> int:
     """Bytes of partial statistics that one row needs."""
-    return 4 * (5 if extras else 2) * triton.cdiv(vocabulary, GEMM_BLOCKS[architecture(device)][itemsize][1])
+    block_v = gemm_blocks(architecture(weight.device), weight.element_size(), extras or cap is not None)[1]
+    return 4 * (5 if extras else 2) * triton.cdiv(weight.shape[0], block_v)
 
 
 def stats_fwd(
@@ -177,7 +178,9 @@ def stats_fwd(
 ) -> None:
     """Fill `state` with the sums over v != y, the target logit and the maximum of each row."""
     (N, H), V = hidden.shape, weight.shape[0]
-    block_n, block_v, block_h, warps, stages = GEMM_BLOCKS[architecture(hidden.device)][hidden.element_size()]
+    block_n, block_v, block_h, warps, stages = gemm_blocks(
+        architecture(hidden.device), hidden.element_size(), extras or cap is not None
+    )
     tiles = triton.cdiv(V, block_v)
     partials = torch.empty((5 if extras else 2, tiles, N), dtype=torch.float32, device=hidden.device)
     stats_fwd_kernel[(triton.cdiv(N, block_n) * tiles,)](

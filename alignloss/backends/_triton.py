@@ -44,7 +44,7 @@ def statistics(
     if weight.dtype != hidden.dtype or weight.stride(1) != 1 or hidden.stride(1) != 1:
         return False
     extras = _extras(wanted)
-    row_bytes = stats.partial_bytes_per_row(weight.shape[0], hidden.device, hidden.element_size(), extras)
+    row_bytes = stats.partial_bytes_per_row(weight, transform.cap, extras)
     rows = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
     precision = "tf32" if hidden.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     for start in range(0, len(labels), rows):

@@ -1,0 +1,186 @@
+"""Compile every shipped kernel configuration ahead of time, for GPUs that need not be present, and report resources.
+
+    python -m alignloss.kernels.aot report.json [sm_90 gfx942 ...]
+
+Per kernel and target: registers, spilled bytes, shared memory, and whether tensor-core instructions were emitted.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import sequence, stats, tile
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_BLOCK, ROW_WARPS, SEQUENCE_BLOCK, gemm_blocks
+
+# target -> (Triton's target, row of the table of blocks, bytes of shared memory per program)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "sm_80", 163 << 10),
+    "sm_86": (GPUTarget("cuda", 86, 32), "small", 99 << 10),
+    "sm_89": (GPUTarget("cuda", 89, 32), "small", 99 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), "sm_90", 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), "sm_100", 227 << 10),
+    "sm_120": (GPUTarget("cuda", 120, 32), "small", 99 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "gfx942", 64 << 10),
+}
+TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
+
+
+class Variant(NamedTuple):
+    name: str
+    kernel: Any
+    types: dict[str, str]  # pointer and scalar types that differ from the defaults below
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    tensor_cores: bool = False
+
+
+class Report(NamedTuple):
+    variant: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    tensor_cores: bool
+    wants_tensor_cores: bool
+    warnings: list[str]
+
+
+# scalars by name; every other parameter is a pointer to fp32
+_SCALARS = {
+    **dict.fromkeys(("N", "V", "H", "Vs", "B", "tiles", "first", "ignore_index"), "i32"),
+    **dict.fromkeys(("linear", "cap", "slack"), "fp32"),
+    **dict.fromkeys(("beta", "label_smoothing", "desirable_weight", "undesirable_weight"), "fp64"),
+}
+_INT64_POINTERS = ("labels", "offsets")
+_FP64_POINTERS = ("weights", "sums", "dsums", "ref", "kl", "losses", "rewards", "slopes")
+
+
+def variants(blocks: str) -> list[Variant]:
+    """Every configuration that the launchers can ask for, the plainest and the fullest of each kind."""
+    found = []
+    for name, dtype, size, precision, full in (
+        ("bf16", "bf16", 2, "ieee", False),
+        ("bf16, all", "bf16", 2, "ieee", True),
+        ("fp16, all", "fp16", 2, "ieee", True),
+        ("tf32", "fp32", 4, "tf32", False),
+        ("fp32", "fp32", 4, "ieee", True),
+    ):
+        block_n, block_v, block_h, warps, stages = gemm_blocks(blocks, size, full)
+        pointers = {"hidden": f"*{dtype}", "weight": f"*{dtype}"}
+        flags = {"HAS_BIAS": full, "EXTRAS": full}
+        tensor_cores = size == 2 or (precision == "tf32" and blocks != "gfx942")
+        found.append(
+            Variant(
+                f"stats_fwd[{name}]",
+                stats.stats_fwd_kernel,
+                pointers,
+                flags
+                | {"HAS_CAP": full, "GROUP": 8, "PRECISION": precision}
+                | {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h},
+                warps,
+                stages,
+                tensor_cores,
+            )
+        )
+        if precision != "tf32":
+            combine = flags | {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T, "BLOCK_H": 64}
+            found.append(Variant(f"combine_fwd[{name}]", stats.combine_fwd_kernel, pointers, combine))
+    for save, narrow, full in ((0, False, False), (0, False, True), (1, True, False), (1, False, True), (2, True, True)):
+        dtype = "*bf16" if narrow else "*fp32"
+        flags = {"HAS_CAP": full, "SAVE": save, "NARROW": narrow, "EXTRAS": full, "BLOCK": ROW_BLOCK}
+        name = f"fold_fwd[save={save}, narrow={narrow}, all={full}]"
+        found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, ROW_WARPS))
+    for narrow, full in ((False, False), (True, False), (True, True)):
+        flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": ROW_BLOCK}
+        name = f"dlogits_bwd[narrow={narrow}, all={full}]"
+        found.append(
+            Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, ROW_WARPS)
+        )
+    for weighted in (False, True):
+        flags = {"HAS_WEIGHTS": weighted, "BLOCK": SEQUENCE_BLOCK}
+        found.append(Variant(f"sequence_fwd[weights={weighted}]", sequence.sequence_fwd_kernel, {}, flags))
+        found.append(Variant(f"sequence_bwd[weights={weighted}]", sequence.sequence_bwd_kernel, {}, flags))
+    for loss in ("dpo", "ipo", "kto", "cpo"):
+        flags = {"LOSS": loss, "HAS_WEIGHTS": True, "BLOCK": SEQUENCE_BLOCK}
+        found.append(Variant(f"preference_fwd[{loss}]", sequence.preference_fwd_kernel, {"desirable": "*i8"}, flags))
+    return found
+
+
+def _source(variant: Variant) -> ASTSource:
+    signature, attributes = {}, {}
+    for i, name in enumerate(variant.kernel.arg_names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+        elif name in _SCALARS or name.endswith("stride"):
+            signature[name] = _SCALARS.get(name, "i32")
+        else:
+            pointee = "*i64" if name in _INT64_POINTERS else "*fp64" if name in _FP64_POINTERS else "*fp32"
+            signature[name] = variant.types.get(name, pointee)
+        if signature[name].startswith("*") or name in ("H", "V") or name.endswith("stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(variant.kernel, signature, variant.constants, attributes)
+
+
+def compile_variant(name: str, target: str) -> Report:
+    """Compile one configuration for one target and read its resources from the assembler."""
+    gpu, blocks, limit = TARGETS[target]
+    variant = next(v for v in variants(blocks) if v.name == name)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    compiled = triton.compile(_source(variant), target=gpu, options=options)
+    shared = compiled.metadata.shared
+    if gpu.backend == "hip":
+        code = compiled.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.vgpr_{what}:\s+(\d+)", code)[1]) for what in ("count", "spill_count"))
+        warnings: list[str] = []
+        spilled *= 4
+    else:
+        code = compiled.asm["ptx"]
+        log = _assemble(code, gpu.arch)
+        registers = int(re.search(r"Used (\d+) registers", log)[1])
+        spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
+        warnings = re.findall(r"C75\d\d.*", log)
+    emitted = bool(TENSOR_CORES.search(code))
+    return Report(name, target, registers, spilled, shared, limit, emitted, variant.tensor_cores, warnings)
+
+
+def _assemble(ptx: str, arch: int) -> str:
+    # Blackwell has an assembler of its own in Triton's wheel
+    tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    gpu = re.search(r"\.target (sm_\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [tool.path, "-v", f"--gpu-name={gpu}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def report(targets: list[str]) -> list[Report]:
+    """Compile everything for the targets, on every core."""
+    jobs = [(v.name, target) for target in targets for v in variants(TARGETS[target][1])]
+    with ProcessPoolExecutor() as pool:
+        return list(pool.map(compile_variant, *zip(*jobs, strict=True)))
+
+
+def main() -> None:
+    path, *targets = sys.argv[1:]
+    rows = report(targets or list(TARGETS))
+    document = {"triton": triton.__version__, "kernels": [row._asdict() for row in rows]}
+    Path(path).write_text(json.dumps(document, indent=1) + "\n")
+    for row in rows:
+        flag = " SPILLS" if row.spilled_bytes else ""
+        print(f"{row.target:7} {row.variant:45} {row.registers:4} registers {row.shared_bytes:7} B shared{flag}")
+
+
+if __name__ == "__main__":
+    main()
