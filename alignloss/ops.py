@@ -86,8 +86,9 @@ class _Problem:
         self.accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
         # CPU GEMMs of 16-bit operands round their result to 16 bits: widen the operands instead
         self.gemm_dtype = self.accum_dtype if hidden.device.type == "cpu" else compute_dtype
-        self.cast_weight = weight.dtype != self.gemm_dtype
-        self.copy_rows = self.index is not None or self.ignored is not None or hidden.dtype != self.gemm_dtype
+        self.cast_weight = {weight.dtype, compute_dtype} != {self.gemm_dtype}
+        cast_rows = {hidden.dtype, compute_dtype} != {self.gemm_dtype}
+        self.copy_rows = self.index is not None or self.ignored is not None or cast_rows
         self.bias = None if bias is None else bias.to(compute_dtype).to(self.accum_dtype) * transform.linear
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,54 @@
+"""Full-logits references in plain torch, and inputs to compare on; the judge runs them in float64."""
+
+import torch
+from torch import Tensor
+
+
+def logits(hidden, weight, bias=None, *, logit_scale=1.0, softcap=None, temperature=1.0) -> Tensor:
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def token_logps(hidden, weight, labels, bias=None, **transform) -> Tensor:
+    logps = torch.log_softmax(logits(hidden, weight, bias, **transform), -1)
+    picked = logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return torch.where(labels == -100, 0.0, picked)
+
+
+def statistics(hidden, weight, labels, bias=None, **transform) -> dict[str, Tensor]:
+    z = logits(hidden, weight, bias, **transform)
+    p = z.softmax(-1)
+    values = {
+        "lse": z.logsumexp(-1),
+        "entropy": torch.special.entr(p).sum(-1),
+        "mean_logits": z.mean(-1),
+        "is_top1": z.argmax(-1) == labels,
+        "log_sum_sq_probs": p.square().sum(-1).log(),
+    }
+    return {name: torch.where(labels == -100, torch.zeros_like(value), value) for name, value in values.items()}
+
+
+def inputs(*shape, hidden_size=37, vocabulary=101, masked=0.3, peak=3.0, dtype=torch.float64):
+    """hidden, weight, bias, labels with ragged masks and a trained head's confidence in its labels."""
+    labels = torch.randint(0, vocabulary, shape)
+    weight = torch.randn(vocabulary, hidden_size, dtype=torch.float64) * hidden_size**-0.5
+    direction = torch.nn.functional.normalize(weight[labels], dim=-1)
+    hidden = torch.randn(*shape, hidden_size, dtype=torch.float64) + peak * direction
+    labels[torch.rand(shape) < masked] = -100
+    bias = torch.randn(vocabulary, dtype=torch.float64)
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels
+
+
+def leaf(tensor: Tensor | None, dtype=torch.float64, requires_grad=True) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype).clone().requires_grad_(requires_grad)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Relative error in the Frobenius norm; NaN never passes a comparison."""
+    scale = expected.double().norm()
+    return float((got.double() - expected.double()).norm() / scale.clamp(min=1e-300))

@@ -1,0 +1,170 @@
+"""Log-probabilities, statistics and gradients equal full logits in float64, on both backends and in every regime."""
+
+import itertools
+
+import pytest
+import torch
+from reference import error, inputs, leaf, statistics, token_logps
+
+import alignloss
+
+TRANSFORMS = [{}, {"logit_scale": 1.3, "temperature": 0.7}, {"softcap": 2.0, "logit_scale": 0.5, "temperature": 1.5}]
+BACKENDS = ["torch", "triton"]
+FP32 = 2e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(compute, upstream, tensors, dtype, trained):
+    """Outputs and gradients of compute(hidden, weight, bias), with `trained` naming what requires grad."""
+    leaves = [leaf(t, dtype, name in trained) for t, name in zip(tensors, ("hidden", "weight", "bias"), strict=True)]
+    outputs = compute(*leaves)
+    if trained:
+        torch.autograd.backward(list(outputs), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+    return [o.detach() for o in outputs] + [t.grad for t in leaves if t is not None and t.grad is not None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize(
+    "trained", ["", "hidden", "weight", "bias", "hidden weight", "hidden weight bias"], ids=lambda t: t or "nothing"
+)
+def test_log_probabilities_and_every_gradient(backend, transform, with_bias, trained):
+    hidden, weight, bias, labels = inputs(3, 7)
+    if not with_bias:
+        bias, trained = None, trained.replace("bias", "")
+    upstream = [torch.randn(3, 7, dtype=torch.float64)]
+
+    def fused(h, w, b):
+        # 12 kB: several row blocks and several vocabulary slices
+        return [alignloss.linear_logprob(h, w, labels, b, backend=backend, workspace_bytes=12_000, **transform)]
+
+    expected = run(
+        lambda h, w, b: [token_logps(h, w, labels, b, **transform)], upstream, (hidden, weight, bias), torch.float64, trained
+    )
+    got = run(fused, upstream, (hidden, weight, bias), torch.float32, trained)
+    assert len(got) == len(expected)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == torch.float32
+        assert error(g, e) <= FP32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scaled", "softcap"])
+@pytest.mark.parametrize("trained", ["hidden", "weight", "hidden weight bias"])
+def test_statistics_and_the_gradient_of_the_entropy(backend, transform, trained):
+    hidden, weight, bias, labels = inputs(3, 7)
+    names = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    upstream = [torch.randn(3, 7, dtype=torch.float64) for _ in range(2)]
+    got_stats = {}
+
+    def fused(h, w, b):
+        out = alignloss.linear_logprob_stats(
+            h, w, labels, b, stats=names, backend=backend, workspace_bytes=12_000, **transform
+        )
+        got_stats.update(out._asdict())
+        return out.logps, out.entropy
+
+    def full(h, w, b):
+        return token_logps(h, w, labels, b, **transform), statistics(h, w, labels, b, **transform)["entropy"]
+
+    expected = run(full, upstream, (hidden, weight, bias), torch.float64, trained)
+    got = run(fused, upstream, (hidden, weight, bias), torch.float32, trained)
+    for g, e in zip(got, expected, strict=True):
+        assert error(g, e) <= FP32
+    for name, value in statistics(hidden, weight, labels, bias, **transform).items():
+        assert got_stats[name].requires_grad == (name == "entropy")
+        if name == "is_top1":
+            assert torch.equal(got_stats[name], value)
+        else:
+            assert error(got_stats[name].detach(), value) <= FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight bias"])
+def test_16_bit_error_is_at_most_twice_that_of_naive_torch(dtype, trained):
+    tensors = inputs(2, 40, hidden_size=64, vocabulary=301)
+    hidden, weight, bias, labels = (t.to(dtype).double() if t.is_floating_point() else t for t in tensors)
+    upstream = [torch.randn(2, 40, dtype=torch.float64)]
+
+    def naive(h, w, b):
+        picked = torch.log_softmax((h @ w.T + b).float(), -1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        return [torch.where(labels == -100, 0.0, picked)]
+
+    exact = run(lambda h, w, b: [token_logps(h, w, labels, b)], upstream, (hidden, weight, bias), torch.float64, trained)
+    plain = run(naive, upstream, (hidden, weight, bias), dtype, trained)
+    fused = run(
+        lambda h, w, b: [alignloss.linear_logprob(h, w, labels, b, workspace_bytes=100_000)],
+        upstream, (hidden, weight, bias), dtype, trained,
+    )  # fmt: skip
+    for f, p, e in zip(fused, plain, exact, strict=True):
+        assert f.dtype == p.dtype
+        assert error(f, e) <= 2 * error(p, e)
+
+
+@pytest.mark.parametrize("workspace", [4_000, 30_000, 10_000_000])
+def test_the_workspace_changes_no_result_beyond_rounding(workspace):
+    tensors = hidden, weight, bias, labels = inputs(4, 30)
+    upstream = [torch.randn(4, 30, dtype=torch.float64)]
+    trained = "hidden weight bias"
+    expected = run(lambda h, w, b: [token_logps(h, w, labels, b)], upstream, tensors[:3], torch.float64, trained)
+    got = run(
+        lambda h, w, b: [alignloss.linear_logprob(h, w, labels, b, workspace_bytes=workspace)],
+        upstream, tensors[:3], torch.float64, trained,
+    )  # fmt: skip
+    assert max(error(g, e) for g, e in zip(got, expected, strict=True)) < 1e-13
+
+
+@pytest.mark.parametrize(("N", "H", "V"), list(itertools.product([1, 17], [1, 33], [1, 2, 97])))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_that_are_no_multiple_of_any_block(backend, N, H, V):
+    hidden, weight, _, labels = inputs(N, hidden_size=H, vocabulary=V, masked=0.0)
+    expected = run(
+        lambda h, w, b: [token_logps(h, w, labels)], [torch.ones(N)], (hidden, weight, None), torch.float64, "hidden weight"
+    )
+    got = run(
+        lambda h, w, b: [alignloss.linear_logprob(h, w, labels, backend=backend, workspace_bytes=6_000)],
+        [torch.ones(N)], (hidden, weight, None), torch.float32, "hidden weight",
+    )  # fmt: skip
+    for g, e in zip(got, expected, strict=True):
+        assert float((g - e).abs().max()) <= FP32 * max(1.0, float(e.abs().max()))
+
+
+def test_gradcheck_in_double():
+    hidden, weight, bias, labels = inputs(2, 4, hidden_size=5, vocabulary=7)
+
+    def run_all(h, w, b):
+        out = alignloss.linear_logprob_stats(h, w, labels, b, stats=("entropy",), softcap=2.0, workspace_bytes=2_000)
+        return out.logps, out.entropy
+
+    arguments = tuple(leaf(t) for t in (hidden, weight, bias))
+    assert torch.autograd.gradcheck(run_all, arguments)
+
+
+def test_autocast_computes_in_its_dtype_and_returns_each_gradient_in_its_own():
+    hidden, weight, bias, labels = inputs(3, 9)
+    leaves = [leaf(t, torch.float32) for t in (hidden, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = alignloss.linear_logprob(leaves[0], leaves[1], labels, leaves[2])
+    logps.sum().backward()
+    rounded = [leaf(t.detach(), torch.bfloat16) for t in leaves]
+    same = alignloss.linear_logprob(rounded[0], rounded[1], labels, rounded[2])
+    assert logps.dtype == torch.float32
+    assert torch.equal(logps, same)
+    assert [t.grad.dtype for t in leaves] == [torch.float32] * 3
+
+
+def test_token_index_is_the_mask_without_its_lookup():
+    hidden, weight, _, labels = inputs(3, 9, dtype=torch.float32)
+    index = torch.nonzero(labels.view(-1) != -100).squeeze(1)
+    padded = torch.cat([index, torch.nonzero(labels.view(-1) == -100).squeeze(1)[:2]])
+    expected = alignloss.linear_logprob(h := leaf(hidden, torch.float32), w := leaf(weight, torch.float32), labels)
+    expected.sum().backward()
+    for rows in (index, padded, index.int()):
+        got = alignloss.linear_logprob(
+            h2 := leaf(hidden, torch.float32), w2 := leaf(weight, torch.float32), labels, token_index=rows
+        )
+        got.sum().backward()
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(h2.grad, h.grad)
+        torch.testing.assert_close(w2.grad, w.grad)
