@@ -54,9 +54,9 @@ def linear_logprob(
     workspace_bytes: int | None = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """Log-probability in nats of `labels[..., t]`, the token that `hidden[..., t]` predicts (not HF's unshifted labels).
+    """Log-probability in nats of `labels[..., t]`, which `hidden[..., t]` predicts (never HF's unshifted labels).
 
-    log p_y = z_y - logsumexp(z), with z = softcap(logit_scale (h W^T + b)) / temperature and softcap(x) = c tanh(x / c).
+    log p_y = z_y - logsumexp(z), z = softcap(logit_scale (h W^T + b)) / temperature, softcap(x) = c tanh(x / c).
 
     Args:
         hidden: (..., H) floating point, any layout of leading dimensions.
@@ -148,7 +148,7 @@ def sequence_logprob(
     token_weights: Tensor | None = None,  # of the shape of labels
     **options: Any,
 ) -> SequenceLogprob:
-    """Log-probability in nats of each sequence's labels, aligned with hidden (not HF's unshifted labels): the sum over t.
+    """Log-probability in nats of each sequence, for labels aligned with hidden (never HF's unshifted labels).
 
     Under `torch.no_grad()` this is the way to compute and cache reference log-probabilities.
 
@@ -314,7 +314,8 @@ def _check_tensors(
 ) -> None:
     for name, value in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}; pass lm_head.weight, not lm_head")
+            got = type(value).__name__
+            raise ValueError(f"{name} must be a torch.Tensor, got {got}; pass lm_head.weight, not lm_head")
     if hidden.dim() < 1 or weight.dim() != 2 or 0 in weight.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be (..., H) and weight (V, H) with one H >= 1 and V >= 1; "
@@ -331,14 +332,12 @@ def _check_tensors(
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     if token_index is not None and (token_index.dim() != 1 or token_index.dtype not in (torch.int64, torch.int32)):
         raise ValueError(f"token_index must be (N,) int64, got {tuple(token_index.shape)} {token_index.dtype}")
-    for name, value in (("weight", weight), ("labels", labels), ("bias", bias), ("token_index", token_index)):
-        if value is not None and value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}; move one of them")
+    for name, other in (("weight", weight), ("labels", labels), ("bias", bias), ("token_index", token_index)):
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{name} is on {other.device}, hidden on {hidden.device}; move one of them")
 
 
-def _check_options(
-    logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None
-) -> None:
+def _check_options(logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None) -> None:
     for name, number, positive in (
         ("logit_scale", logit_scale, False),
         ("softcap", softcap, True),

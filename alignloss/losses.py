@@ -83,10 +83,10 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Kahneman-Tversky optimization: w (1 - sigmoid(s (r - beta kl))), s = +1 for desirable sequences and -1 for others.
+    """Kahneman-Tversky optimization: w (1 - sigmoid(s (r - beta kl))), with s = +1 for desirable sequences, else -1.
 
     Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8, without the constant lambda_y. `kl` estimates KL(policy ||
-    reference) in nats; it is detached and clamped at 0. 1 - sigmoid(x) is computed as sigmoid(-x), exact when saturated.
+    reference) in nats; it is detached and clamped at 0. 1 - sigmoid(x) is taken as sigmoid(-x), exact if saturated.
     """
     rewards = beta * (logps - ref_logps)
     baseline = beta * kl.detach().clamp(min=0)

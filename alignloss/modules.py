@@ -1,6 +1,6 @@
 """Loss modules: from hidden states to one scalar, around any plain loss function of sequence log-probabilities.
 
-    loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens) / num_tokens
+loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens) / num_tokens
 """
 
 import inspect
@@ -32,12 +32,12 @@ __all__ = [
     "UnpairedOutput",
 ]
 
-_PAIRED = ("logps", "ref_logps", "lengths")
+_COLUMNS = ("logps", "ref_logps", "lengths")
 # what the library fills in, by the name of the parameter: (column, half of the batch)
-_FILLED_UNPAIRED = {name: (name, None) for name in _PAIRED}
-_FILLED_PAIRED = {
+_FILLED_UNPAIRED: dict[str, tuple[str, int | None]] = {name: (name, None) for name in _COLUMNS}
+_FILLED_PAIRED: dict[str, tuple[str, int | None]] = {
     ("ref_" if column == "ref_logps" else "") + side + "_" + column.removeprefix("ref_"): (column, half)
-    for column in _PAIRED
+    for column in _COLUMNS
     for half, side in enumerate(("chosen", "rejected"))
 }
 # losses with a kernel that sums the tokens and computes loss, rewards and coefficients in one launch
@@ -133,9 +133,7 @@ class PreferenceLoss(_HeadLoss):
                 f"{self.fn_name} must take chosen_logps and rejected_logps (a paired loss) or logps (an unpaired one) "
                 f"as positional parameters; it takes {self.names}"
             )
-        self.filled, foreign = (
-            (_FILLED_PAIRED, _FILLED_UNPAIRED) if self.paired else (_FILLED_UNPAIRED, _FILLED_PAIRED)
-        )
+        self.filled, foreign = (_FILLED_PAIRED, _FILLED_UNPAIRED) if self.paired else (_FILLED_UNPAIRED, _FILLED_PAIRED)
         self.data = {p.name: p.default is p.empty for p in positional if p.name not in self.filled}
         self.needs_reference = any(self.filled[n][0] == "ref_logps" for n in self.names if n in self.filled)
         known = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -180,7 +178,7 @@ class PreferenceLoss(_HeadLoss):
             ref_logps: the reference's sums in nats, in the order of the batch, without gradient. Or:
             ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, projected here without gradient.
             cu_seqlens: offsets of packed sequences.
-            token_weights: factors on the token log-probabilities of policy and reference sums (not of the NLL), detached.
+            token_weights: factors on the tokens in the sums of policy and reference (not in the NLL), detached.
             pair_weights: factors on `losses`, detached. A pair of weight 0 leaves the sum, not the count.
             nll_labels: where the NLL of the chosen sequences runs; by default at labels.
             num_sequences, num_tokens: what sum(losses) and the NLL are divided by; by default this call's pairs
@@ -236,7 +234,6 @@ class PreferenceLoss(_HeadLoss):
                 )
 
         extra = {name: _column(name, value, count, hidden.device) for name, value in data.items()}
-        sums = None
         if backend == "triton" and self.fn in _FUSED:
             sums, results = self._fused(tokens, offsets, weights, labels, ref, extra)
         else:
@@ -270,8 +267,8 @@ class PreferenceLoss(_HeadLoss):
         name = type(self).__name__
         if given and not self.needs_reference:
             raise ValueError(f"{name} is reference-free and would ignore {sorted(given)}; leave them out")
-        ways: tuple[set[str], ...] = ({"ref_logps"}, {"ref_hidden", "ref_weight"}, {"ref_hidden", "ref_weight", "ref_bias"})
-        if self.needs_reference and given not in ways:
+        projected = {"ref_hidden", "ref_weight"}
+        if self.needs_reference and given not in ({"ref_logps"}, projected, projected | {"ref_bias"}):
             raise ValueError(
                 f"{name} needs a reference: either ref_logps, or ref_hidden with ref_weight (and ref_bias); "
                 f"got {sorted(given) or 'none'}"
@@ -401,13 +398,11 @@ class CPOLoss(PreferenceLoss):
         self, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0, **options: Any
     ) -> None:
         _check_range(beta=beta, label_smoothing=label_smoothing)
-        super().__init__(
-            losses.cpo_loss, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, **options
-        )
+        super().__init__(losses.cpo_loss, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, **options)
 
 
 class SFTLoss(_HeadLoss):
-    """The negative log-likelihood alone, in nats per labelled token. Options of the projection as in `linear_logprob`."""
+    """The negative log-likelihood alone, in nats per labelled token. Options as in `linear_logprob`."""
 
     def forward(
         self,
@@ -426,7 +421,7 @@ class SFTLoss(_HeadLoss):
         loss = -sum of (weighted) token log-probabilities / num_tokens, by default the labelled tokens of this call.
         `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
         """
-        logps, lengths = sequence_logprob(
+        logps, _ = sequence_logprob(
             hidden,
             weight,
             labels,

@@ -136,12 +136,10 @@ def _addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alp
     if a.dtype == out.dtype:
         torch.addmm(base, a, b, beta=beta, alpha=alpha, out=out)
     else:
-        torch.addmm(base, a, b, out.dtype, beta=beta, alpha=alpha, out=out)  # type: ignore[call-overload]
+        torch.addmm(base, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def _check_values(
-    labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int, tokens: int
-) -> None:
+def _check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int, tokens: int) -> None:
     labelled = labels != ignore_index
     outside = labelled & ((labels < 0) | (labels >= vocabulary))
     if bool(outside.any()):
@@ -185,15 +183,11 @@ def linear_logprob_fwd(
         _check_values(labels, token_index, ignore_index, weight.shape[0], labels.shape[0])
     with torch.autocast(hidden.device.type, enabled=False), _device(hidden):
         transform = Transform.of(logit_scale, softcap, temperature)
-        problem = _Problem(
-            hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform
-        )
+        problem = _Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
         state, dlogp, dentropy = _walk_forward(problem, stats, save, backend, workspace_bytes)
         row_stats = backends.get(backend).finish(state, problem.vocabulary, transform, stats)
         tokens = labels.shape[0]
-        outputs = [
-            problem.put(values, tokens) if values is not None else state.new_empty(0) for values in row_stats
-        ]
+        outputs = [problem.put(values, tokens) if values is not None else state.new_empty(0) for values in row_stats]
         if not stats & backends.IS_TOP1:
             outputs[1 + STATS.index("is_top1")] = labels.new_empty(0, dtype=torch.bool)
         saved = state[:SAVED_ROWS].clone()
@@ -261,7 +255,9 @@ def _walk_forward(
             weight = problem.weight_slice(first, last, weight_buffer)
             x = problem.logits_tile(rows, weight, first, tile[: shape[0] * shape[1]].view(shape))
             spare = scratch[:, : x.numel()].view(tiles, *shape)
-            exps, z_exps = primitives.fold(x, spare, part, labels, first, transform, stats, save, u, u2, problem.gemm_dtype)
+            exps, z_exps = primitives.fold(
+                x, spare, part, labels, first, transform, stats, save, u, u2, problem.gemm_dtype
+            )
             if u is not None:
                 _addmm(u, exps, weight, u)
             if u2 is not None:
@@ -309,9 +305,8 @@ def linear_logprob_bwd(
         transform = Transform.of(logit_scale, softcap, temperature)
         index = torch.nonzero(labels != ignore_index).squeeze(1) if select else token_index
         if select and index is not None:
-            state, dlogp, dentropy = (
-                state[:, : index.numel()], dlogp[: index.numel()], dentropy[: index.numel()]
-            )  # fmt: skip
+            count = index.numel()
+            state, dlogp, dentropy = state[:, :count], dlogp[:count], dentropy[:count]
         primitives = backends.get(backend)
         g = dlogps if index is None else dlogps[index]
         g_entropy = None if dentropies is None else dentropies if index is None else dentropies[index]
@@ -322,9 +317,8 @@ def linear_logprob_bwd(
 
         dhidden = state.new_empty(0, dtype=hidden_dtype)
         if dlogp.dim() == 2:
-            dhidden = _scale_rows(
-                dlogp, rest * g, dentropy, None if g_entropy is None else rest * g_entropy, index, len(labels), hidden_dtype
-            )
+            of_entropy = None if g_entropy is None else rest * g_entropy
+            dhidden = _scale_rows(dlogp, rest * g, dentropy, of_entropy, index, len(labels), hidden_dtype)
         dweight, dbias = state.new_empty(0), state.new_empty(0)
         if need_dweight or need_dbias:
             assert hidden is not None and weight is not None
@@ -441,10 +435,10 @@ def _walk_backward(
 
 
 @linear_logprob_fwd.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, logit_scale, softcap,
     temperature, stats, save, backend, workspace_bytes, validate,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     tokens = labels.shape[0]
     rows = tokens if token_index is None else token_index.shape[0]
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -460,10 +454,10 @@ def _(
 
 
 @linear_logprob_bwd.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     dlogps, dentropies, hidden, weight, bias, labels, token_index, state, dlogp, dentropy, select, hidden_dtype,
     compute_dtype, ignore_index, logit_scale, softcap, temperature, need_dweight, need_dbias, backend, workspace_bytes,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     shape = (labels.shape[0], dlogp.shape[1]) if dlogp.dim() == 2 else (0,)
     return (
         dlogps.new_empty(shape, dtype=hidden_dtype),
@@ -483,7 +477,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, token_index, state, dlogp, dentropy = ctx.saved_tensors
-    select, compute_dtype, ignore_index, logit_scale, softcap, temperature, stats, save, backend, workspace, _ = ctx.options
+    select, compute_dtype, ignore_index, logit_scale, softcap, temperature, stats, _, backend, workspace, _ = (
+        ctx.options
+    )
     need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
     dhidden, dweight, dbias = linear_logprob_bwd(
         dlogps.contiguous(),

@@ -96,7 +96,13 @@ def variants(blocks: str) -> list[Variant]:
         if precision != "tf32":
             combine = flags | {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T, "BLOCK_H": 64}
             found.append(Variant(f"combine_fwd[{name}]", stats.combine_fwd_kernel, pointers, combine))
-    for save, narrow, full in ((0, False, False), (0, False, True), (1, True, False), (1, False, True), (2, True, True)):
+    for save, narrow, full in (
+        (0, False, False),
+        (0, False, True),
+        (1, True, False),
+        (1, False, True),
+        (2, True, True),
+    ):
         dtype = "*bf16" if narrow else "*fp32"
         flags = {"HAS_CAP": full, "SAVE": save, "NARROW": narrow, "EXTRAS": full, "BLOCK": ROW_BLOCK}
         name = f"fold_fwd[save={save}, narrow={narrow}, all={full}]"
@@ -104,9 +110,7 @@ def variants(blocks: str) -> list[Variant]:
     for narrow, full in ((False, False), (True, False), (True, True)):
         flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": ROW_BLOCK}
         name = f"dlogits_bwd[narrow={narrow}, all={full}]"
-        found.append(
-            Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, ROW_WARPS)
-        )
+        found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, ROW_WARPS))
     for weighted in (False, True):
         flags = {"HAS_WEIGHTS": weighted, "BLOCK": SEQUENCE_BLOCK}
         found.append(Variant(f"sequence_fwd[weights={weighted}]", sequence.sequence_fwd_kernel, {}, flags))

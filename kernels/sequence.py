@@ -1,9 +1,9 @@
 """Sums of token log-probabilities per sequence, their adjoint, and the losses that are computed in the same launch.
 
 One program per sequence, or per pair of sequences (i and B + i), walks its tokens in a fixed order in fp64: sums are
-deterministic, and the loss mathematics keeps full relative precision when it saturates. `preference_fwd_kernel` returns,
-beside the losses and rewards, d loss / d s for the sum s of each sequence. Its formulas restate `alignloss.losses` (dpo,
-ipo, kto, cpo), against which it is tested.
+deterministic, and the mathematics of a loss keeps full relative precision when it saturates. `preference_fwd_kernel`
+returns, beside losses and rewards, d loss / d s for the sum s of each sequence. Its formulas restate those of the plain
+losses (dpo, ipo, kto, cpo), against which it is tested.
 """
 
 import torch
@@ -92,9 +92,7 @@ def preference_fwd_kernel(
 ):
     i = tl.program_id(0)
     ref_i = tl.load(ref + i) if LOSS != "cpo" else tl.full((), 0.0, tl.float64)
-    total, count = _sum_tokens(
-        values, weights, labels, offsets, i, ignore_index, HAS_WEIGHTS, LOSS == "ipo", BLOCK
-    )
+    total, count = _sum_tokens(values, weights, labels, offsets, i, ignore_index, HAS_WEIGHTS, LOSS == "ipo", BLOCK)
     logratio = total - ref_i
     tl.store(sums + i, total)
     tl.store(rewards + i, beta * logratio)

@@ -1,4 +1,4 @@
-"""Tests run Triton kernels in its interpreter unless a GPU is there; memory that torch hands out is poisoned with NaN."""
+"""Tests run Triton kernels in its interpreter unless a GPU is there; memory from torch.empty is poisoned with NaN."""
 
 import os
 

@@ -40,7 +40,11 @@ def test_log_probabilities_and_every_gradient(backend, transform, with_bias, tra
         return [alignloss.linear_logprob(h, w, labels, b, backend=backend, workspace_bytes=12_000, **transform)]
 
     expected = run(
-        lambda h, w, b: [token_logps(h, w, labels, b, **transform)], upstream, (hidden, weight, bias), torch.float64, trained
+        lambda h, w, b: [token_logps(h, w, labels, b, **transform)],
+        upstream,
+        (hidden, weight, bias),
+        torch.float64,
+        trained,
     )
     got = run(fused, upstream, (hidden, weight, bias), torch.float32, trained)
     assert len(got) == len(expected)
@@ -91,7 +95,9 @@ def test_16_bit_error_is_at_most_twice_that_of_naive_torch(dtype, trained):
         picked = torch.log_softmax((h @ w.T + b).float(), -1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
         return [torch.where(labels == -100, 0.0, picked)]
 
-    exact = run(lambda h, w, b: [token_logps(h, w, labels, b)], upstream, (hidden, weight, bias), torch.float64, trained)
+    exact = run(
+        lambda h, w, b: [token_logps(h, w, labels, b)], upstream, (hidden, weight, bias), torch.float64, trained
+    )
     plain = run(naive, upstream, (hidden, weight, bias), dtype, trained)
     fused = run(
         lambda h, w, b: [alignloss.linear_logprob(h, w, labels, b, workspace_bytes=100_000)],
@@ -120,7 +126,11 @@ def test_the_workspace_changes_no_result_beyond_rounding(workspace):
 def test_shapes_that_are_no_multiple_of_any_block(backend, N, H, V):
     hidden, weight, _, labels = inputs(N, hidden_size=H, vocabulary=V, masked=0.0)
     expected = run(
-        lambda h, w, b: [token_logps(h, w, labels)], [torch.ones(N)], (hidden, weight, None), torch.float64, "hidden weight"
+        lambda h, w, b: [token_logps(h, w, labels)],
+        [torch.ones(N)],
+        (hidden, weight, None),
+        torch.float64,
+        "hidden weight",
     )
     got = run(
         lambda h, w, b: [alignloss.linear_logprob(h, w, labels, backend=backend, workspace_bytes=6_000)],

@@ -67,7 +67,9 @@ def test_cpo():
     assert (chosen.item(), rejected.item()) == (-5.0, -6.5)
 
 
-@pytest.mark.parametrize("fn", [losses.dpo_loss, losses.ipo_loss, losses.ipo_sum_loss, losses.kto_loss, losses.cpo_loss])
+@pytest.mark.parametrize(
+    "fn", [losses.dpo_loss, losses.ipo_loss, losses.ipo_sum_loss, losses.kto_loss, losses.cpo_loss]
+)
 def test_values_are_unreduced_and_rewards_detached(fn):
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
     data = [t(-3, -4).requires_grad_() if n in ("logps", "chosen_logps", "rejected_logps") else t(1, 2) for n in names]

@@ -19,10 +19,14 @@ def case(name, backend="auto", **head):
     options = {"backend": backend, **head}
     if name == "dpo":
         module = alignloss.DPOLoss(beta=0.3, label_smoothing=0.1, **options)
-        plain = lambda s, n: losses.dpo_loss(s[half[0]], s[half[1]], ref[half[0]], ref[half[1]], beta=0.3, label_smoothing=0.1)  # noqa: E501, E731
+        plain = lambda s, n: losses.dpo_loss(
+            s[half[0]], s[half[1]], ref[half[0]], ref[half[1]], beta=0.3, label_smoothing=0.1
+        )
     elif name == "ipo":
         module = alignloss.IPOLoss(beta=0.2, **options)
-        plain = lambda s, n: losses.ipo_loss(s[half[0]], s[half[1]], ref[half[0]], ref[half[1]], n[half[0]], n[half[1]], beta=0.2)  # noqa: E501, E731
+        plain = lambda s, n: losses.ipo_loss(
+            s[half[0]], s[half[1]], ref[half[0]], ref[half[1]], n[half[0]], n[half[1]], beta=0.2
+        )
     elif name == "cpo":
         module = alignloss.CPOLoss(beta=0.2, nll_weight=0.7, **options)
 
@@ -54,7 +58,9 @@ def test_loss_and_gradients_match_full_logits(name, backend, trained):
     exact = [leaf(t) for t in (hidden, weight, bias)]
     expected = plain(*sums_and_lengths(exact[0], exact[1], labels, exact[2], **transform))
     expected[0].mean().backward()
-    h, w, b = (leaf(t, torch.float32, n in trained) for t, n in ((hidden, "hidden"), (weight, "weight"), (bias, "weight")))
+    h, w, b = (
+        leaf(t, torch.float32, n in trained) for t, n in ((hidden, "hidden"), (weight, "weight"), (bias, "weight"))
+    )
     out = module(h, w, labels, b, **keywords)
     out.loss.backward()
     assert error(out.loss.detach(), expected[0].mean().detach()) <= FP32

@@ -5,6 +5,8 @@ and on `state`, a tensor (7, C) of running sums over the vocabulary without the 
 or z = cap tanh(x) under a softcap. Leaving the target out keeps 1 - p_y and log p_y exact as p_y -> 1.
 """
 
+import os
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -69,22 +71,23 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return name
     if name not in ("auto", "triton"):
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {name!r}")
+    if name == "auto" and device.type == "cpu":
+        return "torch"
     problem = _triton_problem(device, dtype)
-    if name == "auto":
-        return "torch" if problem or device.type == "cpu" else "triton"
-    if problem:
+    if problem and name == "triton":
         raise ValueError(f"backend='triton' cannot run here: {problem}; use backend='auto' or 'torch'")
-    return name
+    return "torch" if problem else "triton"
+
+
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def _triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "it computes in float32 and the input is float64"
-    try:
-        import triton
-    except ImportError:
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed (pip install 'alignloss[triton]')"
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1), meant for tests"
     if device.type not in ("cpu", "cuda"):
         return f"device type {device.type!r} is not an NVIDIA or AMD GPU"

@@ -77,7 +77,9 @@ def fold(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     spare = scratch[0] if save == 2 else None
-    return tile.fold_fwd(x, spare, state, labels, u, u2, first, transform.cap, save, _extras(wanted) or save == 2, dtype)
+    return tile.fold_fwd(
+        x, spare, state, labels, u, u2, first, transform.cap, save, _extras(wanted) or save == 2, dtype
+    )
 
 
 def dlogits(

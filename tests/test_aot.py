@@ -1,0 +1,27 @@
+"""Every kernel configuration compiles for GPUs that are not here, within their resources."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_kernels_compile_within_resources(target, tmp_path):
+    path = tmp_path / "report.json"
+    # in a process of its own: the interpreter, on for the other tests, is chosen at import
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run(
+        [sys.executable, "-m", "alignloss.kernels.aot", str(path), target], check=True, env=environment, cwd=tmp_path
+    )
+    rows = json.loads(path.read_text())["kernels"]
+    assert len(rows) >= 25
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert row["shared_bytes"] <= row["shared_limit"], row
+        assert not row["warnings"], row
+        assert row["tensor_cores"] or not row["wants_tensor_cores"], row

@@ -1,0 +1,73 @@
+"""The ops under torch.compile and torch.library's own checks."""
+
+import pytest
+import torch
+from reference import inputs, leaf
+
+import alignloss
+from alignloss import ops
+
+REF = torch.linspace(-9, -3, 4)
+
+
+def compare(function, *tensors, **compile_options):
+    """Outputs and gradients of a compiled function equal the eager ones."""
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, **compile_options)):
+        leaves = [leaf(t, torch.float32) for t in tensors]
+        out = run(*leaves)
+        out.sum().backward()
+        results.append((out.detach(), *(t.grad for t in leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_log_probabilities_with_a_mask(backend):
+    hidden, weight, _, labels = inputs(4, 7)
+    compare(lambda h, w: alignloss.linear_logprob(h * 2, w, labels, softcap=3.0), hidden, weight, backend=backend)
+
+
+def test_log_probabilities_with_a_token_index():
+    hidden, weight, _, labels = inputs(4, 7)
+    index = torch.nonzero(labels.view(-1) != -100).squeeze(1)
+    compare(
+        lambda h: alignloss.linear_logprob(h, weight.float(), labels, token_index=index), hidden, backend="aot_eager"
+    )
+
+
+def test_dpo_with_a_mask():
+    hidden, weight, _, labels = inputs(4, 7)
+    loss = alignloss.DPOLoss(beta=0.3)
+    compare(lambda h, w: loss(h, w, labels, ref_logps=REF).loss, hidden, weight, backend="aot_eager")
+
+
+def test_nothing_to_differentiate():
+    hidden, weight, _, labels = inputs(4, 7, dtype=torch.float32)
+    compiled = torch.compile(
+        lambda h: alignloss.sequence_logprob(h, weight, labels).logps, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(hidden), alignloss.sequence_logprob(hidden, weight, labels).logps)
+
+
+@pytest.mark.parametrize("stats", [0, 31])
+@pytest.mark.parametrize("with_index", [False, True])
+def test_opcheck_of_the_log_probability(stats, with_index):
+    hidden, weight, bias, labels = inputs(9, hidden_size=5, vocabulary=13, dtype=torch.float32)
+    index = torch.nonzero(labels != -100).squeeze(1) if with_index else None
+    arguments = (
+        *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, not with_index, torch.float32,
+        -100, 1.2, 2.0, 0.9, stats, 2 if stats else 1, "torch", 4_000, True,
+    )  # fmt: skip
+    torch.library.opcheck(ops.linear_logprob_fwd, arguments)
+
+
+def test_opcheck_of_the_sequence_ops():
+    values, offsets = torch.randn(9, requires_grad=True), torch.tensor([0, 4, 4, 9])
+    torch.library.opcheck(ops.sequence_sum, (values, offsets, None, "torch"))
+    torch.library.opcheck(ops.sequence_sum, (values, offsets, torch.rand(9).double(), "torch"))
+    torch.library.opcheck(ops.sequence_scatter, (torch.randn(3).double(), offsets, None, 9, torch.float32, "torch"))
+    ref, labels = torch.randn(4).double(), torch.arange(9)
+    pairs = torch.tensor([0, 2, 4, 4, 9])
+    options = (0.1, 0.0, 1.0, 1.0, -100)
+    torch.library.opcheck(ops.preference, (values, pairs, None, labels, ref, None, None, "dpo", *options))

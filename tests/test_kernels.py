@@ -1,0 +1,214 @@
+"""Each Triton kernel against float64, on a GPU or in the interpreter (float32 and float16 there, small shapes)."""
+
+import itertools
+
+import pytest
+import torch
+from reference import error, inputs, leaf, logits
+
+pytest.importorskip("triton")
+
+from alignloss.kernels import sequence, stats, tile
+
+import alignloss
+from alignloss import losses
+from alignloss.backends import Transform as T
+from alignloss.backends import _torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CAPS = [None, 2.0]
+
+
+def fresh_state(rows):
+    state = torch.zeros(7, rows, device=DEVICE)
+    state[0], state[2], state[6] = -1e30, torch.nan, -torch.inf
+    return state
+
+
+def expected_state(x, labels, cap):
+    """The seven rows in float64, relative to the reference that the kernel chose."""
+
+    def at(reference):
+        z = x if cap is None else cap * torch.tanh(x)
+        rest = z.masked_fill(torch.nn.functional.one_hot(labels, x.shape[1]).bool(), -torch.inf)
+        e = (rest - reference[:, None]).exp()
+        ze = torch.where(e > 0, (rest - reference[:, None]) * e, 0)
+        target = x.gather(1, labels[:, None]).squeeze(1)
+        return torch.stack([reference, e.sum(1), target, ze.sum(1), z.sum(1), e.square().sum(1), rest.amax(1)])
+
+    return at
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "N", "H", "V"), [(torch.float32, 17, 33, 97), (torch.float32, 1, 16, 33), (torch.float16, 16, 48, 64)]
+)
+def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
+    hidden, weight, bias, labels = inputs(N, hidden_size=H, vocabulary=V, masked=0.0)
+    hidden, weight = hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)
+    bias, labels = (bias.float().to(DEVICE) if with_bias else None), labels.to(DEVICE)
+    state = fresh_state(N)
+    stats.stats_fwd(hidden, weight, bias, labels, state, 1.5, cap, True, "ieee")
+    x = hidden.double() @ weight.double().T * 1.5 + (0 if bias is None else bias.double())
+    for got, expected in zip(state, expected_state(x, labels, cap)(state[0].double()), strict=True):
+        assert float((got - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("save", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype):
+    N, H, V = 5, 33, 90
+    x = torch.randn(N, V, dtype=torch.float64, device=DEVICE) * 3
+    x[:2, 50:] += 60  # the reference has to move
+    labels = torch.tensor([0, 60, 89, 44, 45], device=DEVICE)
+    weight = torch.randn(V, H, dtype=torch.float64, device=DEVICE)
+    state = fresh_state(N)
+    u, u2 = torch.zeros(N, H, device=DEVICE), torch.zeros(N, H, device=DEVICE)
+    for first, last in ((0, 45), (45, 90)):
+        part = x[:, first:last].float().contiguous()
+        spare = torch.empty_like(part) if save == 2 else None
+        e, ze = tile.fold_fwd(
+            part, spare, state, labels, u if save else None, u2 if save == 2 else None, first, cap, save, True, dtype
+        )
+        if save:
+            u += e.float() @ weight[first:last].float()
+        if save == 2:
+            u2 += ze.float() @ weight[first:last].float()
+    expected = expected_state(x, labels, cap)(state[0].double())
+    for got, value in zip(state, expected, strict=True):
+        assert error(got, value) <= 2e-5
+    z = x if cap is None else cap * torch.tanh(x)
+    slope = torch.ones_like(x) if cap is None else 1 - torch.tanh(x) ** 2
+    e = (z - state[0, :, None].double()).exp().scatter(1, labels[:, None], 0) * slope
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    if save:
+        assert error(u, e @ weight) <= tolerance
+    if save == 2:
+        assert error(u2, (e * (z - state[0, :, None])) @ weight) <= tolerance
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dlogits_against_autograd(cap, entropy, dtype):
+    N, V = 5, 90
+    x = leaf(torch.randn(N, V) * 2)
+    labels = torch.tensor([0, 60, 89, 44, 45])
+    a, b = (torch.randn(N, dtype=torch.float64) for _ in range(2)) if entropy else (torch.ones(N).double(), None)
+    z = x if cap is None else cap * torch.tanh(x)
+    logps = z.log_softmax(1)
+    value = (a * logps.gather(1, labels[:, None]).squeeze(1)).sum()
+    if b is not None:
+        value = value + (b * torch.special.entr(logps.exp()).sum(1)).sum()
+    value.backward()
+    rest = 1 - logps.detach().exp().gather(1, labels[:, None])
+    state = expected_state(x.detach(), labels, cap)(z.detach().amax(1))[:4].float().to(DEVICE)
+    terms = None
+    if b is not None:
+        terms = tuple(t.float().to(DEVICE) for t in (a, b, *_torch.entropy_terms(state.cpu(), T(1.0, cap, 1.0))))
+    first_half, second_half = (
+        tile.dlogits_bwd(
+            x.detach()[:, s].float().contiguous().to(DEVICE), state, labels.to(DEVICE), terms, s.start, cap, dtype
+        ).cpu()
+        for s in (slice(0, 45), slice(45, 90))
+    )
+    got = torch.cat([first_half, second_half], 1).double() * rest * (cap or 1.0)  # dz / dx = cap sech^2(x)
+    assert error(got, x.grad) <= (2e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sequence_sums_and_their_adjoint(weighted):
+    values = torch.randn(2500, device=DEVICE)
+    weights = torch.rand(2500, dtype=torch.float64, device=DEVICE) if weighted else None
+    offsets = torch.tensor([0, 1, 1, 1300, 2499], device=DEVICE)  # an empty sequence, a long one, a token of none
+    factors = torch.ones(2500, dtype=torch.float64) if weights is None else weights.cpu()
+    bounds = list(itertools.pairwise(offsets.tolist()))
+    expected = torch.stack([(values.cpu().double() * factors)[i:j].sum() for i, j in bounds])
+    for backend in (_torch.sequence_sum(values, offsets, weights), sequence.sequence_fwd(values, weights, offsets)):
+        torch.testing.assert_close(backend.cpu(), expected)
+    dsums = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64, device=DEVICE)
+    spread = torch.zeros(2500, dtype=torch.float64)
+    for (i, j), g in zip(bounds, dsums.tolist(), strict=True):
+        spread[i:j] = g
+    for backend in (
+        _torch.sequence_scatter(dsums, offsets, weights, 2500, torch.float32),
+        sequence.sequence_bwd(dsums, weights, offsets, 2500),
+    ):
+        torch.testing.assert_close(backend.cpu(), (spread * factors).float())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "cpo"])
+def test_fused_losses_equal_the_plain_ones(loss, scale):
+    B, lengths = 3, torch.tensor([5, 0, 7, 3, 4, 6])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    tokens = int(lengths.sum())
+    values = torch.randn(tokens) * scale
+    labels = torch.randint(0, 9, (tokens,))
+    labels[torch.rand(tokens) < 0.3] = -100
+    ref = torch.randn(6, dtype=torch.float64) * scale
+    desirable, kl = torch.arange(6) % 2 == 0, torch.tensor(0.3, dtype=torch.float64)
+    options = {"beta": 0.3, "label_smoothing": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+    got = sequence.preference_fwd(
+        *(t if t is None else t.to(DEVICE) for t in (values, None, labels, offsets, ref, desirable.to(torch.int8), kl)),
+        loss, -100, *options.values(),
+    )  # fmt: skip
+    sums = leaf(_torch.sequence_sum(values, offsets, None))
+    c, r, rc, rr = sums[:B], sums[B:], ref[:B], ref[B:]
+    counts = torch.stack([(labels[i:j] != -100).sum() for i, j in itertools.pairwise(offsets.tolist())]).clamp(min=1)
+    expected, *rewards = {
+        "dpo": lambda: losses.dpo_loss(c, r, rc, rr, beta=0.3, label_smoothing=0.1),
+        "ipo": lambda: losses.ipo_loss(c, r, rc, rr, counts[:B], counts[B:], beta=0.3),
+        "kto": lambda: losses.kto_loss(
+            sums, ref, desirable, kl, beta=0.3, desirable_weight=1.3, undesirable_weight=0.7
+        ),
+        "cpo": lambda: losses.cpo_loss(c, r, beta=0.3, label_smoothing=0.1),
+    }[loss]()
+    expected.sum().backward()
+    for value, e in zip(got, (expected.detach(), sums.detach(), torch.cat(rewards), sums.grad), strict=True):
+        torch.testing.assert_close(value.cpu(), e, rtol=1e-10, atol=1e-300)
+
+
+def test_the_backend_reaches_every_kernel(monkeypatch):
+    launched = set()
+    for module in (stats, tile, sequence):
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(kernel, name, launched))
+    hidden, weight, _, labels = (t.to(DEVICE) for t in inputs(4, 6, dtype=torch.float32))
+    h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+    alignloss.CPOLoss(backend="triton")(h, w, labels).loss.backward()
+    logps = alignloss.sequence_logprob(hidden, weight, labels, backend="triton").logps
+    assert (
+        error(
+            logps.cpu(),
+            logits(hidden, weight)
+            .log_softmax(-1)
+            .gather(-1, labels.clamp(min=0)[..., None])
+            .squeeze(-1)
+            .masked_fill(labels == -100, 0)
+            .sum(1)
+            .cpu(),
+        )
+        < 1e-5
+    )
+    assert launched == {
+        "stats_fwd_kernel",
+        "combine_fwd_kernel",
+        "fold_fwd_kernel",
+        "dlogits_bwd_kernel",
+        "sequence_fwd_kernel",
+        "sequence_bwd_kernel",
+        "preference_fwd_kernel",
+    }
+
+
+class Recorder:
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.add(self.name)
+        return self.kernel[grid]

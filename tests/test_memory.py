@@ -1,0 +1,59 @@
+"""Peak memory: the workspace is a bound, and the fused step stays far below the logits."""
+
+import pytest
+import torch
+from reference import token_logps
+
+import alignloss
+from alignloss.measure import peak_bytes
+
+MIB = 1 << 20
+H, V = 128, 8192
+
+
+def step_peak(N, dtype, trained, workspace, **options):
+    """Peak bytes of forward and backward above inputs and required gradients, half of the positions masked."""
+    hidden = torch.randn(2 * N, H).to(dtype).requires_grad_("hidden" in trained)
+    weight = (torch.randn(V, H) * H**-0.5).to(dtype).requires_grad_("weight" in trained)
+    labels = torch.randint(0, V, (2 * N,))
+    labels[::2] = -100
+
+    def step():
+        alignloss.linear_logprob(hidden, weight, labels, workspace_bytes=workspace, **options).sum().backward()
+
+    peak = peak_bytes(step)
+    return peak - sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("N", "workspace"), [(4096, 32 * MIB), (4096, 256 * MIB), (16384, 32 * MIB), (16384, 256 * MIB)]
+)
+def test_the_workspace_is_a_bound(N, workspace, dtype, trained):
+    saved = N * H * dtype.itemsize
+    assert step_peak(N, dtype, trained, workspace) <= workspace + saved + 16 * MIB
+
+
+def test_the_workspace_is_a_bound_with_softcap_and_entropy():
+    hidden = torch.randn(2048, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=True)
+    labels = torch.randint(0, V, (2048,))
+
+    def step():
+        stats = alignloss.linear_logprob_stats(
+            hidden, weight, labels, stats=("entropy",), softcap=20.0, workspace_bytes=32 * MIB
+        )
+        (stats.logps + stats.entropy).sum().backward()
+
+    gradients = hidden.nbytes + weight.nbytes
+    assert peak_bytes(step) - gradients <= (32 + 16) * MIB + 2 * hidden.nbytes
+
+
+def test_a_fused_step_peaks_under_an_eighth_of_full_logits():
+    N = 8192
+    fused = step_peak(N, torch.float32, "hidden weight", None)
+    hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.randint(0, V, (N,))
+    full = peak_bytes(lambda: token_logps(hidden, weight, labels).sum().backward()) - hidden.nbytes - weight.nbytes
+    assert fused < full / 8

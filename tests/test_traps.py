@@ -1,0 +1,263 @@
+"""Bad input is a clear ValueError or a defined value: never an access out of bounds, never a plausible wrong number."""
+
+import pytest
+import torch
+from reference import error, inputs, leaf, token_logps
+
+import alignloss
+from alignloss import losses
+
+BACKENDS = ["torch", "triton"]
+
+
+def small(**options):
+    hidden, weight, bias, labels = inputs(4, 5, dtype=torch.float32, **options)
+    labels[0, 0] = 3
+    return hidden, weight, bias, labels
+
+
+@pytest.mark.parametrize("bad", [-1, -101, 101, 2**40])
+def test_a_label_outside_the_vocabulary_raises(bad):
+    hidden, weight, _, labels = small()
+    labels[2, 3] = bad
+    with pytest.raises(ValueError, match=rf"\[0, 101\).*got {bad} at flat position 13"):
+        alignloss.linear_logprob(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [-1, 101, 2**40])
+def test_unchecked_a_label_outside_the_vocabulary_is_nan_in_its_row_alone(backend, bad):
+    hidden, weight, _, labels = small(masked=0.0)
+    labels[2, 3] = bad
+    h = leaf(hidden, torch.float32)
+    logps = alignloss.linear_logprob(h, weight, labels, backend=backend, validate=False, workspace_bytes=8_000)
+    logps.sum().backward()
+    is_bad = labels == bad
+    assert torch.equal(logps.isnan(), is_bad)
+    assert torch.equal(h.grad.isnan().any(-1), is_bad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(4, 5), (0, 5), (4, 0)])
+def test_nothing_to_score_gives_zero_and_a_zero_gradient(backend, shape):
+    hidden, weight, bias, labels = inputs(*shape, dtype=torch.float32)
+    labels.fill_(-100)
+    leaves = [leaf(t, torch.float32) for t in (hidden, weight, bias)]
+    for module in (alignloss.CPOLoss(backend=backend), alignloss.SFTLoss(backend=backend)):
+        out = module(leaves[0], leaves[1], labels, leaves[2])
+        out.loss.backward()
+        assert bool(out.loss.isfinite())
+        assert all(float(t.grad.abs().sum()) == 0 for t in leaves)
+
+
+def test_a_masked_sequence_keeps_a_constant_loss_and_counts():
+    hidden, weight, _, labels = small(masked=0.0)
+    labels[[1, 3]] = -100
+    h = leaf(hidden, torch.float32)
+    out = alignloss.DPOLoss()(h, weight, labels, ref_logps=torch.zeros(4))
+    out.loss.backward()
+    assert float(out.losses[1]) == pytest.approx(0.6931472)
+    assert float(out.loss.detach()) == pytest.approx(float(out.losses.mean()))
+    assert float(h.grad[[1, 3]].abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 5, 36)}, "one H"),
+        ({"weight": torch.zeros(37)}, r"weight \(V, H\)"),
+        ({"labels": torch.zeros(4, 4, dtype=torch.long)}, "leading shape of hidden"),
+        ({"labels": torch.zeros(4, 5)}, "labels must be integers"),
+        ({"bias": torch.zeros(100)}, "bias must be"),
+        ({"weight": torch.zeros(101, 37, dtype=torch.float64)}, "one dtype outside autocast"),
+        ({"weight": torch.zeros(101, 37, dtype=torch.int8)}, "dequantise"),
+        ({"weight": torch.nn.Linear(37, 101)}, "lm_head.weight"),
+        ({"weight": torch.zeros(101, 37, device="meta")}, "weight is on meta"),
+        ({"temperature": 0.0}, "temperature must be a positive"),
+        ({"softcap": -1.0}, "softcap must be a positive"),
+        ({"logit_scale": float("nan")}, "logit_scale must be a finite"),
+        ({"workspace_bytes": 0}, "workspace_bytes must be a positive"),
+        ({"backend": "cuda"}, "'auto', 'torch' or 'triton'"),
+        ({"token_index": torch.zeros(2)}, r"token_index must be \(N,\)"),
+        ({"token_index": torch.tensor([20])}, r"token_index must lie in \[0, 20\)"),
+        ({"token_index": torch.tensor([1])}, "every position with a label exactly once"),
+        ({"token_index": torch.tensor([*range(20), 0])}, "every position with a label exactly once"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, message):
+    hidden, weight, bias, labels = small()
+    arguments = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias} | change
+    with pytest.raises(ValueError, match=message):
+        alignloss.linear_logprob(**arguments)
+
+
+def test_float64_does_not_run_in_float32():
+    hidden, weight, _, labels = inputs(3, 4)
+    with pytest.raises(ValueError, match="float64"):
+        alignloss.linear_logprob(hidden, weight, labels, backend="triton")
+
+
+def test_unknown_statistics():
+    hidden, weight, _, labels = small()
+    for bad in (("perplexity",), "entropy"):
+        with pytest.raises(ValueError, match="stats takes"):
+            alignloss.linear_logprob_stats(hidden, weight, labels, stats=bad)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 5], "rise from 0 to the number of tokens, 20"),
+        ([0, 12, 7, 20], "rise from 0"),
+        ([1, 20], "rise from 0"),
+        ([0.0, 20.0], "integer tensor"),
+    ],
+)
+def test_offsets_that_do_not_fit(offsets, message):
+    hidden, weight, _, labels = small()
+    with pytest.raises(ValueError, match=message):
+        alignloss.sequence_logprob(hidden.view(20, 37), weight, labels.view(20), cu_seqlens=torch.tensor(offsets))
+
+
+def test_layouts_that_do_not_fit():
+    hidden, weight, _, labels = small()
+    with pytest.raises(ValueError, match="pass cu_seqlens"):
+        alignloss.sequence_logprob(hidden.view(20, 37), weight, labels.view(20))
+    with pytest.raises(ValueError, match=r"\(tokens,\) or \(1, tokens\)"):
+        alignloss.sequence_logprob(hidden, weight, labels, cu_seqlens=torch.tensor([0, 20]))
+    with pytest.raises(ValueError, match="token_weights must have the shape"):
+        alignloss.sequence_logprob(hidden, weight, labels, token_weights=torch.ones(4))
+    with pytest.raises(ValueError, match="one shape"):
+        alignloss.next_token_labels(labels, labels[:2])
+
+
+DPO, CPO, KTO = alignloss.DPOLoss(), alignloss.CPOLoss(), alignloss.KTOLoss()
+REF = {"ref_logps": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    ("module", "keywords", "message"),
+    [
+        (DPO, {}, "needs a reference"),
+        (DPO, {"ref_hidden": torch.zeros(4, 5, 37)}, "ref_hidden with ref_weight"),
+        (DPO, {**REF, "ref_hidden": torch.zeros(4, 5, 37), "ref_weight": torch.zeros(101, 37)}, "either ref_logps, or"),
+        (DPO, {**REF, "ref_bias": torch.zeros(101)}, "either ref_logps, or"),
+        (DPO, {"ref_logps": torch.zeros(2)}, r"ref_logps must be \(4,\)"),
+        (DPO, {"ref_logps": torch.tensor(0.0)}, r"ref_logps must be \(4,\)"),
+        (DPO, {"ref_logps": torch.zeros(4, requires_grad=True)}, "without gradient"),
+        (DPO, {**REF, "nll_labels": torch.zeros(4, 5, dtype=torch.long)}, "would be ignored"),
+        (DPO, {**REF, "num_tokens": 3}, "would be ignored"),
+        (DPO, {**REF, "pair_weights": torch.ones(4)}, r"pair_weights must be \(2,\)"),
+        (DPO, {**REF, "desirable": torch.ones(4)}, r"unknown: \['desirable'\]"),
+        (CPO, REF, "reference-free and would ignore"),
+        (CPO, {"nll_labels": torch.zeros(4, 4, dtype=torch.long)}, "nll_labels must have the shape"),
+        (CPO, {"nll_labels": torch.full((4, 5), 7)}, "must agree where both are set"),
+        (KTO, {**REF, "kl": 0.0}, r"missing: \['desirable'\]"),
+        (KTO, {**REF, "desirable": torch.ones(4).bool()}, r"missing: \['kl'\]"),
+        (KTO, {**REF, "kl": 0.0, "desirable": torch.ones(3).bool()}, r"desirable must be \(4,\)"),
+    ],
+)
+def test_module_calls_that_do_not_fit(module, keywords, message):
+    hidden, weight, _, labels = small()
+    with pytest.raises(ValueError, match=message):
+        module(hidden, weight, labels, **keywords)
+
+
+def test_an_odd_batch():
+    hidden, weight, _, labels = small()
+    with pytest.raises(ValueError, match="2B sequences, chosen then rejected; got 3"):
+        CPO(hidden[:3], weight, labels[:3])
+
+
+def both(chosen_logps, rejected_logps, logps):
+    raise NotImplementedError
+
+
+def neither(scores):
+    raise NotImplementedError
+
+
+def reserved(chosen_logps, rejected_logps, labels):
+    raise NotImplementedError
+
+
+def wrong_shape(chosen_logps, rejected_logps):
+    return chosen_logps.mean(), chosen_logps, rejected_logps
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: alignloss.DPOLoss(betta=0.1), r"unknown: \['betta'\]"),
+        (lambda: alignloss.DPOLoss(beta=0.0), "beta must lie in"),
+        (lambda: alignloss.DPOLoss(label_smoothing=0.5), "label_smoothing must lie in"),
+        (lambda: alignloss.PreferenceLoss(losses.dpo_loss), r"missing: \['beta'\]"),
+        (lambda: alignloss.KTOLoss(nll_weight=1.0), "use SFTLoss"),
+        (lambda: alignloss.PreferenceLoss(both), "must take chosen_logps and rejected_logps"),
+        (lambda: alignloss.PreferenceLoss(neither), "must take chosen_logps and rejected_logps"),
+        (lambda: alignloss.PreferenceLoss(reserved), "reserved names"),
+    ],
+)
+def test_modules_that_cannot_be_built(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_loss_function_that_reduces():
+    hidden, weight, _, labels = small()
+    with pytest.raises(ValueError, match=r"3 tensors of shape \(2,\)"):
+        alignloss.PreferenceLoss(wrong_shape)(hidden, weight, labels)
+
+
+def test_a_second_backward_and_another_upstream_gradient_are_exact():
+    hidden, weight, _, labels = inputs(3, 6)
+    exact = [leaf(hidden), leaf(weight)]
+    expected = token_logps(*exact, labels)
+    fused = [leaf(hidden), leaf(weight)]
+    got = alignloss.linear_logprob(*fused, labels, workspace_bytes=8_000)
+    for upstream in (torch.randn(3, 6).double(), torch.randn(3, 6).double() * 1e6):
+        e = torch.autograd.grad(expected, exact, upstream, retain_graph=True)
+        g = torch.autograd.grad(got, fused, upstream, retain_graph=True)
+        assert max(error(a, b) for a, b in zip(g, e, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_double_backward_is_refused(trained):
+    hidden, weight, _, labels = inputs(3, 6)
+    tensors = {
+        "hidden": leaf(hidden, requires_grad=trained == "hidden"),
+        "weight": leaf(weight, requires_grad=trained == "weight"),
+    }
+    logps = alignloss.linear_logprob(**tensors, labels=labels)
+    upstream = torch.ones_like(logps, requires_grad=True)
+    (grad,) = torch.autograd.grad(logps, tensors[trained], upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.sum().backward()
+
+
+def test_no_grad_computes_no_gradient():
+    hidden, weight, _, labels = inputs(3, 6)
+    with torch.no_grad():
+        assert not alignloss.linear_logprob(leaf(hidden), leaf(weight), labels).requires_grad
+
+
+def test_garbage_at_unlabelled_positions_is_never_read():
+    hidden, weight, _, labels = inputs(3, 6, dtype=torch.float32)
+    hidden[labels == -100] = torch.nan
+    index = torch.arange(18)  # padded by the unlabelled positions
+    for options in ({}, {"token_index": index}):
+        h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+        alignloss.linear_logprob(h, w, labels, **options).sum().backward()
+        assert bool(h.grad.isfinite().all())
+        assert bool(w.grad.isfinite().all())
+
+
+def test_the_same_call_is_bitwise_equal():
+    hidden, weight, _, labels = inputs(4, 20, dtype=torch.float32)
+    results = set()
+    for _ in range(5):
+        h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+        out = alignloss.CPOLoss(workspace_bytes=20_000)(h, w, labels)
+        out.loss.backward()
+        results.add((float(out.loss.detach()), float(h.grad.sum()), float(w.grad.sum())))
+    assert len(results) == 1
