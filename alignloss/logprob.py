@@ -3,11 +3,13 @@
 Notation: N labelled tokens, H hidden size, V vocabulary, M positions, S sequences.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, ops
 
@@ -64,9 +66,9 @@ def linear_logprob(
         labels: (...) integers in [0, V), or `ignore_index` where nothing is scored. Labels are aligned with hidden:
             `next_token_labels` makes them from token ids. HF's `labels`, which are not shifted, train the wrong thing.
         bias: (V,), optional.
-        token_index: (N,) integers, the flat positions to score; every labelled position exactly once, and ignored
-            positions as padding if a fixed N is wanted. Without it the labelled positions are looked up, which costs
-            one device synchronisation.
+        token_index: (N,) integers, the flat positions to score; every labelled position exactly once (unchecked, a
+            repeated one counts twice in the gradient of weight), and ignored positions as padding if a fixed N is
+            wanted. Without it the labelled positions are looked up, which costs one device synchronisation.
         ignore_index: the label of positions that are not scored.
         logit_scale: factor on the logits, before the softcap.
         softcap: positive bound c of the logits, or None.
@@ -163,7 +165,7 @@ def sequence_logprob(
     """
     ignore_index = options.get("ignore_index", -100)
     offsets = sequence_offsets(labels, cu_seqlens, options.get("validate"))
-    weights = flat_token_weights(token_weights, labels)
+    weights = flat_token_weights(token_weights, labels, ignore_index)
     backend, outputs = token_outputs(hidden, weight, labels, bias, stats=0, **options)
     sums = ops.sequence_sum(outputs[0], offsets, weights, backend)
     return SequenceLogprob(sums.to(outputs[0].dtype), labelled_tokens(labels, offsets, ignore_index).clamp(min=1))
@@ -180,10 +182,10 @@ def next_token_labels(
 
     The last position of every sequence predicts nothing. Same shape as `input_ids`, int64.
     """
-    if input_ids.shape != completion_mask.shape or input_ids.dim() not in (1, 2):
+    if input_ids.shape != completion_mask.shape or input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids and completion_mask must have one shape, (S, T) or packed (tokens,); "
-            f"got {tuple(input_ids.shape)} and {tuple(completion_mask.shape)}"
+            f"input_ids (integers) and completion_mask must have one shape, (S, T) or packed (tokens,); "
+            f"got {tuple(input_ids.shape)} {input_ids.dtype} and {tuple(completion_mask.shape)}"
         )
     offsets = sequence_offsets(input_ids, cu_seqlens, None)
     labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
@@ -207,20 +209,15 @@ def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool |
         return torch.arange(sequences + 1, device=labels.device) * length
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise ValueError(f"with cu_seqlens, labels must be (tokens,) or (1, tokens); got {tuple(labels.shape)}")
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point() or cu_seqlens.is_complex():
         raise ValueError(
             f"cu_seqlens must be a 1-d integer tensor (S + 1,); got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, labels on {labels.device}; move one of them")
-    if validates(validate, labels.device):
-        tokens = labels.numel()
-        ordered = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
-        if not ordered or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu_seqlens.tolist()[:8]} ..."
-            )
-    return cu_seqlens.long()
+    return ops.sequence_offsets(cu_seqlens, labels.numel(), validates(validate, labels.device))
 
 
 def labelled_tokens(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
@@ -229,25 +226,27 @@ def labelled_tokens(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tenso
     return counts[offsets[1:]] - counts[offsets[:-1]]
 
 
-def flat_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tensor | None:
-    """Token weights as (M,) float64, detached."""
+def flat_token_weights(token_weights: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor | None:
+    """Token weights as (M,) float64, detached, 0 at ignored positions."""
     if token_weights is None:
         return None
     check_like_labels("token_weights", token_weights, labels)
-    return token_weights.detach().reshape(-1).double()
+    return token_weights.detach().double().masked_fill(labels == ignore_index, 0).reshape(-1)
 
 
 def check_like_labels(name: str, value: Tensor, labels: Tensor) -> None:
-    if value.shape != labels.shape or value.device != labels.device:
+    if not isinstance(value, Tensor) or value.shape != labels.shape or value.device != labels.device:
         raise ValueError(
             f"{name} must have the shape and device of labels, {tuple(labels.shape)} on {labels.device}; "
             f"got {tuple(value.shape)} on {value.device}"
+            if isinstance(value, Tensor)
+            else f"{name} must be a torch.Tensor, got {type(value).__name__}"
         )
 
 
 def validates(validate: bool | None, device: torch.device) -> bool:
-    """Whether values are checked on the host: as asked, by default on a CPU, never while compiling."""
-    return (device.type == "cpu" if validate is None else validate) and not torch.compiler.is_compiling()
+    """Whether values are checked on the host: as asked, by default on a CPU."""
+    return device.type == "cpu" if validate is None else validate
 
 
 def token_outputs(
@@ -268,11 +267,9 @@ def token_outputs(
 ) -> tuple[str, tuple[Tensor, ...]]:
     """The checked call of the op on flattened tokens: the resolved backend, and logps and stats, each (M,) or empty."""
     _check_tensors(hidden, weight, labels, bias, token_index)
-    _check_options(logit_scale, softcap, temperature, workspace_bytes)
+    check_options(logit_scale, softcap, temperature, workspace_bytes)
     compute_dtype = _compute_dtype(hidden, weight, bias)
     resolved = backends.resolve(backend, hidden.device, compute_dtype)
-    if validate is None:
-        validate = hidden.device.type == "cpu"
     flat_labels = labels.reshape(-1).long()
 
     differentiate = torch.is_grad_enabled()
@@ -304,7 +301,7 @@ def token_outputs(
         save,
         resolved,
         int(workspace_bytes or ops.default_workspace(hidden.device)),
-        validate,
+        validates(validate, hidden.device),
     )
     return resolved, outputs[: 1 + len(backends.STATS)]
 
@@ -312,10 +309,16 @@ def token_outputs(
 def _check_tensors(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, token_index: Tensor | None
 ) -> None:
-    for name, value in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+    required = {"hidden": hidden, "weight": weight, "labels": labels}
+    given = {name: value for name, value in (("bias", bias), ("token_index", token_index)) if value is not None}
+    for name, value in (required | given).items():
         if not isinstance(value, Tensor):
             got = type(value).__name__
             raise ValueError(f"{name} must be a torch.Tensor, got {got}; pass lm_head.weight, not lm_head")
+        if hasattr(value, "full_tensor"):
+            raise ValueError(f"{name} is a DTensor, of which this op would see a shard; gather it with full_tensor()")
+        if _has_tangent(value):
+            raise RuntimeError(f"{name} carries a forward-mode tangent; alignloss differentiates in reverse mode only")
     if hidden.dim() < 1 or weight.dim() != 2 or 0 in weight.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be (..., H) and weight (V, H) with one H >= 1 and V >= 1; "
@@ -332,12 +335,18 @@ def _check_tensors(
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     if token_index is not None and (token_index.dim() != 1 or token_index.dtype not in (torch.int64, torch.int32)):
         raise ValueError(f"token_index must be (N,) int64, got {tuple(token_index.shape)} {token_index.dtype}")
-    for name, other in (("weight", weight), ("labels", labels), ("bias", bias), ("token_index", token_index)):
-        if other is not None and other.device != hidden.device:
-            raise ValueError(f"{name} is on {other.device}, hidden on {hidden.device}; move one of them")
+    for name, value in (required | given).items():
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}; move one of them")
 
 
-def _check_options(logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None) -> None:
+def _has_tangent(value: Tensor) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None
+
+
+def check_options(logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None) -> None:
     for name, number, positive in (
         ("logit_scale", logit_scale, False),
         ("softcap", softcap, True),
@@ -346,7 +355,7 @@ def _check_options(logit_scale: float, softcap: float | None, temperature: float
     ):
         if number is None:
             continue
-        if isinstance(number, Tensor) or not -float("inf") < number < float("inf") or (positive and number <= 0):
+        if not isinstance(number, (int, float)) or not math.isfinite(number) or (positive and number <= 0):
             kind = "a positive number" if positive else "a finite number"
             raise ValueError(f"{name} must be {kind}, got {number!r}")
 

@@ -4,6 +4,7 @@ loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from . import losses, ops
 from .logprob import (
     check_like_labels,
+    check_options,
     flat_token_weights,
     labelled_tokens,
     sequence_logprob,
@@ -41,7 +43,7 @@ _FILLED_PAIRED: dict[str, tuple[str, int | None]] = {
     for half, side in enumerate(("chosen", "rejected"))
 }
 # losses with a kernel that sums the tokens and computes loss, rewards and coefficients in one launch
-_FUSED = {losses.dpo_loss: "dpo", losses.ipo_loss: "ipo", losses.kto_loss: "kto", losses.cpo_loss: "cpo"}
+_FUSED = ((losses.dpo_loss, "dpo"), (losses.ipo_loss, "ipo"), (losses.kto_loss, "kto"), (losses.cpo_loss, "cpo"))
 
 
 class PairedOutput(NamedTuple):
@@ -80,6 +82,9 @@ class _HeadLoss(nn.Module):
         validate: bool | None = None,
     ) -> None:
         super().__init__()
+        check_options(logit_scale, softcap, temperature, workspace_bytes)
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
         self.ignore_index, self.validate = ignore_index, validate
         self.head_options: dict[str, Any] = {
             "ignore_index": ignore_index,
@@ -135,6 +140,7 @@ class PreferenceLoss(_HeadLoss):
             )
         self.filled, foreign = (_FILLED_PAIRED, _FILLED_UNPAIRED) if self.paired else (_FILLED_UNPAIRED, _FILLED_PAIRED)
         self.data = {p.name: p.default is p.empty for p in positional if p.name not in self.filled}
+        self.defaults = {p.name: p.default for p in positional if p.default is not p.empty}
         self.needs_reference = any(self.filled[n][0] == "ref_logps" for n in self.names if n in self.filled)
         known = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
         taken = set(self.data) & {*foreign, *inspect.signature(self.forward).parameters}
@@ -142,6 +148,7 @@ class PreferenceLoss(_HeadLoss):
         if taken:
             raise ValueError(f"parameters of {self.fn_name} have reserved names, {sorted(taken)}; rename them")
         _check_keywords(f"{self.fn_name} takes the options", known, options)
+        _check_number("nll_weight", nll_weight)
         if nll_weight and not self.paired:
             raise ValueError(
                 f"nll_weight adds the NLL of chosen sequences and {self.fn_name} is unpaired; use SFTLoss beside it"
@@ -202,7 +209,10 @@ class PreferenceLoss(_HeadLoss):
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
         count = sequences // 2 if self.paired else sequences
 
-        weights = flat_token_weights(token_weights, labels)
+        for name, number in (("num_sequences", num_sequences), ("num_tokens", num_tokens)):
+            if number is not None and not isinstance(number, Tensor):
+                _check_number(name, number, positive=True)
+        weights = flat_token_weights(token_weights, labels, self.ignore_index)
         scored_labels = labels
         if nll_labels is not None:
             nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets[count])
@@ -227,24 +237,31 @@ class PreferenceLoss(_HeadLoss):
                 ).logps.double()
         elif ref_logps is not None:
             ref = _column("ref_logps", ref_logps, sequences, hidden.device)
-            if ref.requires_grad or ref.dim() == 0:
+            if ref.requires_grad or ref.dim() == 0 or not ref.is_floating_point():
                 raise ValueError(
-                    f"ref_logps must be ({sequences},) without gradient, sums made under torch.no_grad(); got shape "
-                    f"{tuple(ref.shape)}, requires_grad={ref.requires_grad}"
+                    f"ref_logps must be ({sequences},) floating point without gradient, sums made under "
+                    f"torch.no_grad(); got {tuple(ref.shape)} {ref.dtype}, requires_grad={ref.requires_grad}"
                 )
 
-        extra = {name: _column(name, value, count, hidden.device) for name, value in data.items()}
-        if backend == "triton" and self.fn in _FUSED:
-            sums, results = self._fused(tokens, offsets, weights, labels, ref, extra)
+        extra = {n: _column(n, value, count, hidden.device) for n, value in data.items() if value is not None}
+        factors = None
+        if pair_weights is not None:
+            factors = _column("pair_weights", pair_weights, count, hidden.device).detach()
+        fused = self._fused_name() if backend == "triton" else None
+        if fused is not None:
+            sums, results = self._fused(fused, tokens, offsets, weights, labels, ref, extra)
         else:
             sums = ops.sequence_sum(tokens, offsets, weights, backend)
+            logps = sums
+            if factors is not None:
+                # no gradient into dropped pairs, whose loss need not be finite
+                dropped = (factors == 0).expand(count).repeat(2 if self.paired else 1)
+                logps = torch.where(dropped, sums.detach(), sums)
             lengths = labelled_tokens(labels, offsets, self.ignore_index).clamp(min=1)
-            results = self._plain({"logps": sums, "ref_logps": ref, "lengths": lengths}, extra, count)
+            results = self._plain({"logps": logps, "ref_logps": ref, "lengths": lengths}, extra, count)
         values, *rewards = results
 
-        weighted = values
-        if pair_weights is not None:
-            weighted = values * _column("pair_weights", pair_weights, count, hidden.device).detach()
+        weighted = values if factors is None else torch.where(factors == 0, 0, values * factors)
         loss = weighted.sum() / (max(count, 1) if num_sequences is None else num_sequences)
         dtype = tokens.dtype
         if not self.paired:
@@ -288,27 +305,30 @@ class PreferenceLoss(_HeadLoss):
     def _plain(self, columns: dict[str, Tensor | None], extra: dict[str, Tensor], count: int) -> tuple[Tensor, ...]:
         """Call the loss function on its halves of the batch."""
         halves = {None: slice(None), 0: slice(None, count), 1: slice(count, None)}
-        arguments = []
+        arguments: list[Any] = []
         for name in self.names:
             if name in self.filled:
                 column, half = self.filled[name]
                 values = columns[column]
                 assert values is not None
                 arguments.append(values[halves[half]])
-            elif name in extra:
-                arguments.append(extra[name])
             else:
-                break  # parameters with defaults that were not given; a later one is passed by name below
-        named = {name: extra[name] for name in self.names[len(arguments) :] if name in extra}
-        results = self.fn(*arguments, **named, **self.options)
+                arguments.append(extra.get(name, self.defaults.get(name)))
+        results = self.fn(*arguments, **self.options)
         expected = 3 if self.paired else 2
-        if not isinstance(results, tuple) or [tuple(r.shape) for r in results] != [(count,)] * expected:
-            got = [tuple(r.shape) for r in results] if isinstance(results, tuple) else type(results).__name__
+        if not isinstance(results, tuple) or [getattr(r, "shape", None) for r in results] != [(count,)] * expected:
+            got = [tuple(getattr(r, "shape", "?")) for r in results] if isinstance(results, tuple) else results
             raise ValueError(f"{self.fn_name} must return a tuple of {expected} tensors of shape ({count},), got {got}")
         return results
 
+    def _fused_name(self) -> str | None:
+        """The name of the fused kernel that computes this loss, if there is one."""
+        numbers = all(isinstance(value, (int, float)) for value in self.options.values())
+        return next((name for fn, name in _FUSED if fn is self.fn and numbers), None)
+
     def _fused(
         self,
+        loss: str,
         tokens: Tensor,
         offsets: Tensor,
         weights: Tensor | None,
@@ -325,7 +345,7 @@ class PreferenceLoss(_HeadLoss):
             ref,
             extra.get("desirable"),
             extra.get("kl"),
-            _FUSED[self.fn],
+            loss,
             **{name: float(value) for name, value in (defaults | self.options).items()},
             ignore_index=self.ignore_index,
         )
@@ -342,7 +362,10 @@ def _check_keywords(what: str, known: dict[str, bool], given: dict[str, Any]) ->
 
 def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
     """A datum as a tensor (count,) or 0-d, floating point in float64."""
-    value = value if isinstance(value, Tensor) else torch.as_tensor(value, device=device)
+    if not isinstance(value, Tensor):
+        if not isinstance(value, (bool, int, float)):
+            raise ValueError(f"{name} must be a tensor ({count},) or 0-d, or a number; got {type(value).__name__}")
+        value = torch.tensor(value, device=device, dtype=torch.float64 if isinstance(value, float) else None)
     if value.dim() and value.shape != (count,):
         raise ValueError(f"{name} must be ({count},), in the order of the batch, or 0-d; got {tuple(value.shape)}")
     if value.device != device:
@@ -404,6 +427,10 @@ class CPOLoss(PreferenceLoss):
 class SFTLoss(_HeadLoss):
     """The negative log-likelihood alone, in nats per labelled token. Options as in `linear_logprob`."""
 
+    def __init__(self, **options: Any) -> None:
+        _check_keywords("SFTLoss takes the options", dict.fromkeys(_HEAD_OPTIONS, False), options)
+        super().__init__(**options)
+
     def forward(
         self,
         hidden: Tensor,  # (B, T, H), or packed (tokens, H) or (1, tokens, H)
@@ -415,12 +442,14 @@ class SFTLoss(_HeadLoss):
         token_index: Tensor | None = None,  # (N,)
         token_weights: Tensor | None = None,  # the shape of labels
         num_tokens: float | Tensor | None = None,
+        **unknown: Any,
     ) -> UnpairedOutput:
         """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
 
         loss = -sum of (weighted) token log-probabilities / num_tokens, by default the labelled tokens of this call.
         `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
         """
+        _check_keywords("SFTLoss takes no further data", {}, unknown)
         logps, _ = sequence_logprob(
             hidden,
             weight,
@@ -437,8 +466,14 @@ class SFTLoss(_HeadLoss):
         return UnpairedOutput(loss, -logps.detach(), logps.detach(), torch.zeros_like(logps))
 
 
+def _check_number(name: str, value: Any, positive: bool = False) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be a {'positive' if positive else 'finite'} number, got {value!r}")
+
+
 def _check_range(**options: float) -> None:
     for name, value in options.items():
+        _check_number(name, value)
         low, high = (0.0, 0.5) if name == "label_smoothing" else (0.0, float("inf"))
         if not (low <= value < high) or (name == "beta" and value == 0):
             interval = "(0, inf)" if name == "beta" else f"[{low}, {high})"

@@ -21,7 +21,14 @@ from torch import Tensor
 from . import backends
 from .backends import ENTROPY, REF, SAVED_ROWS, STATE_ROWS, STATS, TARGET, TOP, Transform
 
-__all__ = ["linear_logprob_bwd", "linear_logprob_fwd", "sequence_scatter", "sequence_sum"]
+__all__ = [
+    "linear_logprob_bwd",
+    "linear_logprob_fwd",
+    "preference",
+    "sequence_offsets",
+    "sequence_scatter",
+    "sequence_sum",
+]
 
 MIB = 1 << 20
 
@@ -78,9 +85,10 @@ class _Problem:
     ) -> None:
         self.hidden, self.weight, self.transform = hidden, weight, transform
         self.index = torch.nonzero(labels != ignore_index).squeeze(1) if select else token_index
-        labels = labels if self.index is None else labels[self.index]
+        labels = labels.contiguous() if self.index is None else labels[self.index]
+        # rows with an ignored label score token 0 and are zeroed at the end
         self.ignored = None if select else labels == ignore_index
-        self.labels = labels
+        self.labels = labels if self.ignored is None else labels.masked_fill(self.ignored, 0)
         self.rows, self.vocabulary, self.width = labels.numel(), weight.shape[0], hidden.shape[1]
         self.compute_dtype = compute_dtype
         self.accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -310,10 +318,11 @@ def linear_logprob_bwd(
         primitives = backends.get(backend)
         g = dlogps if index is None else dlogps[index]
         g_entropy = None if dentropies is None else dentropies if index is None else dentropies[index]
-        rest = primitives.rest_probability(state, transform)
         if not select:
             ignored = (labels if index is None else labels[index]) == ignore_index
-            rest = rest.masked_fill(ignored, 0)
+            g = g.masked_fill(ignored, 0)
+            g_entropy = None if g_entropy is None else g_entropy.masked_fill(ignored, 0)
+        rest = primitives.rest_probability(state, transform) * transform.slope
 
         dhidden = state.new_empty(0, dtype=hidden_dtype)
         if dlogp.dim() == 2:
@@ -358,7 +367,7 @@ def _scale_rows(
 def _walk_backward(
     problem: _Problem,
     state: Tensor,  # (4, N)
-    rest: Tensor,  # (N,) 1 - p_y, 0 for ignored rows
+    rest: Tensor,  # (N,) slope (1 - p_y)
     g: Tensor,  # (N,) upstream of the log-probabilities
     g_entropy: Tensor | None,  # (N,)
     need_dweight: bool,
@@ -378,7 +387,7 @@ def _walk_backward(
         scale = g.abs() + g_entropy.abs()
         divisor = torch.where(scale == 0, 1, scale)
         logp_weight, entropy_weight = g / divisor, g_entropy / divisor
-    coefficient = scale * rest * transform.slope
+    coefficient = scale * rest
     unit = None
     if problem.gemm_dtype == torch.float16:
         # coefficients of a scaled loss may leave the range of fp16: a power of two goes round the GEMM
@@ -506,6 +515,23 @@ linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
 linear_logprob_bwd.register_autograd(_no_double_backward)
 
 
+@torch.library.custom_op("alignloss::sequence_offsets", mutates_args=())
+def sequence_offsets(cu_seqlens: Tensor, tokens: int, validate: bool) -> Tensor:
+    """Offsets (S + 1,) as int64 within [0, tokens]; with `validate`, a ValueError unless they rise from 0 to tokens."""
+    if validate:
+        ordered = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+        if not ordered or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu_seqlens.tolist()[:8]} ..."
+            )
+    return cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format).clamp_(0, tokens)
+
+
+@sequence_offsets.register_fake
+def _(cu_seqlens, tokens, validate):  # type: ignore[no-untyped-def]
+    return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int64)
+
+
 @torch.library.custom_op("alignloss::sequence_sum", mutates_args=())
 def sequence_sum(
     values: Tensor,  # (M,) per token
@@ -547,8 +573,8 @@ def preference(
     token_weights: Tensor | None,  # (M,) fp64
     labels: Tensor,  # (M,) int64, for the lengths
     ref_logps: Tensor | None,  # (S,) fp64
-    desirable: Tensor | None,  # (S,)
-    kl: Tensor | None,  # 0-d
+    desirable: Tensor | None,  # (S,) or 0-d
+    kl: Tensor | None,  # (S,) or 0-d
     loss: str,  # "dpo", "ipo", "kto" or "cpo"
     beta: float,
     label_smoothing: float,
@@ -557,15 +583,17 @@ def preference(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses (B,), sums (S,), rewards (S,), d losses / d sums (S,)) in fp64, by one Triton launch."""
+    sequences = cu_seqlens.shape[0] - 1
+    # the kernel reads every array as contiguous
     with _device(values):
         return backends.get("triton").preference(
-            values,
-            token_weights,
-            labels,
-            cu_seqlens,
-            ref_logps,
-            None if desirable is None else desirable.bool().to(torch.int8).contiguous(),
-            None if kl is None else kl.detach().double(),
+            values.contiguous(),
+            None if token_weights is None else token_weights.contiguous(),
+            labels.contiguous(),
+            cu_seqlens.contiguous(),
+            None if ref_logps is None else ref_logps.contiguous(),
+            None if desirable is None else desirable.bool().to(torch.int8).expand(sequences).contiguous(),
+            None if kl is None else kl.detach().double().expand(sequences).contiguous(),
             loss,
             ignore_index,
             beta,
@@ -590,7 +618,8 @@ def _preference_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 
 def _preference_backward(ctx, dlosses, dsums, *unused):  # type: ignore[no-untyped-def]
     cu_seqlens, token_weights, slopes = ctx.saved_tensors
-    total = dsums + slopes * (dlosses if len(dlosses) == len(slopes) else dlosses.repeat(2))
+    dlosses = dlosses if len(dlosses) == len(slopes) else dlosses.repeat(2)
+    total = dsums + torch.where(dlosses == 0, 0, slopes * dlosses)  # not 0 * inf, for a dropped pair
     dvalues = sequence_scatter(total, cu_seqlens, token_weights, ctx.tokens, ctx.dtype, "triton")
     return dvalues, *(None,) * 12
 

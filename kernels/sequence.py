@@ -25,7 +25,8 @@ def _sum_tokens(values, weights, labels, offsets, sequence, ignore_index, HAS_WE
         mask = at + t < stop
         value = tl.load(values + at + t, mask=mask, other=0.0).to(tl.float64)
         if HAS_WEIGHTS:
-            value *= tl.load(weights + at + t, mask=mask, other=0.0)
+            weight = tl.load(weights + at + t, mask=mask, other=0.0)
+            value = tl.where(weight == 0, 0.0, value * weight)  # not 0 * inf
         sums += value
         if COUNT:
             counts += (tl.load(labels + at + t, mask=mask, other=ignore_index) != ignore_index).to(tl.int64)
@@ -75,7 +76,7 @@ def preference_fwd_kernel(
     offsets,  # (S + 1,) int64
     ref,  # (S,) fp64
     desirable,  # (S,) int8, for kto
-    kl,  # 0-d fp64, for kto
+    kl,  # (S,) fp64, for kto
     losses,  # (B,) fp64
     sums,  # (S,) fp64
     rewards,  # (S,) fp64
@@ -100,7 +101,7 @@ def preference_fwd_kernel(
         wanted = tl.load(desirable + i) != 0
         one = tl.full((), 1.0, tl.float64)
         weight = tl.where(wanted, one * desirable_weight, one * undesirable_weight)
-        gap = beta * (logratio - tl.maximum(tl.load(kl), 0.0))
+        gap = beta * (logratio - tl.maximum(tl.load(kl + i), 0.0))
         x = tl.where(wanted, -gap, gap)
         loss = weight * sigmoid64(x)
         slope = beta * loss * sigmoid64(-x)
@@ -160,7 +161,7 @@ def preference_fwd(
     offsets: Tensor,  # (S + 1,) int64
     ref: Tensor | None,  # (S,) fp64
     desirable: Tensor | None,  # (S,) int8
-    kl: Tensor | None,  # 0-d fp64
+    kl: Tensor | None,  # (S,) fp64
     loss: str,
     ignore_index: int,
     beta: float,

@@ -4,7 +4,7 @@
 it by e_v sech^2(x_v) with e_v = exp(z_v - m) and 0 at the target. The reference m of a row is kept until the maximum
 exceeds it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almost never.
 
-`dlogits_bwd_kernel` overwrites the tile by the gradient of the logits, divided by one factor per row: with q_v = e_v / s
+`dlogits_bwd_kernel` overwrites the tile by the gradient of the logits, divided by one factor per row: with q_v = e_v/s
 over v != y it is D_y (A - B pull) at the target, -q_v D_v (A + B (z_v - m - mu)) elsewhere; A = 1 and B = 0 without a
 gradient of the entropy.
 

@@ -178,3 +178,61 @@ def test_token_index_is_the_mask_without_its_lookup():
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(h2.grad, h.grad)
         torch.testing.assert_close(w2.grad, w.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scaled", "softcap"])
+def test_padding_of_the_token_index_has_no_part_in_any_gradient(backend, transform):
+    hidden, weight, bias, labels = inputs(12)
+    index = torch.cat([torch.nonzero(labels != -100).squeeze(1), torch.nonzero(labels == -100).squeeze(1)])
+    upstream = [torch.randn(12, dtype=torch.float64).masked_fill(labels == -100, torch.inf) for _ in range(2)]
+
+    def fused(token_index):
+        def compute(h, w, b):
+            out = alignloss.linear_logprob_stats(
+                h, w, labels, b, stats=("entropy",), backend=backend, token_index=token_index, **transform
+            )
+            return out.logps, out.entropy
+
+        return compute
+
+    expected = run(fused(None), upstream, (hidden, weight, bias), torch.float32, "hidden weight bias")
+    got = run(fused(index), upstream, (hidden, weight, bias), torch.float32, "hidden weight bias")
+    assert max(error(g, e) for g, e in zip(got, expected, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_vectors_are_read_with_their_strides(backend):
+    hidden, weight, _, labels = inputs(4, 6, masked=0.0, dtype=torch.float32)
+    every_other = torch.stack([labels, labels + 1000], -1).view(4, 12)[:, ::2]
+    weights = torch.rand(4, 12, dtype=torch.float64)[:, ::2]
+    ref = torch.randn(4, 3, dtype=torch.float64)[:, 1]
+    offsets = torch.tensor([0, 9, 6, 9, 12, 9, 18, 9, 24, 9])[::2]
+    strided = alignloss.DPOLoss(backend=backend)(hidden, weight, every_other, ref_logps=ref, token_weights=weights)
+    dense = alignloss.DPOLoss()(hidden, weight, labels, ref_logps=ref.clone(), token_weights=weights.contiguous())
+    torch.testing.assert_close(strided, dense)
+    packed = alignloss.sequence_logprob(
+        hidden.view(24, -1), weight, labels.view(24), cu_seqlens=offsets, backend=backend
+    )
+    torch.testing.assert_close(packed.logps, alignloss.sequence_logprob(hidden, weight, labels).logps)
+
+
+def test_autocast_rounds_the_target_row_like_the_others():
+    # rows of W share a mean 100 times their spread: W_y - sum q_v W_v is all cancellation
+    hidden, weight, _, labels = inputs(30, masked=0.0, dtype=torch.float32)
+    weight = 5 + 0.05 * weight
+    h = leaf(hidden, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        alignloss.linear_logprob(h, weight, labels).sum().backward()
+    exact = leaf(hidden.bfloat16())
+    token_logps(exact, weight.bfloat16().double(), labels).sum().backward()
+    assert error(h.grad, exact.grad) <= 4e-3
+
+
+def test_fp16_with_a_tiny_logit_scale_keeps_its_gradient():
+    hidden, weight, _, labels = inputs(30, masked=0.0)
+    h, exact = leaf(hidden, torch.float16), leaf(hidden.half())
+    upstream = torch.full((30,), 65536.0)
+    alignloss.linear_logprob(h, weight.half(), labels, logit_scale=1e-6).backward(upstream)
+    token_logps(exact, weight.half().double(), labels, logit_scale=1e-6).backward(upstream.double())
+    assert error(h.grad, exact.grad) <= 1e-3

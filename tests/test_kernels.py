@@ -149,7 +149,7 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
     labels = torch.randint(0, 9, (tokens,))
     labels[torch.rand(tokens) < 0.3] = -100
     ref = torch.randn(6, dtype=torch.float64) * scale
-    desirable, kl = torch.arange(6) % 2 == 0, torch.tensor(0.3, dtype=torch.float64)
+    desirable, kl = torch.arange(6) % 2 == 0, torch.linspace(-1, 1, 6, dtype=torch.float64)
     options = {"beta": 0.3, "label_smoothing": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
     got = sequence.preference_fwd(
         *(t if t is None else t.to(DEVICE) for t in (values, None, labels, offsets, ref, desirable.to(torch.int8), kl)),

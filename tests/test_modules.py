@@ -39,7 +39,7 @@ def case(name, backend="auto", **head):
         desirable = torch.arange(2 * B) % 3 > 0
         module = alignloss.KTOLoss(beta=0.2, desirable_weight=1.3, **options)
         kl = torch.tensor(0.5, dtype=torch.float64)
-        plain = lambda s, n: losses.kto_loss(s, ref, desirable, kl, beta=0.2, desirable_weight=1.3)  # noqa: E731
+        plain = lambda s, n: losses.kto_loss(s, ref, desirable, kl, beta=0.2, desirable_weight=1.3)
         return module, {"ref_logps": ref, "desirable": desirable, "kl": kl}, plain
     return module, {"ref_logps": ref}, plain
 
@@ -221,3 +221,41 @@ def test_next_token_labels_shift_by_one_within_each_sequence():
         torch.tensor([5, 6, 7, 8, 9]), torch.ones(5), cu_seqlens=torch.tensor([0, 2, 2, 5]), ignore_index=-1
     )
     assert packed.tolist() == [6, -1, 8, 9, -1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kto_takes_a_baseline_per_sequence_and_data_0_d(backend):
+    hidden, weight, _, labels = inputs(4, T)
+    ref, kl = torch.zeros(4), torch.tensor([0.1, 0.5, 1.0, 2.0])
+    sums = token_logps(hidden, weight, labels).sum(1)
+    for desirable, baseline in ((torch.tensor([True, False, True, True]), kl), (torch.tensor(True), 0.3)):
+        out = alignloss.KTOLoss(backend=backend)(
+            hidden.float(), weight.float(), labels, ref_logps=ref, desirable=desirable, kl=baseline
+        )
+        expected, _ = losses.kto_loss(sums, ref, desirable, torch.as_tensor(baseline), beta=0.1)
+        assert error(out.losses, expected) <= FP32
+
+
+def with_defaults(chosen_logps, rejected_logps, delta=0.5, chosen_lengths=None, rejected_lengths=None):
+    return chosen_logps / chosen_lengths - rejected_logps / rejected_lengths - delta, chosen_logps, rejected_logps
+
+
+def test_names_after_an_omitted_default_are_filled_all_the_same():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    loss = alignloss.PreferenceLoss(with_defaults)
+    torch.testing.assert_close(loss(hidden, weight, labels).losses, loss(hidden, weight, labels, delta=0.5).losses)
+
+
+class Callable:
+    """An object that is callable and not hashable."""
+
+    __hash__ = None
+
+    def __call__(self, logps):
+        return -logps, logps.detach()
+
+
+def test_a_callable_object_is_a_loss():
+    hidden, weight, _, labels = inputs(B, T)
+    out = alignloss.PreferenceLoss(Callable())(hidden, weight, labels)
+    torch.testing.assert_close(out.losses, -token_logps(hidden, weight, labels).sum(1))

@@ -78,6 +78,8 @@ def test_a_masked_sequence_keeps_a_constant_loss_and_counts():
         ({"logit_scale": float("nan")}, "logit_scale must be a finite"),
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive"),
         ({"backend": "cuda"}, "'auto', 'torch' or 'triton'"),
+        ({"token_index": [0, 1]}, "token_index must be a torch.Tensor"),
+        ({"temperature": "1"}, "temperature must be a positive"),
         ({"token_index": torch.zeros(2)}, r"token_index must be \(N,\)"),
         ({"token_index": torch.tensor([20])}, r"token_index must lie in \[0, 20\)"),
         ({"token_index": torch.tensor([1])}, "every position with a label exactly once"),
@@ -147,6 +149,9 @@ REF = {"ref_logps": torch.zeros(4)}
         (DPO, {"ref_logps": torch.zeros(4, requires_grad=True)}, "without gradient"),
         (DPO, {**REF, "nll_labels": torch.zeros(4, 5, dtype=torch.long)}, "would be ignored"),
         (DPO, {**REF, "num_tokens": 3}, "would be ignored"),
+        (DPO, {**REF, "num_sequences": 0}, "num_sequences must be a positive"),
+        (DPO, {"ref_logps": torch.zeros(4, dtype=torch.bool)}, "floating point"),
+        (alignloss.SFTLoss(), REF, r"unknown: \['ref_logps'\]"),
         (DPO, {**REF, "pair_weights": torch.ones(4)}, r"pair_weights must be \(2,\)"),
         (DPO, {**REF, "desirable": torch.ones(4)}, r"unknown: \['desirable'\]"),
         (CPO, REF, "reference-free and would ignore"),
@@ -155,6 +160,7 @@ REF = {"ref_logps": torch.zeros(4)}
         (KTO, {**REF, "kl": 0.0}, r"missing: \['desirable'\]"),
         (KTO, {**REF, "desirable": torch.ones(4).bool()}, r"missing: \['kl'\]"),
         (KTO, {**REF, "kl": 0.0, "desirable": torch.ones(3).bool()}, r"desirable must be \(4,\)"),
+        (KTO, {**REF, "kl": 0.0, "desirable": "yes"}, "desirable must be a tensor"),
     ],
 )
 def test_module_calls_that_do_not_fit(module, keywords, message):
@@ -190,6 +196,11 @@ def wrong_shape(chosen_logps, rejected_logps):
     [
         (lambda: alignloss.DPOLoss(betta=0.1), r"unknown: \['betta'\]"),
         (lambda: alignloss.DPOLoss(beta=0.0), "beta must lie in"),
+        (lambda: alignloss.DPOLoss(beta=None), "beta must be a finite number"),
+        (lambda: alignloss.DPOLoss(softcap=-1), "softcap must be a positive"),
+        (lambda: alignloss.DPOLoss(backend="cuda"), "'auto', 'torch' or 'triton'"),
+        (lambda: alignloss.CPOLoss(nll_weight=float("nan")), "nll_weight must be a finite"),
+        (lambda: alignloss.SFTLoss(beta=0.1), r"unknown: \['beta'\]"),
         (lambda: alignloss.DPOLoss(label_smoothing=0.5), "label_smoothing must lie in"),
         (lambda: alignloss.PreferenceLoss(losses.dpo_loss), r"missing: \['beta'\]"),
         (lambda: alignloss.KTOLoss(nll_weight=1.0), "use SFTLoss"),
@@ -261,3 +272,52 @@ def test_the_same_call_is_bitwise_equal():
         out.loss.backward()
         results.add((float(out.loss.detach()), float(h.grad.sum()), float(w.grad.sum())))
     assert len(results) == 1
+
+
+def test_forward_mode_is_refused():
+    hidden, weight, _, labels = inputs(3, 6)
+    with pytest.raises(RuntimeError, match="reverse mode only"):
+        torch.func.jvp(lambda h: alignloss.linear_logprob(h, weight, labels), (hidden,), (hidden,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_past_the_tokens_are_never_addresses(backend):
+    values, offsets = torch.ones(4, requires_grad=True), torch.tensor([0, 2, 64])
+    checked = alignloss.ops.sequence_offsets(offsets, 4, False)
+    sums = alignloss.ops.sequence_sum(values, checked, None, backend)
+    sums.sum().backward()
+    assert sums.tolist() == [2.0, 2.0]
+    assert values.grad.tolist() == [1.0] * 4
+    with pytest.raises(ValueError, match="rise from 0"):
+        alignloss.ops.sequence_offsets(offsets, 4, True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_weights_drop_what_is_not_finite(backend):
+    hidden, weight, bias, labels = small(masked=0.0)
+    bias[labels[1, 2]] = -torch.inf  # log-probability -inf in the second pair
+    labels[0, 0] = labels[2, 0] = -100
+    token_weights = torch.where(labels == -100, torch.nan, 1.0)
+    keep = (labels != labels[1, 2]).float()
+    for weights in ({"token_weights": token_weights * keep}, {"pair_weights": torch.tensor([1.0, 0.0])}):
+        if "pair_weights" in weights:
+            labels[[0, 2]] = torch.where(labels[[0, 2]] == labels[1, 2], -100, labels[[0, 2]])
+        h = leaf(hidden, torch.float32)
+        out = alignloss.DPOLoss(backend=backend)(h, weight, labels, bias, ref_logps=torch.zeros(4), **weights)
+        out.loss.backward()
+        assert bool(out.loss.isfinite())
+        assert bool(h.grad.isfinite().all())
+
+
+def refuse_a_sharded_head(rank: int, folder: str) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=1)
+    weight = distribute_tensor(torch.randn(11, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(ValueError, match="weight is a DTensor"):
+        alignloss.linear_logprob(torch.randn(3, 4), weight, torch.tensor([1, 2, 3]))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_head_is_refused(tmp_path):
+    torch.multiprocessing.spawn(refuse_a_sharded_head, (str(tmp_path),), nprocs=1)

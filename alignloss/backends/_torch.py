@@ -131,12 +131,12 @@ def derivative(
     dlogp: Tensor,  # (C, H); filled
     dentropy: Tensor | None,  # (C, H); filled
 ) -> None:
-    """d logp / d hidden and d entropy / d hidden of each row, both divided by 1 - p_y.
+    """d logp / d hidden and d entropy / d hidden of each row, both divided by slope (1 - p_y).
 
-    dlogp = slope (D_y W_y - U / s) and dentropy = -slope (U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1,
-    s = SUM, and mu, pull as in `entropy_terms`.
+    dlogp = D_y W_y - U / s and dentropy = -(U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1, s = SUM, and
+    mu, pull as in `entropy_terms`. W_y is rounded to the compute dtype as in U, or their difference would be off.
     """
-    target = weight[labels.clamp(0, weight.shape[0] - 1)].to(u.dtype)
+    target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
     if transform.cap is not None:
         target.mul_(_sech2(state[TARGET])[:, None])
     inverse = torch.where(state[SUM] > 0, 1 / state[SUM], 0)[:, None]
@@ -144,8 +144,8 @@ def derivative(
     if u2 is not None and dentropy is not None:
         mu, pull = entropy_terms(state, transform)
         u2.mul_(inverse).addcmul_(u, mu[:, None], value=-1).addcmul_(target, pull[:, None])
-        dentropy.copy_(u2.mul_(-transform.slope))
-    dlogp.copy_(torch.sub(target, u, out=u).mul_(transform.slope))
+        dentropy.copy_(u2.neg_())
+    dlogp.copy_(torch.sub(target, u, out=u))
 
 
 def dlogits(
@@ -215,7 +215,9 @@ def sequence_sum(
     token_weights: Tensor | None,  # (M,)
 ) -> Tensor:  # (S,) fp64
     """Sum tokens per sequence in fp64, in a fixed order."""
-    values = values.double() if token_weights is None else values.double() * token_weights
+    values = values.double()
+    if token_weights is not None:
+        values = torch.where(token_weights == 0, 0, values * token_weights)  # not 0 * inf
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True, initial=0)
 
 

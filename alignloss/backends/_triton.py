@@ -100,16 +100,21 @@ def dlogits(
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None) -> Tensor:
-    return sequence.sequence_fwd(values, token_weights, cu_seqlens)
+    return sequence.sequence_fwd(*_contiguous(values, token_weights, cu_seqlens))
 
 
 def sequence_scatter(
     dsums: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    return sequence.sequence_bwd(dsums, token_weights, cu_seqlens, tokens)
+    return sequence.sequence_bwd(*_contiguous(dsums, token_weights, cu_seqlens), tokens)
 
 
 preference = sequence.preference_fwd
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The kernels index vectors as contiguous."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _extras(wanted: int) -> bool:
