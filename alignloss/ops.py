@@ -478,6 +478,7 @@ def _(  # type: ignore[no-untyped-def]
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, token_index, *options = inputs
     *_, state, dlogp, dentropy = output
+    ctx.set_materialize_grads(False)  # zeros for the gradient of the saved (N, H) would cost its memory again
     trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     head = (hidden, weight, bias) if trains_head else (None, None, None)
     ctx.save_for_backward(*head, labels, token_index, state, dlogp, dentropy)
@@ -490,9 +491,11 @@ def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-
         ctx.options
     )
     need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+    if dlogps is None and dentropies is None:
+        return (None,) * 16
     dhidden, dweight, dbias = linear_logprob_bwd(
-        dlogps.contiguous(),
-        dentropies.contiguous() if stats & ENTROPY else None,
+        (torch.zeros_like(dentropies) if dlogps is None else dlogps).contiguous(),
+        None if dentropies is None or not stats & ENTROPY else dentropies.contiguous(),
         hidden, weight, bias, labels, token_index, state, dlogp, dentropy, select, ctx.hidden_dtype, compute_dtype,
         ignore_index, logit_scale, softcap, temperature, need_dweight, need_dbias, backend, workspace,
     )  # fmt: skip
@@ -612,14 +615,17 @@ def _(values, cu_seqlens, token_weights, labels, ref_logps, desirable, kl, loss,
 
 def _preference_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     values, cu_seqlens, token_weights, *_ = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(cu_seqlens, token_weights, output[3])
     ctx.tokens, ctx.dtype = values.shape[0], values.dtype
 
 
 def _preference_backward(ctx, dlosses, dsums, *unused):  # type: ignore[no-untyped-def]
     cu_seqlens, token_weights, slopes = ctx.saved_tensors
-    dlosses = dlosses if len(dlosses) == len(slopes) else dlosses.repeat(2)
-    total = dsums + torch.where(dlosses == 0, 0, slopes * dlosses)  # not 0 * inf, for a dropped pair
+    total = torch.zeros_like(slopes) if dsums is None else dsums
+    if dlosses is not None:
+        dlosses = dlosses if len(dlosses) == len(slopes) else dlosses.repeat(2)
+        total = total + torch.where(dlosses == 0, 0, slopes * dlosses)  # not 0 * inf, for a dropped pair
     dvalues = sequence_scatter(total, cu_seqlens, token_weights, ctx.tokens, ctx.dtype, "triton")
     return dvalues, *(None,) * 12
 
