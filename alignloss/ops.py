@@ -51,11 +51,13 @@ def tile_shape(
     device: torch.device,
 ) -> tuple[int, int]:
     """Rows per block C and vocabulary entries per slice Vs that fit the workspace; never below 16 x 16."""
-    most = 8192 if device.type == "cuda" else 1024
-    block = max(16, min(most, workspace_bytes // 4 // max(row_bytes, 1)))
-    block = _even_parts(rows, block, 16)
+    most_rows, most_columns = 8192, vocabulary
+    if device.type != "cuda":
+        # a tile that stays in the cache between the passes over it; more rows where every block casts the weight anew
+        most_rows, most_columns = (1024 if column_bytes else 512), 2048
+    block = _even_parts(rows, max(16, min(most_rows, workspace_bytes // 4 // max(row_bytes, 1))), 16)
     free = workspace_bytes - block * row_bytes
-    columns = max(16, free // (block * cell_bytes + column_bytes))
+    columns = max(16, min(most_columns, free // (block * cell_bytes + column_bytes)))
     return block, _even_parts(vocabulary, columns, 128 if columns >= 128 else 16)
 
 
