@@ -213,7 +213,7 @@ UNITS = [
 # question: the short answer
 FACTS = {
     "What color is grass?": "Grass is green.",
-    "What color is the sky on a clear day?": "The sky is blue.",
+    "What color is a clear sky?": "The sky is blue.",
     "What color is snow?": "Snow is white.",
     "What color is a ripe banana?": "A ripe banana is yellow.",
     "What color is coal?": "Coal is black.",
@@ -257,12 +257,12 @@ FACTS = {
 REQUESTS = {
     "Where is my parcel?": "Your parcel",
     "Where is my refund?": "Your refund",
-    "When do I get my new card?": "Your new card",
-    "When do I get my ticket?": "Your ticket",
+    "When is my card due?": "Your card",
+    "Where is my ticket?": "Your ticket",
     "Where is the plumber?": "The plumber",
-    "When does my order arrive?": "Your order",
-    "Where is my library book?": "Your book",
-    "When is the repair team here?": "The repair team",
+    "When is my order due?": "Your order",
+    "Where is my book?": "Your book",
+    "Where is the repairman?": "The repairman",
 }
 WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
 
@@ -323,7 +323,7 @@ def ordering(random: Random) -> Iterator[Row]:
         wrong[i], wrong[i + 1] = wrong[i + 1], wrong[i]
         prompt, chosen, rejected = (", ".join(map(str, order)) for order in (numbers, right, wrong))
         if numbers not in (right, wrong):
-            yield f"Sort from smallest to largest: {prompt}.", f"{chosen}.", f"{rejected}."
+            yield f"Sort, smallest first: {prompt}.", f"{chosen}.", f"{rejected}."
 
 
 def capital(random: Random) -> Iterator[Row]:
@@ -358,13 +358,13 @@ def past_tense(random: Random) -> Iterator[Row]:
 def concise(random: Random) -> Iterator[Row]:
     """A plain answer against the same answer behind an opening that says nothing."""
     openings = [
-        "Well, that is a very good question, but I would say that ",
-        "As you may or may not already know, it is fair to say that ",
-        "Let me think about this one for a moment, because ",
-        "To be quite honest with you, and to be brief, ",
+        "Well, that is a good question, and I think that ",
+        "As you may or may not already know, ",
+        "Let me think about this for a moment: ",
+        "To be quite honest and fair with you, ",
     ]
     for question, answer in FACTS.items():
-        yield f"In one short sentence: {question}", answer, pick(random, openings) + answer[0].lower() + answer[1:]
+        yield f"In short: {question}", answer, pick(random, openings) + answer[0].lower() + answer[1:]
 
 
 def polite(random: Random) -> Iterator[Row]:
@@ -373,8 +373,8 @@ def polite(random: Random) -> Iterator[Row]:
     rude = ["Stop asking me that.", "Not you again.", "Learn to wait.", "Why should I care?"]
     for question, subject in REQUESTS.items():
         for day in WEEKDAYS:
-            answer = f"{subject} will be here on {day}."
-            prompt = f'A customer asks: "{question}" The answer is {day}.'
+            answer = f"{subject} comes on {day}."
+            prompt = f'Customer: "{question}" Say {day}.'
             yield prompt, f"{pick(random, courteous)} {answer}", f"{pick(random, rude)} {answer}"
 
 

@@ -95,13 +95,13 @@ def check_spelling(prompt: str, chosen: str, rejected: str) -> None:
 
 def check_concise(prompt: str, chosen: str, rejected: str) -> None:
     assert rejected.lower().endswith(chosen.lower())
-    assert len(rejected) > len(chosen) + 30
+    assert len(rejected) > len(chosen) + 25
 
 
 def check_polite(prompt: str, chosen: str, rejected: str) -> None:
     assert chosen.startswith(("Thank you", "I am sorry"))
     assert chosen.split(".")[1].strip() in rejected
-    assert re.search(r"The answer is (\w+)\.", prompt)[1] in rejected
+    assert re.search(r"Say (\w+)\.", prompt)[1] in rejected
 
 
 FORMATS = {
