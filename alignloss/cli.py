@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-PACKAGES = ("typer", "rich", "transformers", "gguf", "matplotlib")
+PACKAGES = ("typer", "rich", "transformers", "gguf", "accelerate", "matplotlib")
 
 
 def main() -> None:
