@@ -90,7 +90,7 @@ def load_smollm2() -> Subject:
     gguf_file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    return Subject(model, tokenizer.encode, model.config.eos_token_id, steps=12, held_out=44, learning_rate=5e-5)
+    return Subject(model, tokenizer.encode, model.config.eos_token_id, steps=10, held_out=44, learning_rate=5e-5)
 
 
 def load_tiny() -> Subject:
