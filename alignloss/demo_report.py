@@ -87,8 +87,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"both arms. On {many['tokens']} tokens: {many['alignloss'] / 1e6:.0f} MB against "
         f"{many['full_logits'] / 1e6:.0f} MB.",
         "Gradient error: relative to float64, under the start weights. Diff.: of the training losses of the two arms, "
-        "relative. Step 1 shows the error of both loss layers (DPO, IPO and KTO start from a constant); later steps add "
-        "a drift, because Adam divides by gradients near zero and so amplifies the rounding of both arms.",
+        "relative. Step 1 shows the error of both loss layers (DPO, IPO and KTO start from a constant); later steps "
+        "add a drift, because Adam divides by gradients near zero and so amplifies the rounding of both arms.",
         f"Accuracy: share of {settings['held_out_pairs']} held-out pairs whose chosen completion has the higher "
         "implied reward, log pi / pi_ref (for CPO, which has no reference: log pi). A tie counts half; before training "
         "every implied reward is 0.",
