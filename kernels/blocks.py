@@ -19,7 +19,7 @@ GEMM_BLOCKS = {
 FULL_EPILOGUE_BLOCK_V = 128
 COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
 ROW_BLOCK, ROW_WARPS = 2048, 8  # kernels with one program per row of a tile
-SEQUENCE_BLOCK = 1024
+SEQUENCE_BLOCK = 512
 
 
 def architecture(device: torch.device) -> str:
