@@ -589,16 +589,15 @@ def preference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses (B,), sums (S,), rewards (S,), d losses / d sums (S,)) in fp64, by one Triton launch."""
     sequences = cu_seqlens.shape[0] - 1
-    # the kernel reads every array as contiguous
     with _device(values):
         return backends.get("triton").preference(
-            values.contiguous(),
-            None if token_weights is None else token_weights.contiguous(),
-            labels.contiguous(),
-            cu_seqlens.contiguous(),
-            None if ref_logps is None else ref_logps.contiguous(),
-            None if desirable is None else desirable.bool().to(torch.int8).expand(sequences).contiguous(),
-            None if kl is None else kl.detach().double().expand(sequences).contiguous(),
+            values,
+            token_weights,
+            labels,
+            cu_seqlens,
+            ref_logps,
+            None if desirable is None else desirable.bool().to(torch.int8).expand(sequences),
+            None if kl is None else kl.detach().double().expand(sequences),
             loss,
             ignore_index,
             beta,

@@ -1,5 +1,7 @@
 """The primitives as launches of the Triton kernels, with the signatures of `_torch`; sums on rows stay with torch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -109,7 +111,18 @@ def sequence_scatter(
     return sequence.sequence_bwd(*_contiguous(dsums, token_weights, cu_seqlens), tokens)
 
 
-preference = sequence.preference_fwd
+def preference(
+    values: Tensor,
+    token_weights: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor | None,
+    desirable: Tensor | None,
+    kl: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vectors = _contiguous(values, token_weights, labels, cu_seqlens, ref_logps, desirable, kl)
+    return sequence.preference_fwd(*vectors, *options)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
