@@ -164,10 +164,10 @@ def sequence_logprob(
         labelled tokens, at least 1. A sequence without labels has log-probability 0 and no gradient.
     """
     ignore_index = options.get("ignore_index", -100)
-    offsets = sequence_offsets(labels, cu_seqlens, options.get("validate"))
+    offsets, sequences = sequence_offsets(labels, cu_seqlens, options.get("validate"))
     weights = flat_token_weights(token_weights, labels, ignore_index)
     backend, outputs = token_outputs(hidden, weight, labels, bias, stats=0, **options)
-    sums = ops.sequence_sum(outputs[0], offsets, weights, backend)
+    sums = ops.sequence_sum(outputs[0], offsets, sequences, weights, backend)
     return SequenceLogprob(sums.to(outputs[0].dtype), labelled_tokens(labels, offsets, ignore_index).clamp(min=1))
 
 
@@ -187,26 +187,27 @@ def next_token_labels(
             f"input_ids (integers) and completion_mask must have one shape, (S, T) or packed (tokens,); "
             f"got {tuple(input_ids.shape)} {input_ids.dtype} and {tuple(completion_mask.shape)}"
         )
-    offsets = sequence_offsets(input_ids, cu_seqlens, None)
+    offsets, _ = sequence_offsets(input_ids, cu_seqlens, None)
     labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
     keep = completion_mask[..., 1:].bool()
     labels[..., :-1] = torch.where(keep, input_ids[..., 1:].long(), ignore_index)
-    if cu_seqlens is None:
+    if offsets is None:
         return labels
     last = offsets[1:][offsets[1:] > offsets[:-1]] - 1
     return labels.view(-1).index_fill_(0, last, ignore_index).view(labels.shape)
 
 
-def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool | None) -> Tensor:
-    """Offsets (S + 1,) int64 of the sequences in the flattened labels, for padded and packed layouts."""
+def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool | None) -> tuple[Tensor | None, int]:
+    """Offsets (S + 1,) int64 of packed sequences in the flattened labels, None for padded ones, and their number S."""
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise ValueError(
                 f"labels must be (sequences, T); got {tuple(labels.shape)}. "
                 "For packed tokens pass cu_seqlens, the (S + 1,) offsets of the sequences"
             )
-        sequences, length = labels.shape
-        return torch.arange(sequences + 1, device=labels.device) * length
+        return None, labels.shape[0]
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise ValueError(f"with cu_seqlens, labels must be (tokens,) or (1, tokens); got {tuple(labels.shape)}")
     if not isinstance(cu_seqlens, Tensor):
@@ -217,12 +218,16 @@ def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool |
         )
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, labels on {labels.device}; move one of them")
-    return ops.sequence_offsets(cu_seqlens, labels.numel(), validates(validate, labels.device))
+    offsets = ops.sequence_offsets(cu_seqlens, labels.numel(), validates(validate, labels.device))
+    return offsets, cu_seqlens.shape[0] - 1
 
 
-def labelled_tokens(labels: Tensor, offsets: Tensor, ignore_index: int) -> Tensor:
-    """Labelled tokens per sequence, (S,) int64."""
-    counts = torch.nn.functional.pad((labels.reshape(-1) != ignore_index).cumsum(0), (1, 0))
+def labelled_tokens(labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
+    """Labelled tokens per sequence, (S,) int64; without offsets, one sequence a row."""
+    labelled = labels != ignore_index
+    if offsets is None:
+        return labelled.sum(1)
+    counts = torch.nn.functional.pad(labelled.reshape(-1).cumsum(0), (1, 0))
     return counts[offsets[1:]] - counts[offsets[:-1]]
 
 

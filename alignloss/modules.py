@@ -203,22 +203,22 @@ class PreferenceLoss(_HeadLoss):
         _check_keywords(f"{type(self).__name__} takes the data", self.data, data)
         if not self.nll_weight and (nll_labels is not None or num_tokens is not None):
             raise ValueError(f"{type(self).__name__} has nll_weight=0: nll_labels and num_tokens would be ignored")
-        offsets = sequence_offsets(labels, cu_seqlens, self.validate)
-        sequences = offsets.shape[0] - 1
+        offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate)
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
         count = sequences // 2 if self.paired else sequences
-
-        for name, number in (("num_sequences", num_sequences), ("num_tokens", num_tokens)):
-            if number is not None and not isinstance(number, Tensor):
-                _check_number(name, number, positive=True)
-        weights = flat_token_weights(token_weights, labels, self.ignore_index)
+        device = labels.device
+        extra = {n: _column(n, value, count, device) for n, value in data.items() if value is not None}
+        factors = None if pair_weights is None else _column("pair_weights", pair_weights, count, device).detach()
+        num_sequences = _divisor("num_sequences", num_sequences, device)
+        num_tokens = _divisor("num_tokens", num_tokens, device)
+        if token_weights is not None:
+            check_like_labels("token_weights", token_weights, labels)
         scored_labels = labels
         if nll_labels is not None:
-            nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets[count])
+            end = count * labels.shape[1] if offsets is None else offsets[count]
+            nll_labels = self._chosen_nll_labels(nll_labels, labels, end)
             scored_labels = torch.where(labels != self.ignore_index, labels, nll_labels)
-            preferred = (labels != self.ignore_index).reshape(-1)
-            weights = preferred.double() if weights is None else weights * preferred
         backend, (tokens, *_) = token_outputs(
             hidden, weight, scored_labels, bias, stats=0, token_index=token_index, **self.head_options
         )
@@ -234,51 +234,37 @@ class PreferenceLoss(_HeadLoss):
                     token_weights=token_weights,
                     token_index=token_index if nll_labels is None else None,
                     **self.head_options,
-                ).logps.double()
+                ).logps
         elif ref_logps is not None:
-            ref = _column("ref_logps", ref_logps, sequences, hidden.device)
+            ref = _column("ref_logps", ref_logps, sequences, device)
             if ref.requires_grad or ref.dim() == 0 or not ref.is_floating_point():
                 raise ValueError(
                     f"ref_logps must be ({sequences},) floating point without gradient, sums made under "
                     f"torch.no_grad(); got {tuple(ref.shape)} {ref.dtype}, requires_grad={ref.requires_grad}"
                 )
 
-        extra = {n: _column(n, value, count, hidden.device) for n, value in data.items() if value is not None}
-        factors = None
-        if pair_weights is not None:
-            factors = _column("pair_weights", pair_weights, count, hidden.device).detach()
+        batch = _Batch(
+            tokens,
+            offsets,
+            sequences,
+            token_weights,
+            labels,
+            nll_labels,
+            ref,
+            extra,
+            factors,
+            num_sequences,
+            num_tokens,
+            backend,
+        )
         fused = self._fused_name() if backend == "triton" else None
-        if fused is not None:
-            sums, results = self._fused(fused, tokens, offsets, weights, labels, ref, extra)
-        else:
-            sums = ops.sequence_sum(tokens, offsets, weights, backend)
-            logps = sums
-            if factors is not None:
-                # no gradient into dropped pairs, whose loss need not be finite
-                dropped = (factors == 0).expand(count).repeat(2 if self.paired else 1)
-                logps = torch.where(dropped, sums.detach(), sums)
-            lengths = labelled_tokens(labels, offsets, self.ignore_index).clamp(min=1)
-            results = self._plain({"logps": logps, "ref_logps": ref, "lengths": lengths}, extra, count)
-        values, *rewards = results
-
-        weighted = values if factors is None else torch.where(factors == 0, 0, values * factors)
-        loss = weighted.sum() / (max(count, 1) if num_sequences is None else num_sequences)
+        loss, values, sums, rewards, nll_loss = self._plain(batch) if fused is None else self._fused(fused, batch)
         dtype = tokens.dtype
+        values, sums, rewards, nll_loss = (t.detach().to(dtype) for t in (values, sums, rewards, nll_loss))
         if not self.paired:
-            return UnpairedOutput(loss.to(dtype), *(t.detach().to(dtype) for t in (values, sums, *rewards)))
-
-        nll_sums, counted = sums, labels
-        if weights is not None:
-            counted = labels if nll_labels is None else nll_labels
-            nll_mask = (counted != self.ignore_index).reshape(-1).double()
-            nll_sums = ops.sequence_sum(tokens, offsets, nll_mask, backend)
-        if num_tokens is None:
-            num_tokens = labelled_tokens(counted, offsets, self.ignore_index)[:count].sum().clamp(min=1)
-        nll_loss = -nll_sums[:count].sum() / num_tokens
-        if self.nll_weight:
-            loss = loss + self.nll_weight * nll_loss
-        results = (values, sums[:count], sums[count:], *rewards, nll_loss)
-        return PairedOutput(loss.to(dtype), *(t.detach().to(dtype) for t in results))
+            return UnpairedOutput(loss.to(dtype), values, sums, rewards)
+        halves = (sums[:count], sums[count:], rewards[:count], rewards[count:])
+        return PairedOutput(loss.to(dtype), values, *halves, nll_loss)
 
     def _check_reference(self, given: set[str]) -> None:
         name = type(self).__name__
@@ -291,7 +277,7 @@ class PreferenceLoss(_HeadLoss):
                 f"got {sorted(given) or 'none'}"
             )
 
-    def _chosen_nll_labels(self, nll_labels: Tensor, labels: Tensor, end: Tensor) -> Tensor:
+    def _chosen_nll_labels(self, nll_labels: Tensor, labels: Tensor, end: int | Tensor) -> Tensor:
         """nll_labels with the rejected sequences, from flat position `end` on, ignored."""
         check_like_labels("nll_labels", nll_labels, labels)
         position = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
@@ -302,7 +288,41 @@ class PreferenceLoss(_HeadLoss):
                 raise ValueError("labels and nll_labels must agree where both are set: each is the next token")
         return nll_labels
 
-    def _plain(self, columns: dict[str, Tensor | None], extra: dict[str, Tensor], count: int) -> tuple[Tensor, ...]:
+    def _plain(self, batch: "_Batch") -> tuple[Tensor, ...]:
+        """loss, losses (B,), sums (S,), rewards (S,), nll_loss (0 if unpaired), by plain torch around the function."""
+        offsets, sequences, labels = batch.offsets, batch.sequences, batch.labels
+        count = sequences // 2 if self.paired else sequences
+        weights = flat_token_weights(batch.token_weights, labels, self.ignore_index)
+        if batch.nll_labels is not None:
+            preferred = (labels != self.ignore_index).reshape(-1)
+            weights = preferred.double() if weights is None else weights * preferred
+        sums = ops.sequence_sum(batch.tokens, offsets, sequences, weights, batch.backend)
+        logps, factors = sums, batch.pair_weights
+        if factors is not None:
+            # no gradient into dropped pairs, whose loss need not be finite
+            dropped = (factors == 0).expand(count).repeat(2 if self.paired else 1)
+            logps = torch.where(dropped, sums.detach(), sums)
+        lengths = labelled_tokens(labels, offsets, self.ignore_index).clamp(min=1)
+        columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths}
+        losses, *rewards = self._call(columns, {name: _widened(value) for name, value in batch.data.items()}, count)
+        weighted = losses if factors is None else torch.where(factors == 0, 0, losses * factors)
+        loss = weighted.sum() / (max(count, 1) if batch.num_sequences is None else batch.num_sequences)
+        if not self.paired:
+            return loss, losses, sums, rewards[0], torch.zeros_like(loss)
+        nll_sums, counted = sums, labels
+        if weights is not None:
+            counted = labels if batch.nll_labels is None else batch.nll_labels
+            nll_mask = (counted != self.ignore_index).reshape(-1).double()
+            nll_sums = ops.sequence_sum(batch.tokens, offsets, sequences, nll_mask, batch.backend)
+        num_tokens = batch.num_tokens
+        if num_tokens is None:
+            num_tokens = labelled_tokens(counted, offsets, self.ignore_index)[:count].sum().clamp(min=1)
+        nll_loss = -nll_sums[:count].sum() / num_tokens
+        if self.nll_weight:
+            loss = loss + self.nll_weight * nll_loss
+        return loss, losses, sums, torch.cat(rewards), nll_loss
+
+    def _call(self, columns: dict[str, Tensor | None], extra: dict[str, Tensor], count: int) -> tuple[Tensor, ...]:
         """Call the loss function on its halves of the batch."""
         halves = {None: slice(None), 0: slice(None, count), 1: slice(count, None)}
         arguments: list[Any] = []
@@ -326,30 +346,49 @@ class PreferenceLoss(_HeadLoss):
         numbers = all(isinstance(value, (int, float)) for value in self.options.values())
         return next((name for fn, name in _FUSED if fn is self.fn and numbers), None)
 
-    def _fused(
-        self,
-        loss: str,
-        tokens: Tensor,
-        offsets: Tensor,
-        weights: Tensor | None,
-        labels: Tensor,
-        ref: Tensor | None,
-        extra: dict[str, Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _fused(self, loss: str, batch: "_Batch") -> tuple[Tensor, ...]:
+        """As `_plain`, by the kernels that compute the loss with its sums."""
         defaults = {"label_smoothing": 0.0, "desirable_weight": 1.0, "undesirable_weight": 1.0}
-        values, sums, rewards, _ = ops.preference(
-            tokens,
-            offsets,
-            weights,
-            labels.reshape(-1),
-            ref,
-            extra.get("desirable"),
-            extra.get("kl"),
-            loss,
-            **{name: float(value) for name, value in (defaults | self.options).items()},
-            ignore_index=self.ignore_index,
+        tokenwise = (batch.token_weights, batch.labels, batch.nll_labels)
+        divisors = (
+            torch.full((), value, device=batch.tokens.device, dtype=torch.float64)
+            if isinstance(value, float)
+            else value
+            for value in (batch.num_sequences, batch.num_tokens)
         )
-        return sums, (values, *(rewards.chunk(2) if self.paired else (rewards,)))
+        results = ops.preference(
+            batch.tokens,
+            *(None if t is None else t.detach().reshape(-1) for t in tokenwise),
+            batch.offsets,
+            batch.sequences,
+            batch.ref_logps,
+            batch.data.get("desirable"),
+            batch.data.get("kl"),
+            batch.pair_weights,
+            *divisors,
+            loss,
+            ignore_index=self.ignore_index,
+            nll_weight=float(self.nll_weight),
+            **{name: float(value) for name, value in (defaults | self.options).items()},
+        )
+        return results[:5]
+
+
+class _Batch(NamedTuple):
+    """What a call scores, checked: S sequences with M tokens, B pairs (sequences if unpaired)."""
+
+    tokens: Tensor  # (M,) log-probabilities
+    offsets: Tensor | None  # (S + 1,) int64; None: padded
+    sequences: int
+    token_weights: Tensor | None  # the shape of labels
+    labels: Tensor
+    nll_labels: Tensor | None  # the shape of labels
+    ref_logps: Tensor | None  # (S,)
+    data: dict[str, Tensor]  # each (B,) or 0-d
+    pair_weights: Tensor | None  # (B,) or 0-d
+    num_sequences: float | Tensor | None
+    num_tokens: float | Tensor | None
+    backend: str
 
 
 def _check_keywords(what: str, known: dict[str, bool], given: dict[str, Any]) -> None:
@@ -361,16 +400,34 @@ def _check_keywords(what: str, known: dict[str, bool], given: dict[str, Any]) ->
 
 
 def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
-    """A datum as a tensor (count,) or 0-d, floating point in float64."""
+    """A datum as a tensor (count,) or 0-d."""
     if not isinstance(value, Tensor):
         if not isinstance(value, (bool, int, float)):
             raise ValueError(f"{name} must be a tensor ({count},) or 0-d, or a number; got {type(value).__name__}")
-        value = torch.tensor(value, device=device, dtype=torch.float64 if isinstance(value, float) else None)
+        # not torch.tensor, whose copy to a GPU waits for it
+        value = torch.full((), value, device=device, dtype=torch.float64 if isinstance(value, float) else None)
     if value.dim() and value.shape != (count,):
         raise ValueError(f"{name} must be ({count},), in the order of the batch, or 0-d; got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, hidden on {device}; move one of them")
-    return value.double() if value.is_floating_point() else value
+    return value
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if value is not None and value.is_floating_point() else value
+
+
+def _divisor(name: str, value: Any, device: torch.device) -> float | Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        _check_number(name, value, positive=True)
+        return float(value)
+    if value.dim() or value.device != device:
+        raise ValueError(
+            f"{name} must be a number or a 0-d tensor on {device}; got shape {tuple(value.shape)} on {value.device}"
+        )
+    return value
 
 
 class DPOLoss(PreferenceLoss):

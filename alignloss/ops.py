@@ -15,16 +15,19 @@ With the target y left out of every sum, q_v = exp(z_v - m) / s over v != y, and
 so every gradient is a well-scaled matrix with one factor g (1 - p_y) per row, which is applied in fp32 to rows.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends import ENTROPY, REF, SAVED_ROWS, STATE_ROWS, STATS, TARGET, TOP, Transform
+from .backends import ENTROPY, STATE_ROWS, STATS, Tokens, Transform
 
 __all__ = [
     "linear_logprob_bwd",
     "linear_logprob_fwd",
     "preference",
+    "preference_backward",
     "sequence_offsets",
     "sequence_scatter",
     "sequence_sum",
@@ -71,12 +74,12 @@ def _even_parts(total: int, most: int, multiple: int) -> int:
 
 
 class _Problem:
-    """One call on its scored tokens: dtypes, buffers and the two GEMMs of a tile."""
+    """One call on its scored tokens: dtypes, buffers and the GEMM that makes a tile of logits."""
 
     def __init__(
         self,
-        hidden: Tensor,  # (M, H)
-        weight: Tensor,  # (V, H)
+        hidden: Tensor | None,  # (M, H); None if the head is not trained, in the backward
+        weight: Tensor | None,  # (V, H); None likewise
         bias: Tensor | None,  # (V,)
         labels: Tensor,  # (M,)
         token_index: Tensor | None,  # (N,)
@@ -85,24 +88,27 @@ class _Problem:
         ignore_index: int,
         transform: Transform,
     ) -> None:
-        self.hidden, self.weight, self.transform = hidden, weight, transform
-        self.index = torch.nonzero(labels != ignore_index).squeeze(1) if select else token_index
-        labels = labels.contiguous() if self.index is None else labels[self.index]
-        # rows with an ignored label score token 0 and are zeroed at the end
-        self.ignored = None if select else labels == ignore_index
-        self.labels = labels if self.ignored is None else labels.masked_fill(self.ignored, 0)
-        self.rows, self.vocabulary, self.width = labels.numel(), weight.shape[0], hidden.shape[1]
-        self.compute_dtype = compute_dtype
+        labels = labels.contiguous()
+        index = torch.nonzero(labels != ignore_index).squeeze(1) if select else token_index
+        index = None if index is None else index.contiguous()
+        self.tokens = Tokens(hidden, labels, index, ignore_index, compute_dtype)
+        self.device, self.transform = labels.device, transform
+        self.rows = labels.numel() if index is None else index.numel()
+        # filled block by block
+        self.labels = labels if index is None else labels.new_empty(self.rows)
         self.accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
         # CPU GEMMs of 16-bit operands round their result to 16 bits: widen the operands instead
-        self.gemm_dtype = self.accum_dtype if hidden.device.type == "cpu" else compute_dtype
+        self.gemm_dtype = self.accum_dtype if self.device.type == "cpu" else compute_dtype
+        if hidden is None or weight is None:
+            return
+        self.hidden, self.weight = hidden, weight
+        self.vocabulary, self.width = weight.shape
         self.cast_weight = {weight.dtype, compute_dtype} != {self.gemm_dtype}
-        cast_rows = {hidden.dtype, compute_dtype} != {self.gemm_dtype}
-        self.copy_rows = self.index is not None or self.ignored is not None or cast_rows
+        self.copy_rows = index is not None or {hidden.dtype, compute_dtype} != {self.gemm_dtype}
         self.bias = None if bias is None else bias.to(compute_dtype).to(self.accum_dtype) * transform.linear
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.hidden.device)
+        return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.device)
 
     def row_buffer(self, block: int) -> Tensor | None:
         return self.empty(block, self.width, dtype=self.gemm_dtype) if self.copy_rows else None
@@ -110,18 +116,10 @@ class _Problem:
     def weight_buffer(self, columns: int) -> Tensor | None:
         return self.empty(columns, self.width, dtype=self.gemm_dtype) if self.cast_weight else None
 
-    def hidden_rows(self, start: int, stop: int, buffer: Tensor | None) -> Tensor:
-        """Rows of the scored tokens in the dtype of the GEMM, rounded to the compute dtype first."""
-        if buffer is None:
-            return self.hidden[start:stop]
-        rows = self.hidden[start:stop] if self.index is None else self.hidden[self.index[start:stop]]
-        out = buffer[: stop - start].copy_(rows.to(self.compute_dtype))
-        return out if self.ignored is None else out.masked_fill_(self.ignored[start:stop, None], 0)
-
     def weight_slice(self, first: int, last: int, buffer: Tensor | None) -> Tensor:
         if buffer is None:
             return self.weight[first:last]
-        return buffer[: last - first].copy_(self.weight[first:last].to(self.compute_dtype))
+        return buffer[: last - first].copy_(self.weight[first:last].to(self.tokens.compute_dtype))
 
     def logits_tile(self, rows: Tensor, weight: Tensor, first: int, out: Tensor) -> Tensor:
         """x = (h W_slice^T + b) * linear in the accumulation dtype."""
@@ -131,14 +129,6 @@ class _Problem:
             bias = self.bias[first : first + weight.shape[0]]
             _addmm(bias.expand_as(out), rows, weight.T, out, beta=1, alpha=self.transform.linear)
         return out
-
-    def put(self, values: Tensor, tokens: int) -> Tensor:
-        """Spread per-row results to the (M,) tokens; 0 elsewhere."""
-        if self.ignored is not None:
-            values = values.masked_fill(self.ignored, 0)
-        if self.index is None:
-            return values
-        return values.new_zeros(tokens).index_put_((self.index,), values)
 
 
 def _addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alpha: float = 1) -> None:
@@ -194,25 +184,20 @@ def linear_logprob_fwd(
     with torch.autocast(hidden.device.type, enabled=False), _device(hidden):
         transform = Transform.of(logit_scale, softcap, temperature)
         problem = _Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
-        state, dlogp, dentropy = _walk_forward(problem, stats, save, backend, workspace_bytes)
-        row_stats = backends.get(backend).finish(state, problem.vocabulary, transform, stats)
-        tokens = labels.shape[0]
-        outputs = [problem.put(values, tokens) if values is not None else state.new_empty(0) for values in row_stats]
-        if not stats & backends.IS_TOP1:
-            outputs[1 + STATS.index("is_top1")] = labels.new_empty(0, dtype=torch.bool)
-        saved = state[:SAVED_ROWS].clone()
-        if select:
-            # a fixed shape for the compiler: the rows beyond the scored ones are unused
-            saved, dlogp, dentropy = (_pad_rows(t, tokens, dim) for t, dim in ((saved, 1), (dlogp, 0), (dentropy, 0)))
-        return (*outputs, saved, dlogp, dentropy)  # type: ignore[return-value]
-
-
-def _pad_rows(values: Tensor, rows: int, dim: int) -> Tensor:
-    if values.dim() == 1:
-        return values
-    shape = list(values.shape)
-    shape[dim] = rows - shape[dim]
-    return torch.cat([values, values.new_zeros(shape)], dim)
+        # under `select` the shape has to be known to the compiler: the rows beyond the scored ones are unused
+        kept = labels.shape[0] if select else problem.rows
+        new = labels.new_zeros if select else labels.new_empty
+        state = new((STATE_ROWS, kept), dtype=problem.accum_dtype)
+        saved = [new((kept, hidden.shape[1]) if save > i else 0, dtype=compute_dtype) for i in range(2)]
+        # a position that is not scored is 0
+        new = labels.new_empty if problem.tokens.token_index is None else labels.new_zeros
+        asked = [True, *(bool(stats >> i & 1) for i in range(len(STATS)))]
+        kinds = [torch.bool if name == "is_top1" else problem.accum_dtype for name in ("logps", *STATS)]
+        outputs = [new(labels.shape if wanted else 0, dtype=kind) for wanted, kind in zip(asked, kinds, strict=True)]
+        given = [output if wanted else None for wanted, output in zip(asked, outputs, strict=True)]
+        dlogp, dentropy = (t if t.dim() == 2 else None for t in saved)
+        _walk_forward(problem, state, given, stats, dlogp, dentropy, backend, workspace_bytes)
+        return (*outputs, state, *saved)  # type: ignore[return-value]
 
 
 def _device(tensor: Tensor) -> torch.cuda.device:
@@ -220,17 +205,20 @@ def _device(tensor: Tensor) -> torch.cuda.device:
 
 
 def _walk_forward(
-    problem: _Problem, stats: int, save: int, backend: str, workspace_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    primitives, transform = backends.get(backend), problem.transform
-    state = problem.empty(STATE_ROWS, problem.rows).zero_()
-    state[REF], state[TOP], state[TARGET] = -1e30, -torch.inf, torch.nan
-    dlogp = problem.empty(problem.rows, problem.width, dtype=problem.compute_dtype) if save else state.new_empty(0)
-    dentropy = torch.empty_like(dlogp) if save == 2 else state.new_empty(0)
+    problem: _Problem,
+    state: Tensor,  # (7, N or more)
+    outputs: list[Tensor | None],  # logps and STATS, (M,)
+    stats: int,
+    dlogp: Tensor | None,  # (N or more, H)
+    dentropy: Tensor | None,  # (N or more, H)
+    backend: str,
+    workspace_bytes: int,
+) -> None:
     if problem.rows == 0:
-        return state, dlogp, dentropy
-
-    accum, gemm = state.element_size(), problem.gemm_dtype.itemsize
+        return
+    primitives, transform = backends.get(backend), problem.transform
+    save = (dlogp is not None) + (dentropy is not None)
+    accum, gemm = problem.accum_dtype.itemsize, problem.gemm_dtype.itemsize
     narrow = gemm * (problem.gemm_dtype != problem.accum_dtype)  # a tile rounded for the second GEMM
     tiles = primitives.scratch_tiles(transform.cap, stats, save)
     block, columns = tile_shape(
@@ -240,50 +228,52 @@ def _walk_forward(
         problem.width * gemm * problem.cast_weight,
         accum * (1 + tiles) + narrow * save,
         workspace_bytes,
-        state.device,
+        problem.device,
     )
-    row_buffer, weight_buffer = problem.row_buffer(block), None
-    tile = scratch = accumulators = None
+    row_buffer = problem.row_buffer(block)
+    weight_buffer = tile = scratch = accumulators = None
     for start in range(0, problem.rows, block):
-        stop = min(start + block, problem.rows)
-        rows, labels = problem.hidden_rows(start, stop, row_buffer), problem.labels[start:stop]
-        part = state[:, start:stop]
-        if save == 0 and primitives.statistics(
-            rows, problem.weight, problem.bias, labels, part, transform, stats, workspace_bytes
+        part = slice(start, min(start + block, problem.rows))
+        count = part.stop - start
+        labels, sums = problem.labels[part], state[:, part]
+        copy = None if row_buffer is None else row_buffer[:count]
+        rows = problem.hidden[part] if copy is None else copy
+        primitives.gather(problem.tokens, part, labels, copy, sums)
+        u = u2 = None
+        if save or not primitives.statistics(
+            rows, problem.weight, problem.bias, labels, sums, transform, stats, workspace_bytes
         ):
-            continue
-        if tile is None:
-            tile, scratch = problem.empty(block * columns), problem.empty(tiles, block * columns)
-            weight_buffer = problem.weight_buffer(columns)
-            accumulators = problem.empty(save, block, problem.width)
-        assert scratch is not None and accumulators is not None
-        accumulated = accumulators[:, : stop - start].zero_()
-        u, u2 = (accumulated[i] if i < save else None for i in range(2))
-        for first in range(0, problem.vocabulary, columns):
-            last = min(first + columns, problem.vocabulary)
-            shape = (stop - start, last - first)
-            weight = problem.weight_slice(first, last, weight_buffer)
-            x = problem.logits_tile(rows, weight, first, tile[: shape[0] * shape[1]].view(shape))
-            spare = scratch[:, : x.numel()].view(tiles, *shape)
-            exps, z_exps = primitives.fold(
-                x, spare, part, labels, first, transform, stats, save, u, u2, problem.gemm_dtype
-            )
-            if u is not None:
-                _addmm(u, exps, weight, u)
-            if u2 is not None:
-                _addmm(u2, z_exps, weight, u2)
-        if u is not None:
-            primitives.derivative(
-                u,
-                u2,
-                part,
-                problem.weight,
-                labels,
-                transform,
-                dlogp[start:stop],
-                dentropy[start:stop] if u2 is not None else None,
-            )
-    return state, dlogp, dentropy
+            if tile is None:
+                tile, scratch = problem.empty(block * columns), problem.empty(tiles, block * columns)
+                weight_buffer = problem.weight_buffer(columns)
+                accumulators = problem.empty(save, block, problem.width)
+            assert scratch is not None and accumulators is not None
+            u, u2 = (accumulators[i, :count] if i < save else None for i in range(2))
+            for first in range(0, problem.vocabulary, columns):
+                last = min(first + columns, problem.vocabulary)
+                weight = problem.weight_slice(first, last, weight_buffer)
+                x = problem.logits_tile(rows, weight, first, tile[: count * (last - first)].view(count, -1))
+                spare = scratch[:, : x.numel()].view(tiles, count, last - first)
+                begun = first > 0
+                exps, z_exps = primitives.fold(
+                    x,
+                    spare,
+                    sums,
+                    labels,
+                    first,
+                    transform,
+                    stats,
+                    save,
+                    u if begun else None,
+                    u2 if begun else None,
+                    problem.gemm_dtype,
+                )
+                if u is not None:
+                    _addmm(u, exps, weight, u, beta=int(begun))
+                if u2 is not None:
+                    _addmm(u2, z_exps, weight, u2, beta=int(begun))
+        derivatives = (None if t is None else t[part] for t in (dlogp, dentropy))
+        primitives.finish(problem.tokens, part, labels, sums, u, u2, problem.weight, transform, outputs, *derivatives)
 
 
 @torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=())
@@ -295,7 +285,7 @@ def linear_logprob_bwd(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (M,)
     token_index: Tensor | None,  # (N,)
-    state: Tensor,  # (4, N)
+    state: Tensor,  # (7, N), or more rows under `select`
     dlogp: Tensor,  # (N, H) or empty
     dentropy: Tensor,  # (N, H) or empty
     select: bool,
@@ -313,92 +303,86 @@ def linear_logprob_bwd(
     """(dhidden, dweight, dbias); what was not asked for is empty."""
     with torch.autocast(dlogps.device.type, enabled=False), _device(dlogps):
         transform = Transform.of(logit_scale, softcap, temperature)
-        index = torch.nonzero(labels != ignore_index).squeeze(1) if select else token_index
-        if select and index is not None:
-            count = index.numel()
-            state, dlogp, dentropy = state[:, :count], dlogp[:count], dentropy[:count]
-        primitives = backends.get(backend)
-        g = dlogps if index is None else dlogps[index]
-        g_entropy = None if dentropies is None else dentropies if index is None else dentropies[index]
-        if not select:
-            ignored = (labels if index is None else labels[index]) == ignore_index
-            g = g.masked_fill(ignored, 0)
-            g_entropy = None if g_entropy is None else g_entropy.masked_fill(ignored, 0)
-        rest = primitives.rest_probability(state, transform) * transform.slope
-
-        dhidden = state.new_empty(0, dtype=hidden_dtype)
+        problem = _Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
+        dhidden = dlogp.new_empty(0, dtype=hidden_dtype)
         if dlogp.dim() == 2:
-            of_entropy = None if g_entropy is None else rest * g_entropy
-            dhidden = _scale_rows(dlogp, rest * g, dentropy, of_entropy, index, len(labels), hidden_dtype)
+            # a position that is not scored has no gradient
+            new = dlogp.new_empty if problem.tokens.token_index is None else dlogp.new_zeros
+            dhidden = new((len(labels), dlogp.shape[1]), dtype=hidden_dtype)
+        rows = _Rows(problem, state, dlogps, dentropies, dlogp, dentropy, dhidden, backends.get(backend))
         dweight, dbias = state.new_empty(0), state.new_empty(0)
         if need_dweight or need_dbias:
-            assert hidden is not None and weight is not None
-            problem = _Problem(
-                hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform
-            )
-            dweight, dbias = _walk_backward(
-                problem, state, rest, g, g_entropy, need_dweight, need_dbias, backend, workspace_bytes
-            )
+            dweight, dbias = _walk_backward(problem, rows, need_dweight, need_dbias, workspace_bytes)
+        else:
+            rows.weigh(slice(0, problem.rows))
         return dhidden, dweight, dbias
 
 
-def _scale_rows(
-    dlogp: Tensor,  # (N, H)
-    coefficient: Tensor,  # (N,)
-    dentropy: Tensor,  # (N, H) or empty
-    entropy_coefficient: Tensor | None,  # (N,)
-    index: Tensor | None,  # (N,)
-    tokens: int,  # M
-    dtype: torch.dtype,
-) -> Tensor:  # (M, H)
-    shape = (tokens, dlogp.shape[1])
-    dhidden = dlogp.new_empty(shape, dtype=dtype) if index is None else dlogp.new_zeros(shape, dtype=dtype)
-    block = max(16, MIB // dlogp.shape[1])
-    for start in range(0, dlogp.shape[0], block):
-        part = slice(start, start + block)
-        rows = dlogp[part] * coefficient[part, None]
-        if entropy_coefficient is not None:
-            rows += dentropy[part] * entropy_coefficient[part, None]
-        if index is None:
-            dhidden[part] = rows
-        else:
-            dhidden[index[part]] = rows.to(dtype)
-    return dhidden
+class _Rows:
+    """The rows of a backward: their coefficients, and dhidden, which is filled the first time that a row is weighed."""
+
+    def __init__(
+        self,
+        problem: _Problem,
+        state: Tensor,  # (7, N or more)
+        dlogps: Tensor,  # (M,)
+        dentropies: Tensor | None,  # (M,)
+        dlogp: Tensor,  # (N or more, H) or empty
+        dentropy: Tensor,  # (N or more, H) or empty
+        dhidden: Tensor,  # (M, H) or empty
+        primitives: ModuleType,
+    ) -> None:
+        self.problem, self.state, self.primitives = problem, state, primitives
+        self.dlogps, self.dentropies, self.dlogp, self.dentropy, self.dhidden = (
+            dlogps, dentropies, dlogp, dentropy, dhidden,
+        )  # fmt: skip
+        self.coefficient = problem.empty(problem.rows)
+        self.mix = None if dentropies is None else problem.empty(3, problem.rows)
+        self.unit: Tensor | None = None
+        self.filled = 0 if dhidden.dim() == 2 else problem.rows
+
+    def weigh(self, part: slice, rows: Tensor | None = None, scaled: Tensor | None = None) -> None:
+        """Fill coefficients, mix and dhidden of a part, and on request its hidden rows, as they are and weighed."""
+        if part.start == part.stop:
+            return
+        fill = part.start >= self.filled
+        self.filled = max(self.filled, part.stop)
+        self.primitives.weigh(
+            self.problem.tokens,
+            part,
+            self.problem.labels[part],
+            self.state[:, part],
+            self.problem.transform,
+            self.dlogps,
+            self.dentropies,
+            self.coefficient[part],
+            None if self.mix is None else self.mix[:, part],
+            self.unit,
+            self.dlogp[part] if fill else None,
+            self.dentropy[part] if fill and self.dentropy.dim() == 2 else None,
+            self.dhidden if fill else None,
+            rows,
+            scaled,
+        )
 
 
 def _walk_backward(
-    problem: _Problem,
-    state: Tensor,  # (4, N)
-    rest: Tensor,  # (N,) slope (1 - p_y)
-    g: Tensor,  # (N,) upstream of the log-probabilities
-    g_entropy: Tensor | None,  # (N,)
-    need_dweight: bool,
-    need_dbias: bool,
-    backend: str,
-    workspace_bytes: int,
+    problem: _Problem, weighed: _Rows, need_dweight: bool, need_dbias: bool, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    primitives, transform, weight = backends.get(backend), problem.transform, problem.weight
-    dweight = torch.empty_like(weight) if need_dweight else state.new_empty(0)
-    dbias = state.new_zeros(problem.vocabulary) if need_dbias else state.new_empty(0)
+    primitives, transform, weight = weighed.primitives, problem.transform, problem.weight
+    dweight = torch.empty_like(weight) if need_dweight else problem.empty(0)
+    dbias = problem.empty(problem.vocabulary) if need_dbias else problem.empty(0)
     if problem.rows == 0:
-        return dweight.zero_(), dbias
+        return dweight.zero_(), dbias.zero_()
 
-    logp_weight = entropy_weight = None
-    scale = g
-    if g_entropy is not None:
-        scale = g.abs() + g_entropy.abs()
-        divisor = torch.where(scale == 0, 1, scale)
-        logp_weight, entropy_weight = g / divisor, g_entropy / divisor
-    coefficient = scale * rest
-    unit = None
     if problem.gemm_dtype == torch.float16:
         # coefficients of a scaled loss may leave the range of fp16: a power of two goes round the GEMM
-        unit = coefficient.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()
-        coefficient = coefficient / unit
+        weighed.weigh(slice(0, problem.rows))
+        weighed.unit = weighed.coefficient.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()
 
-    accum, gemm = state.element_size(), problem.gemm_dtype.itemsize
+    accum, gemm = problem.accum_dtype.itemsize, problem.gemm_dtype.itemsize
     narrow = gemm * (problem.gemm_dtype != problem.accum_dtype)
-    tiles = primitives.dlogits_tiles(transform.cap, g_entropy is not None)
+    tiles = primitives.dlogits_tiles(transform.cap, weighed.mix is not None)
     direct = dweight.dtype == problem.accum_dtype and dweight.is_contiguous()
     block, columns = tile_shape(
         problem.rows,
@@ -407,10 +391,11 @@ def _walk_backward(
         problem.width * (gemm * problem.cast_weight + accum * (need_dweight and not direct)),
         accum * (1 + tiles) + narrow,
         workspace_bytes,
-        state.device,
+        problem.device,
     )
-    row_buffer, weight_buffer = problem.row_buffer(block), problem.weight_buffer(columns)
-    scaled = problem.empty(block, problem.width, dtype=problem.gemm_dtype)
+    weight_buffer = problem.weight_buffer(columns)
+    row_buffer = problem.row_buffer(block)
+    scaled_buffer = problem.empty(block, problem.width, dtype=problem.gemm_dtype)
     tile, scratch = problem.empty(block * columns), problem.empty(tiles, block * columns)
     partial = problem.empty(columns, problem.width) if need_dweight and not direct else None
     for first in range(0, problem.vocabulary, columns):
@@ -419,30 +404,33 @@ def _walk_backward(
         dw = dweight[first:last] if partial is None else partial[: last - first]
         for start in range(0, problem.rows, block):
             part = slice(start, min(start + block, problem.rows))
-            rows = problem.hidden_rows(part.start, part.stop, row_buffer)
-            shape = (len(rows), last - first)
-            x = problem.logits_tile(rows, w, first, tile[: shape[0] * shape[1]].view(shape))
+            count, begun = part.stop - start, int(start > 0)
+            copy = None if row_buffer is None else row_buffer[:count]
+            rows, scaled = problem.hidden[part] if copy is None else copy, scaled_buffer[:count]
+            if first == 0 or block < problem.rows:
+                weighed.weigh(part, copy, scaled)
+            x = problem.logits_tile(rows, w, first, tile[: count * (last - first)].view(count, -1))
             dz = primitives.dlogits(
                 x,
-                scratch[:, : x.numel()].view(tiles, *shape),
-                state[:, part],
+                scratch[:, : x.numel()].view(tiles, count, last - first),
+                weighed.state[:, part],
                 problem.labels[part],
                 first,
                 transform,
-                None if entropy_weight is None else entropy_weight[part],
-                None if logp_weight is None else logp_weight[part],
+                None if weighed.mix is None else weighed.mix[:, part],
                 problem.gemm_dtype,
             )
             if need_dweight:
-                scaled_rows = torch.mul(rows, coefficient[part, None], out=scaled[: shape[0]])
-                _addmm(dw, dz.T, scaled_rows, dw, beta=int(start > 0))
+                _addmm(dw, dz.T, scaled, dw, beta=begun)
             if need_dbias:
-                row = coefficient[None, part].to(problem.gemm_dtype)
+                coefficient = weighed.coefficient[None, part].to(problem.gemm_dtype)
                 db = dbias[None, first:last]
-                _addmm(db, row, dz, db)
+                _addmm(db, coefficient, dz, db, beta=begun)
         if partial is not None:
-            dweight[first:last] = dw if unit is None else dw * unit
-    return dweight, dbias if unit is None else dbias * unit
+            dweight[first:last] = (
+                partial[: last - first] if weighed.unit is None else partial[: last - first] * weighed.unit
+            )
+    return dweight, dbias if weighed.unit is None else dbias * weighed.unit
 
 
 @linear_logprob_fwd.register_fake
@@ -453,14 +441,13 @@ def _(  # type: ignore[no-untyped-def]
     tokens = labels.shape[0]
     rows = tokens if token_index is None else token_index.shape[0]
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    none = labels.new_empty(0, dtype=dtype)
     outputs = [labels.new_empty(tokens, dtype=dtype)]
     for i, name in enumerate(STATS):
         kind = torch.bool if name == "is_top1" else dtype
         outputs.append(labels.new_empty(tokens if stats >> i & 1 else 0, dtype=kind))
-    outputs.append(labels.new_empty((SAVED_ROWS, rows), dtype=dtype))
+    outputs.append(labels.new_empty((STATE_ROWS, rows), dtype=dtype))
     for i in range(2):
-        outputs.append(labels.new_empty((rows, hidden.shape[1]), dtype=compute_dtype) if save > i else none.clone())
+        outputs.append(labels.new_empty((rows, hidden.shape[1]) if save > i else 0, dtype=compute_dtype))
     return tuple(outputs)
 
 
@@ -540,18 +527,19 @@ def _(cu_seqlens, tokens, validate):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("alignloss::sequence_sum", mutates_args=())
 def sequence_sum(
     values: Tensor,  # (M,) per token
-    cu_seqlens: Tensor,  # (S + 1,) int64
+    cu_seqlens: Tensor | None,  # (S + 1,) int64; None: S parts of one length
+    sequences: int,
     token_weights: Tensor | None,  # (M,)
     backend: str,
 ) -> Tensor:  # (S,) fp64
     with _device(values):
-        return backends.get(backend).sequence_sum(values, cu_seqlens, token_weights)
+        return backends.get(backend).sequence_sum(values, cu_seqlens, sequences, token_weights)
 
 
 @torch.library.custom_op("alignloss::sequence_scatter", mutates_args=())
 def sequence_scatter(
     dsums: Tensor,  # (S,) fp64
-    cu_seqlens: Tensor,  # (S + 1,) int64
+    cu_seqlens: Tensor | None,  # (S + 1,) int64
     token_weights: Tensor | None,  # (M,)
     tokens: int,
     dtype: torch.dtype,
@@ -562,8 +550,8 @@ def sequence_scatter(
 
 
 @sequence_sum.register_fake
-def _(values, cu_seqlens, token_weights, backend):  # type: ignore[no-untyped-def]
-    return values.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float64)
+def _(values, cu_seqlens, sequences, token_weights, backend):  # type: ignore[no-untyped-def]
+    return values.new_empty(sequences, dtype=torch.float64)
 
 
 @sequence_scatter.register_fake
@@ -571,71 +559,8 @@ def _(dsums, cu_seqlens, token_weights, tokens, dtype, backend):  # type: ignore
     return dsums.new_empty(tokens, dtype=dtype)
 
 
-@torch.library.custom_op("alignloss::preference", mutates_args=())
-def preference(
-    values: Tensor,  # (M,) fp32 token log-probabilities
-    cu_seqlens: Tensor,  # (S + 1,) int64
-    token_weights: Tensor | None,  # (M,) fp64
-    labels: Tensor,  # (M,) int64, for the lengths
-    ref_logps: Tensor | None,  # (S,) fp64
-    desirable: Tensor | None,  # (S,) or 0-d
-    kl: Tensor | None,  # (S,) or 0-d
-    loss: str,  # "dpo", "ipo", "kto" or "cpo"
-    beta: float,
-    label_smoothing: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses (B,), sums (S,), rewards (S,), d losses / d sums (S,)) in fp64, by one Triton launch."""
-    sequences = cu_seqlens.shape[0] - 1
-    with _device(values):
-        return backends.get("triton").preference(
-            values,
-            token_weights,
-            labels,
-            cu_seqlens,
-            ref_logps,
-            None if desirable is None else desirable.bool().to(torch.int8).expand(sequences),
-            None if kl is None else kl.detach().double().expand(sequences),
-            loss,
-            ignore_index,
-            beta,
-            label_smoothing,
-            desirable_weight,
-            undesirable_weight,
-        )
-
-
-@preference.register_fake
-def _(values, cu_seqlens, token_weights, labels, ref_logps, desirable, kl, loss, *options):  # type: ignore[no-untyped-def]
-    sequences = cu_seqlens.shape[0] - 1
-    count = sequences if loss == "kto" else sequences // 2
-    return tuple(values.new_empty(n, dtype=torch.float64) for n in (count, sequences, sequences, sequences))
-
-
-def _preference_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    values, cu_seqlens, token_weights, *_ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cu_seqlens, token_weights, output[3])
-    ctx.tokens, ctx.dtype = values.shape[0], values.dtype
-
-
-def _preference_backward(ctx, dlosses, dsums, *unused):  # type: ignore[no-untyped-def]
-    cu_seqlens, token_weights, slopes = ctx.saved_tensors
-    total = torch.zeros_like(slopes) if dsums is None else dsums
-    if dlosses is not None:
-        dlosses = dlosses if len(dlosses) == len(slopes) else dlosses.repeat(2)
-        total = total + torch.where(dlosses == 0, 0, slopes * dlosses)  # not 0 * inf, for a dropped pair
-    dvalues = sequence_scatter(total, cu_seqlens, token_weights, ctx.tokens, ctx.dtype, "triton")
-    return dvalues, *(None,) * 12
-
-
-preference.register_autograd(_preference_backward, setup_context=_preference_setup)
-
-
 def _sequence_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    values, cu_seqlens, token_weights, backend = inputs
+    values, cu_seqlens, _, token_weights, backend = inputs
     ctx.save_for_backward(cu_seqlens, token_weights)
     ctx.tokens, ctx.dtype, ctx.backend = values.shape[0], values.dtype, backend
 
@@ -643,8 +568,114 @@ def _sequence_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 def _sequence_backward(ctx, dsums):  # type: ignore[no-untyped-def]
     cu_seqlens, token_weights = ctx.saved_tensors
     dvalues = sequence_scatter(dsums.contiguous(), cu_seqlens, token_weights, ctx.tokens, ctx.dtype, ctx.backend)
-    return dvalues, None, None, None
+    return dvalues, None, None, None, None
 
 
 sequence_sum.register_autograd(_sequence_backward, setup_context=_sequence_setup)
 sequence_scatter.register_autograd(_no_double_backward)
+
+
+@torch.library.custom_op("alignloss::preference", mutates_args=())
+def preference(
+    values: Tensor,  # (M,) fp32 token log-probabilities
+    token_weights: Tensor | None,  # (M,)
+    labels: Tensor,  # (M,) int64: where the sums run
+    nll_labels: Tensor | None,  # (M,) int64: where the NLL of the chosen sequences runs; by default at labels
+    cu_seqlens: Tensor | None,  # (S + 1,) int64; None: S parts of one length
+    sequences: int,
+    ref_logps: Tensor | None,  # (S,)
+    desirable: Tensor | None,  # (S,) or 0-d
+    kl: Tensor | None,  # (S,) or 0-d
+    pair_weights: Tensor | None,  # (B,) or 0-d
+    num_sequences: Tensor | None,  # 0-d
+    num_tokens: Tensor | None,  # 0-d
+    loss: str,  # "dpo", "ipo", "kto" or "cpo"
+    ignore_index: int,
+    nll_weight: float,
+    beta: float,
+    label_smoothing: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, losses (B,), sums (S,), rewards (S,), nll_loss, slopes, scales), by two Triton launches.
+
+    Only the loss has a gradient; slopes and scales are what it needs.
+    """
+    with _device(values):
+        return backends.get("triton").preference(
+            values,
+            token_weights,
+            labels,
+            labels if nll_labels is None else nll_labels,
+            cu_seqlens,
+            sequences,
+            ref_logps,
+            desirable,
+            kl,
+            pair_weights,
+            num_sequences,
+            num_tokens,
+            loss,
+            ignore_index,
+            nll_weight,
+            beta,
+            label_smoothing,
+            desirable_weight,
+            undesirable_weight,
+        )
+
+
+@torch.library.custom_op("alignloss::preference_backward", mutates_args=())
+def preference_backward(
+    dloss: Tensor,  # 0-d
+    slopes: Tensor,  # (S,)
+    scales: Tensor,  # (2,)
+    token_weights: Tensor | None,  # (M,)
+    labels: Tensor,  # (M,)
+    nll_labels: Tensor | None,  # (M,)
+    cu_seqlens: Tensor | None,  # (S + 1,)
+    paired: bool,
+    ignore_index: int,
+) -> Tensor:  # (M,) fp32
+    with _device(dloss):
+        return backends.get("triton").preference_backward(
+            dloss,
+            slopes,
+            scales,
+            token_weights,
+            labels,
+            labels if nll_labels is None else nll_labels,
+            cu_seqlens,
+            paired,
+            ignore_index,
+        )
+
+
+@preference.register_fake
+def _(values, token_weights, labels, nll_labels, cu_seqlens, sequences, *data):  # type: ignore[no-untyped-def]
+    count = sequences if data[6] == "kto" else sequences // 2
+    shapes = [(), (count,), (sequences,), (sequences,), ()]
+    outputs = [values.new_empty(shape) for shape in shapes]
+    return (*outputs, *(values.new_empty(n, dtype=torch.float64) for n in (sequences, 2)))
+
+
+@preference_backward.register_fake
+def _(dloss, slopes, scales, token_weights, labels, *rest):  # type: ignore[no-untyped-def]
+    return dloss.new_empty(labels.shape)
+
+
+def _preference_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, token_weights, labels, nll_labels, cu_seqlens, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[-2:], token_weights, labels, nll_labels, cu_seqlens)
+    ctx.paired, ctx.ignore_index = inputs[12] != "kto", inputs[13]
+
+
+def _preference_backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
+    if dloss is None:
+        return (None,) * 19
+    return preference_backward(dloss, *ctx.saved_tensors, ctx.paired, ctx.ignore_index), *(None,) * 18
+
+
+preference.register_autograd(_preference_backward, setup_context=_preference_setup)
+preference_backward.register_autograd(_no_double_backward)

@@ -14,11 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import sequence, stats, tile
+from . import rows, sequence, stats, tile
 from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_BLOCK, ROW_WARPS, SEQUENCE_BLOCK, gemm_blocks
 
 # target -> (Triton's target, row of the table of blocks, bytes of shared memory per program)
@@ -58,12 +59,14 @@ class Report(NamedTuple):
 
 # scalars by name; every other parameter is a pointer to fp32
 _SCALARS = {
-    **dict.fromkeys(("N", "V", "H", "Vs", "B", "tiles", "first", "ignore_index"), "i32"),
+    **dict.fromkeys(("N", "M", "V", "H", "Vs", "B", "tiles", "first", "length", "ignore_index"), "i32"),
     **dict.fromkeys(("linear", "cap", "slack"), "fp32"),
-    **dict.fromkeys(("beta", "label_smoothing", "desirable_weight", "undesirable_weight"), "fp64"),
+    **dict.fromkeys(
+        ("beta", "label_smoothing", "desirable_weight", "undesirable_weight", "nll_weight", "slope"), "fp64"
+    ),
 }
-_INT64_POINTERS = ("labels", "offsets")
-_FP64_POINTERS = ("weights", "sums", "dsums", "ref", "kl", "losses", "rewards", "slopes")
+_INT64_POINTERS = ("labels", "nll_labels", "row_labels", "index", "offsets")
+_FP64_POINTERS = ("weights", "dsums", "kl", "slopes", "scales", "nll")
 
 
 def variants(blocks: str) -> list[Variant]:
@@ -104,20 +107,48 @@ def variants(blocks: str) -> list[Variant]:
         (2, True, True),
     ):
         dtype = "*bf16" if narrow else "*fp32"
-        flags = {"HAS_CAP": full, "SAVE": save, "NARROW": narrow, "EXTRAS": full, "BLOCK": ROW_BLOCK}
+        flags = {
+            "HAS_CAP": full,
+            "SAVE": save,
+            "NARROW": narrow,
+            "EXTRAS": full,
+            "RESCALE": save > 0,
+            "BLOCK": ROW_BLOCK,
+        }
         name = f"fold_fwd[save={save}, narrow={narrow}, all={full}]"
         found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, ROW_WARPS))
     for narrow, full in ((False, False), (True, False), (True, True)):
         flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": ROW_BLOCK}
         name = f"dlogits_bwd[narrow={narrow}, all={full}]"
         found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, ROW_WARPS))
-    for weighted in (False, True):
-        flags = {"HAS_WEIGHTS": weighted, "BLOCK": SEQUENCE_BLOCK}
-        found.append(Variant(f"sequence_fwd[weights={weighted}]", sequence.sequence_fwd_kernel, {}, flags))
-        found.append(Variant(f"sequence_bwd[weights={weighted}]", sequence.sequence_bwd_kernel, {}, flags))
+    narrow_rows = dict.fromkeys(("hidden", "weight", "rows", "scaled", "dlogp", "dentropy", "dhidden"), "*bf16")
+    for name, types in (("bf16", narrow_rows), ("fp32", {})):
+        block = {"BLOCK": ROW_BLOCK}
+        compute = {"COMPUTE": rows.DTYPES[torch.bfloat16 if types else torch.float32]}
+        for full in (False, True):
+            flags = {"HAS_INDEX": full, "HAS_CAP": full, "ENTROPY": full} | block
+            gather = {"HAS_INDEX": full, "HAS_ROWS": full} | compute | block
+            finish = dict.fromkeys(("LSE", "MEAN_LOGITS", "LOG_SUM_SQ", "IS_TOP1"), full) | {"SAVE": 1 + full} | flags
+            weigh = dict.fromkeys(("HAS_UNIT", "DHIDDEN", "ROWS", "SCALED"), full) | compute | flags
+            finish_types = types | {"is_top1": "*i1", "cap": "fp64"}
+            suffix = f"[{name}, all={full}]"
+            found.append(Variant("gather_fwd" + suffix, rows.gather_fwd_kernel, types, gather))
+            found.append(Variant("finish_fwd" + suffix, rows.finish_fwd_kernel, finish_types, finish))
+            found.append(Variant("rows_bwd" + suffix, rows.rows_bwd_kernel, types | {"cap": "fp64"}, weigh))
+    for full in (False, True):
+        flags = {"PACKED": full, "HAS_WEIGHTS": full, "BLOCK": SEQUENCE_BLOCK}
+        suffix = f"[all={full}]"
+        sums = {"sums": "*fp64"}
+        found.append(Variant("sequence_fwd" + suffix, sequence.sequence_fwd_kernel, sums, flags))
+        found.append(Variant("sequence_bwd" + suffix, sequence.sequence_bwd_kernel, {}, flags))
+        found.append(Variant("preference_bwd" + suffix, sequence.preference_bwd_kernel, {}, flags | {"PAIRED": True}))
+        reduce = dict.fromkeys(("PAIRED", "HAS_PAIR_WEIGHTS", "HAS_NUM_SEQUENCES", "HAS_NUM_TOKENS"), full)
+        reduce |= {"BLOCK": SEQUENCE_BLOCK}
+        found.append(Variant("preference_reduce_fwd" + suffix, sequence.preference_reduce_fwd_kernel, {}, reduce))
     for loss in ("dpo", "ipo", "kto", "cpo"):
-        flags = {"LOSS": loss, "HAS_WEIGHTS": True, "BLOCK": SEQUENCE_BLOCK}
-        found.append(Variant(f"preference_fwd[{loss}]", sequence.preference_fwd_kernel, {"desirable": "*i8"}, flags))
+        flags = dict.fromkeys(("PACKED", "HAS_WEIGHTS", "HAS_PAIR_WEIGHTS"), True)
+        flags |= {"LOSS": loss, "BLOCK": SEQUENCE_BLOCK}
+        found.append(Variant(f"preference_fwd[{loss}]", sequence.preference_fwd_kernel, {"desirable": "*i1"}, flags))
     return found
 
 
@@ -126,8 +157,8 @@ def _source(variant: Variant) -> ASTSource:
     for i, name in enumerate(variant.kernel.arg_names):
         if name in variant.constants:
             signature[name] = "constexpr"
-        elif name in _SCALARS or name.endswith("stride"):
-            signature[name] = _SCALARS.get(name, "i32")
+        elif name in _SCALARS or name.endswith(("stride", "step")):
+            signature[name] = variant.types.get(name, _SCALARS.get(name, "i32"))
         else:
             pointee = "*i64" if name in _INT64_POINTERS else "*fp64" if name in _FP64_POINTERS else "*fp32"
             signature[name] = variant.types.get(name, pointee)

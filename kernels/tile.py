@@ -5,8 +5,8 @@ it by e_v sech^2(x_v) with e_v = exp(z_v - m) and 0 at the target. The reference
 exceeds it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almost never.
 
 `dlogits_bwd_kernel` overwrites the tile by the gradient of the logits, divided by one factor per row: with q_v = e_v/s
-over v != y it is D_y (A - B pull) at the target, -q_v D_v (A + B (z_v - m - mu)) elsewhere; A = 1 and B = 0 without a
-gradient of the entropy.
+over v != y it is D_y at the target and -q_v D_v elsewhere. A gradient of the entropy mixes in by three numbers per row:
+then it is mix_2 D_y at the target, -q_v D_v (mix_0 + mix_1 (z_v - m)) elsewhere.
 
 The result may be half as wide as the tile: it then fills the first half of each row's memory. A block of the row is
 written only after the whole block, and every earlier one, has been read; hence the barriers.
@@ -43,6 +43,7 @@ def fold_fwd_kernel(
     SAVE: tl.constexpr,
     NARROW: tl.constexpr,
     EXTRAS: tl.constexpr,
+    RESCALE: tl.constexpr,  # whether u (and u2) hold sums of earlier slices
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -98,7 +99,7 @@ def fold_fwd_kernel(
         tl.store(at + 3 * step, (tl.load(at + 3 * step) + s * shift) * decay + tl.sum(ze_sums, 0))
         tl.store(at + 4 * step, tl.load(at + 4 * step) + tl.sum(z_sums, 0))
         tl.store(at + 5 * step, tl.load(at + 5 * step) * decay * decay + tl.sum(ee_sums, 0))
-    if SAVE > 0:
+    if RESCALE:
         if m != old:
             for start in range(0, H, BLOCK):
                 k = start + c
@@ -113,17 +114,15 @@ def fold_fwd_kernel(
 def dlogits_bwd_kernel(
     tile,  # (C, Vs) fp32 x
     out,  # (C, Vs), in the memory of `tile`
-    state,  # (4, C): m, s, x_y, sum (z - m) e
+    state,  # (7, C): m, s
     labels,  # (C,) int64
-    logp_weight,  # (C,) A
-    entropy_weight,  # (C,) B
-    mu,  # (C,)
-    pull,  # (C,)
+    mix,  # (3, C)
     first,
     Vs,
     tile_stride,
     out_stride,
     state_stride,
+    mix_stride,
     cap,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -135,11 +134,11 @@ def dlogits_bwd_kernel(
     m, s = tl.load(state + row), tl.load(state + row + step)
     target = tl.load(labels + row) - first
     inverse = tl.where(s > 0, 1.0 / s, 0.0)
-    a, b, center, at_target = 1.0, 0.0, 0.0, 1.0
+    a, b, at_target = 1.0, 0.0, 1.0
     if ENTROPY:
-        a, b = tl.load(logp_weight + row), tl.load(entropy_weight + row)
-        center = tl.load(mu + row)
-        at_target = a - b * tl.load(pull + row)
+        mix_step = tl.cast(mix_stride, tl.int64)
+        a, b = tl.load(mix + row), tl.load(mix + row + mix_step)
+        at_target = tl.load(mix + row + 2 * mix_step)
     c = tl.arange(0, BLOCK)
     for start in range(0, Vs, BLOCK):
         v = start + c
@@ -148,7 +147,7 @@ def dlogits_bwd_kernel(
         # not exp(z - m - log s): rounding log s together with a large m would unbalance the sum of the q
         q = tl.exp(z - m) * inverse
         if ENTROPY:
-            q = tl.where(q > 0, q * (a + b * (z - m - center)), 0.0)
+            q = tl.where(q > 0, q * (a + b * (z - m)), 0.0)
         d = tl.where(v == target, at_target, -q)
         if HAS_CAP:
             d *= sech2(x)
@@ -167,8 +166,8 @@ def fold_fwd(
     spare: Tensor | None,  # (C, Vs) fp32, for save == 2
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
-    u: Tensor | None,  # (C, H) contiguous
-    u2: Tensor | None,  # (C, H) contiguous
+    u: Tensor | None,  # (C, H) contiguous, once it holds sums
+    u2: Tensor | None,  # (C, H) contiguous, once it holds sums
     first: int,
     cap: float | None,
     save: int,
@@ -179,8 +178,8 @@ def fold_fwd(
     C, Vs = tile.shape
     out = narrowed(tile, dtype)
     out2 = None if spare is None else narrowed(spare, dtype)
-    # fp16 exponentials must stay under 65,504
-    slack = 8.0 if dtype == torch.float16 else 40.0
+    # fp16 exponentials must stay under 65,504, and sums of their squares over the vocabulary within fp32
+    slack = 8.0 if dtype == torch.float16 else 20.0
     fold_fwd_kernel[(C,)](
         tile,
         out,
@@ -202,6 +201,7 @@ def fold_fwd(
         SAVE=save,
         NARROW=dtype != tile.dtype,
         EXTRAS=extras,
+        RESCALE=u is not None,
         BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
         num_warps=ROW_WARPS,
     )
@@ -210,9 +210,9 @@ def fold_fwd(
 
 def dlogits_bwd(
     tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten
-    state: Tensor,  # (4, C)
+    state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
-    entropy: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # logp_weight, entropy_weight, mu, pull, each (C,)
+    mix: Tensor | None,  # (3, C), for a gradient of the entropy
     first: int,
     cap: float | None,
     dtype: torch.dtype,  # of the result
@@ -225,15 +225,16 @@ def dlogits_bwd(
         out,
         state,
         labels,
-        *(entropy or (None,) * 4),
+        mix,
         first,
         Vs,
         tile.stride(0),
         out.stride(0),
         state.stride(0),
+        0 if mix is None else mix.stride(0),
         cap or 1.0,
         HAS_CAP=cap is not None,
-        ENTROPY=entropy is not None,
+        ENTROPY=mix is not None,
         NARROW=dtype != tile.dtype,
         BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
         num_warps=ROW_WARPS,

@@ -62,12 +62,21 @@ def test_opcheck_of_the_log_probability(stats, with_index):
     torch.library.opcheck(ops.linear_logprob_fwd, arguments)
 
 
-def test_opcheck_of_the_sequence_ops():
-    values, offsets = torch.randn(9, requires_grad=True), torch.tensor([0, 4, 4, 9])
-    torch.library.opcheck(ops.sequence_sum, (values, offsets, None, "torch"))
-    torch.library.opcheck(ops.sequence_sum, (values, offsets, torch.rand(9).double(), "torch"))
-    torch.library.opcheck(ops.sequence_scatter, (torch.randn(3).double(), offsets, None, 9, torch.float32, "torch"))
-    ref, labels = torch.randn(4).double(), torch.arange(9)
-    pairs = torch.tensor([0, 2, 4, 4, 9])
-    options = (0.1, 0.0, 1.0, 1.0, -100)
-    torch.library.opcheck(ops.preference, (values, pairs, None, labels, ref, None, None, "dpo", *options))
+@pytest.mark.parametrize("offsets", [torch.tensor([0, 4, 4, 9]), None])
+def test_opcheck_of_the_sequence_ops(offsets):
+    values, weights, dsums = torch.randn(9, requires_grad=True), torch.rand(9).double(), torch.randn(3).double()
+    torch.library.opcheck(ops.sequence_sum, (values, offsets, 3, None, "torch"))
+    torch.library.opcheck(ops.sequence_sum, (values, offsets, 3, weights, "torch"))
+    torch.library.opcheck(ops.sequence_scatter, (dsums, offsets, None, 9, torch.float32, "torch"))
+
+
+@pytest.mark.parametrize("offsets", [torch.tensor([0, 2, 4, 4, 8]), None])
+def test_opcheck_of_the_fused_losses(offsets):
+    pytest.importorskip("triton")
+    values, ref, labels = torch.randn(8, requires_grad=True), torch.randn(4).double(), torch.arange(8)
+    options = (-100, 0.5, 0.1, 0.0, 1.0, 1.0)
+    data = (None, None, torch.ones(2), None, None)
+    torch.library.opcheck(ops.preference, (values, None, labels, None, offsets, 4, ref, *data, "dpo", *options))
+    slopes, scales = torch.randn(4).double(), torch.rand(2).double()
+    backward = (torch.tensor(2.0), slopes, scales, None, labels, None, offsets, True, -100)
+    torch.library.opcheck(ops.preference_backward, backward)

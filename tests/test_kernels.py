@@ -8,12 +8,12 @@ from reference import error, inputs, leaf, logits
 
 pytest.importorskip("triton")
 
-from alignloss.kernels import sequence, stats, tile
+from alignloss.kernels import rows, sequence, stats, tile
 
 import alignloss
 from alignloss import losses
+from alignloss.backends import Tokens, _torch, _triton
 from alignloss.backends import Transform as T
-from alignloss.backends import _torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPS = [None, 2.0]
@@ -70,7 +70,7 @@ def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype):
         part = x[:, first:last].float().contiguous()
         spare = torch.empty_like(part) if save == 2 else None
         e, ze = tile.fold_fwd(
-            part, spare, state, labels, u if save else None, u2 if save == 2 else None, first, cap, save, True, dtype
+            part, spare, state, labels, u if save else None, u2 if save > 1 else None, first, cap, save, True, dtype
         )
         if save:
             u += e.float() @ weight[first:last].float()
@@ -104,13 +104,20 @@ def test_dlogits_against_autograd(cap, entropy, dtype):
         value = value + (b * torch.special.entr(logps.exp()).sum(1)).sum()
     value.backward()
     rest = 1 - logps.detach().exp().gather(1, labels[:, None])
-    state = expected_state(x.detach(), labels, cap)(z.detach().amax(1))[:4].float().to(DEVICE)
-    terms = None
+    state = expected_state(x.detach(), labels, cap)(z.detach().amax(1)).float().to(DEVICE)
+    mix = None
     if b is not None:
-        terms = tuple(t.float().to(DEVICE) for t in (a, b, *_torch.entropy_terms(state.cpu(), T(1.0, cap, 1.0))))
+        tokens = Tokens(None, labels.to(DEVICE), None, -100, torch.float32)
+        mix = torch.empty(3, N, device=DEVICE)
+        upstream = (a.float().to(DEVICE), b.float().to(DEVICE))
+        coefficient = torch.empty(N, device=DEVICE)
+        _torch.weigh(
+            tokens, slice(0, N), tokens.labels, state, T(1.0, cap, 1.0), *upstream, coefficient, mix, *(None,) * 6
+        )
+        rest = (a.abs() + b.abs())[:, None] * rest
     first_half, second_half = (
         tile.dlogits_bwd(
-            x.detach()[:, s].float().contiguous().to(DEVICE), state, labels.to(DEVICE), terms, s.start, cap, dtype
+            x.detach()[:, s].float().contiguous().to(DEVICE), state, labels.to(DEVICE), mix, s.start, cap, dtype
         ).cpu()
         for s in (slice(0, 45), slice(45, 90))
     )
@@ -118,25 +125,73 @@ def test_dlogits_against_autograd(cap, entropy, dtype):
     assert error(got, x.grad) <= (2e-5 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_rows_equal_the_specification(indexed, dtype):
+    """Gathering, results per token, derivatives and weighing, beside `_torch` in float64."""
+    M, H, V, cap = 9, 33, 50, 2.0
+    hidden, weight, _, labels = (t.to(DEVICE) for t in inputs(M, hidden_size=H, vocabulary=V, masked=0.0))
+    labels[[1, 4]] = torch.tensor([-100, 1000], device=DEVICE)  # ignored, and outside the vocabulary
+    index = torch.tensor([8, 1, 0, 4, 5, 2], device=DEVICE) if indexed else None
+    N, transform = 6 if indexed else M, T(1.3, cap, 0.7)
+    part = slice(2, N)
+    C = N - 2
+    z = torch.randn(N, V, dtype=torch.float64, device=DEVICE) * 3
+    z[2] += 400 * torch.nn.functional.one_hot(torch.tensor(3), V).to(DEVICE)
+    wanted = labels if index is None else labels[index]
+    sums = expected_state(z, wanted.clamp(0, V - 1), None)(z.amax(1))
+    sums[2, wanted == 1000] = torch.nan
+    upstream = [torch.randn(M, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    u = torch.randn(2, N, H, dtype=torch.float64, device=DEVICE)
+    results = []
+    for backend, wide, narrow in ((_torch, torch.float64, torch.float64), (_triton, torch.float32, dtype)):
+        tokens = Tokens(hidden.to(narrow), labels, index, -100, narrow)
+        state = sums.to(wide)
+        picked = torch.zeros(C, dtype=torch.int64, device=DEVICE) if indexed else labels[part].clone()
+        block = torch.empty(C, H, dtype=narrow, device=DEVICE)
+        begun = torch.empty(7, C, dtype=wide, device=DEVICE)
+        backend.gather(tokens, part, picked, block, begun)
+        outputs = [torch.zeros(M, dtype=torch.bool if i == 4 else wide, device=DEVICE) for i in range(6)]
+        derivatives = [torch.empty(C, H, dtype=narrow, device=DEVICE) for _ in range(2)]
+        accumulated = u[:, part].to(wide).contiguous()
+        head = weight.to(narrow)
+        backend.finish(tokens, part, picked, state[:, part], *accumulated, head, transform, outputs, *derivatives)
+        coefficient, mix = torch.empty(C, dtype=wide, device=DEVICE), torch.empty(3, C, dtype=wide, device=DEVICE)
+        dhidden, again, scaled = torch.zeros_like(tokens.hidden), torch.empty_like(block), torch.empty_like(block)
+        unit = torch.tensor(2.0, dtype=wide, device=DEVICE)
+        backend.weigh(
+            tokens, part, picked, state[:, part], transform, *(g.to(wide) for g in upstream), coefficient, mix, unit,
+            *derivatives, dhidden, again, scaled,
+        )  # fmt: skip
+        results.append((picked, block, begun, *outputs, *derivatives, coefficient, mix, dhidden, again, scaled))
+    for value, exact in zip(results[1], results[0], strict=True):
+        assert torch.equal(value.isnan(), exact.isnan())
+        assert error(value.double().nan_to_num(), exact.double().nan_to_num()) <= (
+            2e-5 if dtype == torch.float32 else 2e-3
+        )
+
+
 @pytest.mark.parametrize("weighted", [False, True])
-def test_sequence_sums_and_their_adjoint(weighted):
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequence_sums_and_their_adjoint(packed, weighted):
     values = torch.randn(2500, device=DEVICE)
     weights = torch.rand(2500, dtype=torch.float64, device=DEVICE) if weighted else None
-    offsets = torch.tensor([0, 1, 1, 1300, 2499], device=DEVICE)  # an empty sequence, a long one, a token of none
+    # packed: an empty sequence, a long one, a token of none
+    bounds = (
+        [(0, 1), (1, 1), (1, 1300), (1300, 2499)] if packed else [(0, 625), (625, 1250), (1250, 1875), (1875, 2500)]
+    )
+    offsets = torch.tensor([0, *(stop for _, stop in bounds)], device=DEVICE) if packed else None
     factors = torch.ones(2500, dtype=torch.float64) if weights is None else weights.cpu()
-    bounds = list(itertools.pairwise(offsets.tolist()))
     expected = torch.stack([(values.cpu().double() * factors)[i:j].sum() for i, j in bounds])
-    for backend in (_torch.sequence_sum(values, offsets, weights), sequence.sequence_fwd(values, weights, offsets)):
-        torch.testing.assert_close(backend.cpu(), expected)
+    for backend in (_torch, _triton):
+        torch.testing.assert_close(backend.sequence_sum(values, offsets, 4, weights).cpu(), expected)
     dsums = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64, device=DEVICE)
     spread = torch.zeros(2500, dtype=torch.float64)
     for (i, j), g in zip(bounds, dsums.tolist(), strict=True):
         spread[i:j] = g
-    for backend in (
-        _torch.sequence_scatter(dsums, offsets, weights, 2500, torch.float32),
-        sequence.sequence_bwd(dsums, weights, offsets, 2500),
-    ):
-        torch.testing.assert_close(backend.cpu(), (spread * factors).float())
+    for backend in (_torch, _triton):
+        got = backend.sequence_scatter(dsums, offsets, weights, 2500, torch.float32)
+        torch.testing.assert_close(got.cpu(), (spread * factors).float())
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
@@ -147,18 +202,25 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
     tokens = int(lengths.sum())
     values = torch.randn(tokens) * scale
     labels = torch.randint(0, 9, (tokens,))
+    nll_labels = labels.clone()
     labels[torch.rand(tokens) < 0.3] = -100
     ref = torch.randn(6, dtype=torch.float64) * scale
     desirable, kl = torch.arange(6) % 2 == 0, torch.linspace(-1, 1, 6, dtype=torch.float64)
+    pairwise = torch.tensor([1.0, 0.0, 0.5] * (2 if loss == "kto" else 1), dtype=torch.float64)
     options = {"beta": 0.3, "label_smoothing": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
-    got = sequence.preference_fwd(
-        *(t if t is None else t.to(DEVICE) for t in (values, None, labels, offsets, ref, desirable.to(torch.int8), kl)),
-        loss, -100, *options.values(),
+
+    def on_device(*tensors):
+        return [None if t is None else t.to(DEVICE) for t in tensors]
+
+    *got, slopes, scales = sequence.preference_fwd(
+        *on_device(values, None, labels, nll_labels, offsets), 6, *on_device(ref, desirable, kl, pairwise, None, None),
+        loss, -100, 0.4, *options.values(),
     )  # fmt: skip
-    sums = leaf(_torch.sequence_sum(values, offsets, None))
+    exact = leaf(values)
+    sums = _torch.sequence_sum(exact.masked_fill(labels == -100, 0), offsets, 6, None)
     c, r, rc, rr = sums[:B], sums[B:], ref[:B], ref[B:]
     counts = torch.stack([(labels[i:j] != -100).sum() for i, j in itertools.pairwise(offsets.tolist())]).clamp(min=1)
-    expected, *rewards = {
+    losses_, *rewards = {
         "dpo": lambda: losses.dpo_loss(c, r, rc, rr, beta=0.3, label_smoothing=0.1),
         "ipo": lambda: losses.ipo_loss(c, r, rc, rr, counts[:B], counts[B:], beta=0.3),
         "kto": lambda: losses.kto_loss(
@@ -166,20 +228,33 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
         ),
         "cpo": lambda: losses.cpo_loss(c, r, beta=0.3, label_smoothing=0.1),
     }[loss]()
-    expected.sum().backward()
-    for value, e in zip(got, (expected.detach(), sums.detach(), torch.cat(rewards), sums.grad), strict=True):
-        torch.testing.assert_close(value.cpu(), e, rtol=1e-10, atol=1e-300)
+    nll_loss = -exact[: offsets[B]].mean()
+    total = (losses_ * pairwise).sum() / len(losses_)
+    expected = [total, losses_, sums, torch.cat(rewards)]
+    if loss != "kto":
+        expected[0] = total = total + 0.4 * nll_loss
+        expected.append(nll_loss)
+    for value, e in zip(got, expected, strict=False):
+        torch.testing.assert_close(value.cpu(), e.detach().float(), rtol=1e-6, atol=1e-30)
+    (2 * total).backward()
+    dvalues = sequence.preference_bwd(
+        torch.tensor(2.0, device=DEVICE), slopes, scales, *on_device(None, labels, nll_labels, offsets),
+        loss != "kto", -100,
+    )  # fmt: skip
+    torch.testing.assert_close(dvalues.cpu(), exact.grad.float(), rtol=1e-6, atol=1e-30)
 
 
 def test_the_backend_reaches_every_kernel(monkeypatch):
     launched = set()
-    for module in (stats, tile, sequence):
+    for module in (rows, stats, tile, sequence):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, name, launched))
     hidden, weight, _, labels = (t.to(DEVICE) for t in inputs(4, 6, dtype=torch.float32))
     h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
     alignloss.CPOLoss(backend="triton")(h, w, labels).loss.backward()
+    logps = alignloss.sequence_logprob(h, weight, labels, backend="triton").logps
+    logps.sum().backward()
     logps = alignloss.sequence_logprob(hidden, weight, labels, backend="triton").logps
     assert (
         error(
@@ -195,6 +270,9 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
         < 1e-5
     )
     assert launched == {
+        "gather_fwd_kernel",
+        "finish_fwd_kernel",
+        "rows_bwd_kernel",
         "stats_fwd_kernel",
         "combine_fwd_kernel",
         "fold_fwd_kernel",
@@ -202,6 +280,8 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
         "sequence_fwd_kernel",
         "sequence_bwd_kernel",
         "preference_fwd_kernel",
+        "preference_reduce_fwd_kernel",
+        "preference_bwd_kernel",
     }
 
 

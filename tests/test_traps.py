@@ -37,6 +37,19 @@ def test_unchecked_a_label_outside_the_vocabulary_is_nan_in_its_row_alone(backen
     assert torch.equal(h.grad.isnan().any(-1), is_bad)
 
 
+def test_unchecked_a_token_index_out_of_range_is_never_an_address():
+    hidden, weight, _, labels = small(masked=0.0)
+    h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+    index = torch.tensor([*range(20), 20, -1, 2**40])
+    logps = alignloss.linear_logprob(h, w, labels, token_index=index, backend="triton", validate=False)
+    logps.sum().backward()
+    exact = [leaf(t) for t in (hidden, weight)]
+    expected = token_logps(*exact, labels)
+    expected.sum().backward()
+    for got, value in zip((logps, h.grad, w.grad), (expected, exact[0].grad, exact[1].grad), strict=True):
+        assert error(got.detach(), value.detach()) <= 2e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(4, 5), (0, 5), (4, 0)])
 def test_nothing_to_score_gives_zero_and_a_zero_gradient(backend, shape):
@@ -284,7 +297,7 @@ def test_forward_mode_is_refused():
 def test_offsets_past_the_tokens_are_never_addresses(backend):
     values, offsets = torch.ones(4, requires_grad=True), torch.tensor([0, 2, 64])
     checked = alignloss.ops.sequence_offsets(offsets, 4, False)
-    sums = alignloss.ops.sequence_sum(values, checked, None, backend)
+    sums = alignloss.ops.sequence_sum(values, checked, 2, None, backend)
     sums.sum().backward()
     assert sums.tolist() == [2.0, 2.0]
     assert values.grad.tolist() == [1.0] * 4

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-# rows of `state`; the first four are what the backward needs
-REF = 0  # reference m that the exponentials are relative to; at most 40 nats below the largest z
+# rows of `state`
+REF = 0  # reference m that the exponentials are relative to; at most 20 nats below the largest z
 SUM = 1  # sum of exp(z - m) over v != y
 TARGET = 2  # x of the target; NaN while no slice has held it, so a label outside the vocabulary ends as NaN
 SUM_ZE = 3  # sum of (z - m) exp(z - m) over v != y
@@ -21,7 +21,6 @@ SUM_Z = 4  # sum of z over every v
 SUM_EE = 5  # sum of exp(z - m)^2 over v != y
 TOP = 6  # largest z over v != y
 STATE_ROWS = 7
-SAVED_ROWS = 4
 
 # what the caller asks for beyond log-probabilities, as bits of one int
 STATS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -43,15 +42,14 @@ class Transform(NamedTuple):
         return Transform(logit_scale / softcap, softcap / temperature, slope)
 
 
-class RowStats(NamedTuple):
-    """Per-token results, each (C,); those not asked for are None."""
+class Tokens(NamedTuple):
+    """The tokens of a call: M positions, of which N are scored."""
 
-    logps: torch.Tensor
-    lse: torch.Tensor | None
-    entropy: torch.Tensor | None
-    mean_logits: torch.Tensor | None
-    is_top1: torch.Tensor | None
-    log_sum_sq_probs: torch.Tensor | None
+    hidden: torch.Tensor | None  # (M, H); None where only the gradient of hidden is wanted
+    labels: torch.Tensor  # (M,) int64
+    token_index: torch.Tensor | None  # (N,) int64 positions; None: every one
+    ignore_index: int
+    compute_dtype: torch.dtype
 
 
 def get(name: str) -> ModuleType:

@@ -1,5 +1,7 @@
 """The primitives in plain torch, for any device: the specification of `_triton`."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ from . import (
     SUM_ZE,
     TARGET,
     TOP,
-    RowStats,
+    Tokens,
     Transform,
 )
 
@@ -27,6 +29,28 @@ _LOWEST = -1e30  # finite stand-in for -inf, so that differences of references a
 def scratch_tiles(cap: float | None, stats: int, save: int) -> int:
     """How many tiles beside the logits tile `fold` needs: for sech^2, and for (z - m) exp(z - m)."""
     return int(cap is not None and save > 0) + int(save == 2 or bool(stats & (ENTROPY | LOG_SUM_SQ)))
+
+
+def gather(
+    tokens: Tokens,
+    part: slice,  # of the N scored tokens, C of them
+    labels: Tensor,  # (C,); filled if tokens.token_index is given
+    rows: Tensor | None,  # (C, H) in the dtype of the GEMM; filled
+    state: Tensor,  # (7, C); filled
+) -> None:
+    """Begin a block: its rows, rounded to the compute dtype, zero where the label is ignored; labels; empty sums."""
+    state.zero_()
+    state[REF], state[TOP], state[TARGET] = _LOWEST, -torch.inf, torch.nan
+    _gather_rows(tokens, part, labels, rows)
+
+
+def _gather_rows(tokens: Tokens, part: slice, labels: Tensor, rows: Tensor | None) -> None:
+    at = part if tokens.token_index is None else tokens.token_index[part]
+    if tokens.token_index is not None:
+        labels.copy_(tokens.labels[at])
+    if rows is not None and tokens.hidden is not None:
+        rows.copy_(tokens.hidden[at].to(tokens.compute_dtype))
+        rows.masked_fill_((labels == tokens.ignore_index)[:, None], 0)
 
 
 def fold(
@@ -97,8 +121,34 @@ def statistics(
     return False
 
 
-def finish(state: Tensor, vocabulary: int, transform: Transform, stats: int) -> RowStats:
-    """Log-probabilities and the asked statistics from the sums over the whole vocabulary."""
+def finish(
+    tokens: Tokens,
+    part: slice,  # of the N scored tokens, C of them
+    labels: Tensor,  # (C,)
+    state: Tensor,  # (7, C)
+    u: Tensor | None,  # (C, H); overwritten
+    u2: Tensor | None,  # (C, H); overwritten
+    weight: Tensor,  # (V, H)
+    transform: Transform,
+    outputs: Sequence[Tensor | None],  # logps and STATS, (M,); filled at the positions of `part`
+    dlogp: Tensor | None,  # (C, H); filled
+    dentropy: Tensor | None,  # (C, H); filled
+) -> None:
+    """Log-probabilities, the asked statistics and the derivatives from the sums over the whole vocabulary."""
+    ignored = labels == tokens.ignore_index
+    if u is not None and dlogp is not None:
+        _derivative(u, u2, state, weight, labels, transform, dlogp, dentropy)
+        for derivative in (dlogp, dentropy):
+            if derivative is not None:
+                derivative.masked_fill_(ignored[:, None], 0)
+    at = part if tokens.token_index is None else tokens.token_index[part]
+    stats = sum(1 << i for i, output in enumerate(outputs[1:]) if output is not None)
+    for output, value in zip(outputs, _row_stats(state, weight.shape[0], transform, stats), strict=True):
+        if output is not None and value is not None:
+            output[at] = value.masked_fill(ignored, 0)
+
+
+def _row_stats(state: Tensor, vocabulary: int, transform: Transform, stats: int) -> list[Tensor | None]:
     z = _logit(state[TARGET], transform)
     log_sum = state[SUM].log()
     gap = _gap(state, transform)
@@ -118,10 +168,10 @@ def finish(state: Tensor, vocabulary: int, transform: Transform, stats: int) -> 
     if stats & LOG_SUM_SQ:
         of_rest = 2 * (log_rest - log_sum) + state[SUM_EE].log()
         log_sum_sq = torch.where(state[SUM] > 0, torch.logaddexp(2 * logps, of_rest), 2 * logps)
-    return RowStats(logps, lse, entropy, mean_logits, is_top1, log_sum_sq)
+    return [logps, lse, entropy, mean_logits, is_top1, log_sum_sq]
 
 
-def derivative(
+def _derivative(
     u: Tensor,  # (C, H); overwritten
     u2: Tensor | None,  # (C, H); overwritten
     state: Tensor,  # (7, C)
@@ -134,7 +184,7 @@ def derivative(
     """d logp / d hidden and d entropy / d hidden of each row, both divided by slope (1 - p_y).
 
     dlogp = D_y W_y - U / s and dentropy = -(U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1, s = SUM, and
-    mu, pull as in `entropy_terms`. W_y is rounded to the compute dtype as in U, or their difference would be off.
+    mu, pull as in `_entropy_terms`. W_y is rounded to the compute dtype as in U, or their difference would be off.
     """
     target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
     if transform.cap is not None:
@@ -142,27 +192,82 @@ def derivative(
     inverse = torch.where(state[SUM] > 0, 1 / state[SUM], 0)[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
-        mu, pull = entropy_terms(state, transform)
+        mu, pull = _entropy_terms(state, transform)
         u2.mul_(inverse).addcmul_(u, mu[:, None], value=-1).addcmul_(target, pull[:, None])
         dentropy.copy_(u2.neg_())
     dlogp.copy_(torch.sub(target, u, out=u))
 
 
+def weigh(
+    tokens: Tokens,
+    part: slice,  # of the N scored tokens, C of them
+    labels: Tensor,  # (C,); filled if tokens.token_index is given
+    state: Tensor,  # (7, C)
+    transform: Transform,
+    dlogps: Tensor,  # (M,)
+    dentropies: Tensor | None,  # (M,)
+    coefficient: Tensor,  # (C,); filled with slope (1 - p_y) times the upstream gradient, or times its scale
+    mix: Tensor | None,  # (3, C), given with dentropies; filled for `dlogits`
+    unit: Tensor | None,  # 0-d divisor of the coefficients
+    dlogp: Tensor | None,  # (C, H)
+    dentropy: Tensor | None,  # (C, H)
+    dhidden: Tensor | None,  # (M, H); filled at the positions of `part`
+    rows: Tensor | None,  # (C, H); filled as by `gather`
+    scaled: Tensor | None,  # (C, H); filled with the rows times coefficient
+) -> None:
+    """Weigh the rows of a block by their upstream gradients.
+
+    An entropy with gradient shares a row with the log-probability: with g and g' upstream of the two, the coefficient
+    takes the scale |g| + |g'|, and A = g / scale, B = g' / scale go to the tile by `mix`: A - B mu, B, A - B pull.
+    """
+    _gather_rows(tokens, part, labels, rows)
+    at = part if tokens.token_index is None else tokens.token_index[part]
+    ignored = labels == tokens.ignore_index
+    rest = (torch.sigmoid(_gap(state, transform)) * transform.slope).masked_fill(ignored, 0)
+    g = dlogps[at].masked_fill(ignored, 0)
+    g_entropy, scale = None, g
+    if dentropies is not None and mix is not None:
+        g_entropy = dentropies[at].masked_fill(ignored, 0)
+        scale = g.abs() + g_entropy.abs()
+        divisor = torch.where(scale == 0, 1, scale)
+        mu, pull = (term.masked_fill(ignored, 0) for term in _entropy_terms(state, transform))
+        a, b = g / divisor, g_entropy / divisor
+        mix[0], mix[1], mix[2] = a - b * mu, b, a - b * pull
+    coefficient.copy_(scale * rest)
+    if unit is not None:
+        coefficient.div_(unit)
+    if scaled is not None and tokens.hidden is not None:
+        torch.mul(tokens.hidden[part] if rows is None else rows, coefficient[:, None], out=scaled)
+    if dhidden is None or dlogp is None:
+        return
+    block = max(16, (1 << 20) // dlogp.shape[1])  # the product is wider than its operands
+    for start in range(0, dlogp.shape[0], block):
+        some = slice(start, start + block)
+        d = dlogp[some] * (rest * g)[some, None]
+        if g_entropy is not None and dentropy is not None:
+            d += dentropy[some] * (rest * g_entropy)[some, None]
+        to = (
+            slice(part.start + start, part.start + start + len(d))
+            if tokens.token_index is None
+            else tokens.token_index[part][some]
+        )
+        dhidden[to] = d.to(dhidden.dtype)
+
+
 def dlogits(
     tile: Tensor,  # (C, Vs) x; overwritten by the result
     scratch: Tensor,  # (dlogits_tiles, C, Vs)
-    state: Tensor,  # (4, C) the saved rows
+    state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
     first: int,
     transform: Transform,
-    entropy_weight: Tensor | None,  # (C,) upstream of the entropy over the upstream of the log-probability's scale
-    logp_weight: Tensor | None,  # (C,) given with entropy_weight
+    mix: Tensor | None,  # (3, C) from `weigh`, for an entropy with gradient
     dtype: torch.dtype,  # of the result, an operand of the next GEMM
 ) -> Tensor:
     """Turn a tile into dL / d(hW + b), divided by slope (1 - p_y) and by one scale per row.
 
     With q_v = exp(z_v - m) / s over v != y this is D_y at the target and -q_v D_v elsewhere: free of cancellation and
-    of the size of the upstream gradient. With A = logp_weight and B = entropy_weight it is D_y (A - B pull) and
+    of the size of the upstream gradient. With A and B as in `weigh` it is D_y (A - B pull) and
     -q_v D_v (A + B (z_v - m - mu)).
     """
     index, inside = _target_column(tile, labels, first)
@@ -174,11 +279,9 @@ def dlogits(
     negative_inverse = torch.where(state[SUM] > 0, -1 / state[SUM], 0)
     at_target = torch.ones_like(negative_inverse)
     tilt = None
-    if entropy_weight is not None and logp_weight is not None:
-        mu, pull = entropy_terms(state, transform)
-        at_target = logp_weight - entropy_weight * pull
-        tilt = torch.mul(tile.clamp(min=_LOWEST), entropy_weight[:, None], out=scratch[-1])
-        tilt.add_((logp_weight - entropy_weight * mu)[:, None])
+    if mix is not None:
+        at_target = mix[2]
+        tilt = torch.mul(tile.clamp(min=_LOWEST), mix[1, :, None], out=scratch[-1]).add_(mix[0, :, None])
     if transform.cap is not None:
         at_target = at_target * _sech2(state[TARGET])
     tile.exp_().mul_(negative_inverse[:, None])
@@ -194,12 +297,7 @@ def dlogits_tiles(cap: float | None, entropy: bool) -> int:
     return int(cap is not None) + int(entropy)
 
 
-def rest_probability(state: Tensor, transform: Transform) -> Tensor:
-    """1 - p_y per row, to full relative precision however small; NaN for a label outside the vocabulary."""
-    return torch.sigmoid(_gap(state, transform))
-
-
-def entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
     gap = _gap(state, transform)
     d = _logit(state[TARGET], transform) - state[REF]
@@ -211,29 +309,35 @@ def entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
 
 def sequence_sum(
     values: Tensor,  # (M,) per token
-    cu_seqlens: Tensor,  # (S + 1,) int64 offsets
+    cu_seqlens: Tensor | None,  # (S + 1,) int64 offsets; None: equal parts
+    sequences: int,
     token_weights: Tensor | None,  # (M,)
 ) -> Tensor:  # (S,) fp64
     """Sum tokens per sequence in fp64, in a fixed order."""
     values = values.double()
     if token_weights is not None:
         values = torch.where(token_weights == 0, 0, values * token_weights)  # not 0 * inf
+    if cu_seqlens is None:
+        return values.view(sequences, len(values) // max(sequences, 1)).sum(1)
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True, initial=0)
 
 
 def sequence_scatter(
     dsums: Tensor,  # (S,)
-    cu_seqlens: Tensor,  # (S + 1,)
+    cu_seqlens: Tensor | None,  # (S + 1,)
     token_weights: Tensor | None,  # (M,)
     tokens: int,  # M
     dtype: torch.dtype,
 ) -> Tensor:  # (M,) dtype
     """The adjoint of `sequence_sum`: each token takes its sequence's gradient times its weight; 0 outside of all."""
-    position = torch.arange(tokens, device=dsums.device)
-    sequence = torch.searchsorted(cu_seqlens, position, right=True)
-    padded = F.pad(dsums, (1, 1))  # positions before the first and after the last offset belong to no sequence
-    spread = padded[sequence]
-    return (spread if token_weights is None else spread * token_weights).to(dtype)
+    if cu_seqlens is None:
+        spread = dsums.repeat_interleave(tokens // max(len(dsums), 1))
+    else:
+        position = torch.arange(tokens, device=dsums.device)
+        sequence = torch.searchsorted(cu_seqlens, position, right=True)
+        padded = F.pad(dsums, (1, 1))  # positions before the first and after the last offset belong to no sequence
+        spread = padded[sequence]
+    return (spread if token_weights is None else spread * token_weights).to(dtype, copy=True)
 
 
 def _target_column(tile: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,27 @@
-"""The primitives as launches of the Triton kernels, with the signatures of `_torch`; sums on rows stay with torch."""
+"""The primitives as launches of the Triton kernels, with the signatures of `_torch`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import blocks, sequence, stats, tile
-from . import ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, Transform, _torch
-from ._torch import derivative, finish, rest_probability
+from ..kernels import blocks, rows, sequence, stats, tile
+from . import ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, Tokens, Transform
 
 __all__ = [
-    "derivative",
     "dlogits",
     "dlogits_tiles",
     "finish",
     "fold",
+    "gather",
     "preference",
-    "rest_probability",
+    "preference_backward",
     "scratch_tiles",
     "sequence_scatter",
     "sequence_sum",
     "statistics",
+    "weigh",
 ]
 
 
@@ -30,6 +31,20 @@ def scratch_tiles(cap: float | None, stats: int, save: int) -> int:
 
 def dlogits_tiles(cap: float | None, entropy: bool) -> int:
     return 0
+
+
+def gather(tokens: Tokens, part: slice, labels: Tensor, row_buffer: Tensor | None, state: Tensor) -> None:
+    hidden, all_labels, index = _of_part(tokens, part)
+    if hidden is None:
+        hidden = all_labels[:, None]  # no rows are read
+    rows.gather_fwd(hidden, all_labels, index, row_buffer, labels, state, tokens.ignore_index, tokens.compute_dtype)
+
+
+def _of_part(tokens: Tokens, part: slice) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """hidden, labels, index such that scored token i of the part is row index[i], or row i without an index."""
+    if tokens.token_index is not None:
+        return tokens.hidden, tokens.labels, tokens.token_index[part]
+    return None if tokens.hidden is None else tokens.hidden[part], tokens.labels[part], None
 
 
 def statistics(
@@ -84,6 +99,71 @@ def fold(
     )
 
 
+def finish(
+    tokens: Tokens,
+    part: slice,
+    labels: Tensor,
+    state: Tensor,
+    u: Tensor | None,
+    u2: Tensor | None,
+    weight: Tensor,
+    transform: Transform,
+    outputs: Sequence[Tensor | None],
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+) -> None:
+    index = None
+    if tokens.token_index is None:
+        outputs = [None if output is None else output[part] for output in outputs]
+    else:
+        index = tokens.token_index[part]
+    rows.finish_fwd(state, labels, index, u, u2, weight, *outputs, dlogp, dentropy, tokens.ignore_index, transform.cap)
+
+
+def weigh(
+    tokens: Tokens,
+    part: slice,
+    labels: Tensor,
+    state: Tensor,
+    transform: Transform,
+    dlogps: Tensor,
+    dentropies: Tensor | None,
+    coefficient: Tensor,
+    mix: Tensor | None,
+    unit: Tensor | None,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    dhidden: Tensor | None,
+    row_buffer: Tensor | None,
+    scaled: Tensor | None,
+) -> None:
+    hidden, all_labels, index = _of_part(tokens, part)
+    if index is None:
+        dlogps = dlogps[part]
+        dentropies, dhidden = (None if t is None else t[part] for t in (dentropies, dhidden))
+    rows.rows_bwd(
+        dlogps,
+        dentropies,
+        all_labels,
+        index,
+        hidden,
+        state,
+        dlogp,
+        dentropy,
+        unit,
+        dhidden,
+        labels,
+        coefficient,
+        mix,
+        row_buffer,
+        scaled,
+        tokens.ignore_index,
+        transform.slope,
+        transform.cap,
+        tokens.compute_dtype,
+    )
+
+
 def dlogits(
     x: Tensor,
     scratch: Tensor,
@@ -91,22 +171,18 @@ def dlogits(
     labels: Tensor,
     first: int,
     transform: Transform,
-    entropy_weight: Tensor | None,
-    logp_weight: Tensor | None,
+    mix: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    entropy = None
-    if entropy_weight is not None and logp_weight is not None:
-        entropy = (logp_weight, entropy_weight, *_torch.entropy_terms(state, transform))
-    return tile.dlogits_bwd(x, state, labels, entropy, first, transform.cap, dtype)
+    return tile.dlogits_bwd(x, state, labels, mix, first, transform.cap, dtype)
 
 
-def sequence_sum(values: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None) -> Tensor:
-    return sequence.sequence_fwd(*_contiguous(values, token_weights, cu_seqlens))
+def sequence_sum(values: Tensor, cu_seqlens: Tensor | None, sequences: int, token_weights: Tensor | None) -> Tensor:
+    return sequence.sequence_fwd(*_contiguous(values, token_weights, cu_seqlens), sequences)
 
 
 def sequence_scatter(
-    dsums: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, tokens: int, dtype: torch.dtype
+    dsums: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, tokens: int, dtype: torch.dtype
 ) -> Tensor:
     return sequence.sequence_bwd(*_contiguous(dsums, token_weights, cu_seqlens), tokens)
 
@@ -115,14 +191,29 @@ def preference(
     values: Tensor,
     token_weights: Tensor | None,
     labels: Tensor,
-    cu_seqlens: Tensor,
+    nll_labels: Tensor,
+    cu_seqlens: Tensor | None,
+    sequences: int,
     ref_logps: Tensor | None,
-    desirable: Tensor | None,
-    kl: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    vectors = _contiguous(values, token_weights, labels, cu_seqlens, ref_logps, desirable, kl)
-    return sequence.preference_fwd(*vectors, *options)
+) -> tuple[Tensor, ...]:
+    vectors = _contiguous(values, token_weights, labels, nll_labels, cu_seqlens)
+    return sequence.preference_fwd(*vectors, sequences, *_contiguous(ref_logps), *options)
+
+
+def preference_backward(
+    dloss: Tensor,
+    slopes: Tensor,
+    scales: Tensor,
+    token_weights: Tensor | None,
+    labels: Tensor,
+    nll_labels: Tensor,
+    cu_seqlens: Tensor | None,
+    paired: bool,
+    ignore_index: int,
+) -> Tensor:
+    vectors = _contiguous(token_weights, labels, nll_labels, cu_seqlens)
+    return sequence.preference_bwd(dloss, slopes, scales, *vectors, paired, ignore_index)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
