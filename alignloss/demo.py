@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import alignloss
 from alignloss import losses
-from alignloss.demo_report import environment, notes, plot, table
-from alignloss.measure import peak_bytes
+from alignloss.demo_report import notes, plot, table
+from alignloss.measure import environment, peak_bytes
 
 __all__ = ["DemoError", "run"]
 
@@ -90,7 +90,7 @@ def load_smollm2() -> Subject:
     gguf_file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    return Subject(model, tokenizer.encode, model.config.eos_token_id, steps=10, held_out=44, learning_rate=5e-5)
+    return Subject(model, tokenizer.encode, model.config.eos_token_id, steps=10, held_out=88, learning_rate=5e-5)
 
 
 def load_tiny() -> Subject:
@@ -106,7 +106,7 @@ def load_tiny() -> Subject:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    return Subject(model, lambda text: list(text.encode()), 256, steps=10, held_out=44, learning_rate=1e-3)
+    return Subject(model, lambda text: list(text.encode()), 256, steps=10, held_out=88, learning_rate=1e-3)
 
 
 MODELS = {"smollm2": load_smollm2, "tiny": load_tiny}
@@ -367,7 +367,7 @@ def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("d
             "layer_tokens": examples[0].batch.input_ids.numel(),
             "layer_completion_tokens": int(examples[0].batch.completion_mask.sum()),
         },
-        "environment": environment(),
+        "environment": environment("alignloss", "torch", "transformers"),
         "results": results,
         "many_pairs": many,
     }

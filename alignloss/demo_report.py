@@ -1,53 +1,15 @@
-"""What the demo shows: its table, its figure, its notes, and where its numbers were measured."""
+"""What the demo shows: its table, its figure and its notes."""
 
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-import alignloss
-
-__all__ = ["environment", "notes", "plot", "table"]
+__all__ = ["notes", "plot", "table"]
 
 BLUE, ORANGE = "tab:blue", "tab:orange"
-
-
-def environment() -> dict[str, Any]:
-    """Where the numbers were measured."""
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return {
-        "device": "cpu",
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "alignloss": alignloss.__version__,
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """The commit of the checkout that holds this file, marked when it has changes; None outside a checkout."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def table(report: dict[str, Any]) -> Table:

@@ -1,13 +1,18 @@
-"""What a piece of work costs: its peak memory."""
+"""What a piece of work costs, and where that was measured."""
 
 import os
+import platform
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["peak_bytes"]
+__all__ = ["environment", "peak_bytes"]
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
@@ -24,10 +29,50 @@ def peak_bytes(fn: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr when it starts and stops
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         fn()
     assert prof.profiler is not None
     assert prof.profiler.kineto_results is not None
     events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Device, threads, versions of Python and of `packages` (None if missing), and the commit of the checkout."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": _device_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that holds this file, marked when it has changes; None outside a checkout."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

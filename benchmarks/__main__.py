@@ -6,17 +6,15 @@ python -m benchmarks memory  peak memory of a step above its inputs and gradient
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from alignloss.measure import peak_bytes
+from alignloss.measure import environment, peak_bytes
 from alignloss.ops import default_workspace, tile_shape
 
 from .providers import GEMMS, MODES, PROVIDERS, inputs, step
@@ -153,21 +151,10 @@ def available() -> dict:
 
 def record(kind: str, arguments: argparse.Namespace, rows: list[dict]) -> None:
     """Write the rows with device, versions and commit."""
-    versions = {}
-    for package in ("alignloss", "torch", "triton", "trl"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
     shape = {name: getattr(arguments, name) for name in ("tokens", "hidden", "vocabulary", "dtype")}
     document = {
         "command": f"python -m benchmarks {kind} " + " ".join(f"--{k} {v}" for k, v in shape.items()),
-        "device": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": git.stdout.strip() or None,
+        **environment("alignloss", "torch", "triton", "trl"),
         "shape": shape,
         "rows": rows,
     }
@@ -175,12 +162,6 @@ def record(kind: str, arguments: argparse.Namespace, rows: list[dict]) -> None:
     name = f"{kind}-cpu-{shape['dtype']}-{shape['tokens']}x{shape['hidden']}x{shape['vocabulary']}.json"
     (arguments.out / name).write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {arguments.out / name}")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

@@ -200,8 +200,8 @@ def test_both_arms_agree(report: dict, name: str) -> None:
 
 
 def test_report_says_where_it_was_measured(report: dict) -> None:
-    assert report["environment"]["torch"] == torch.__version__
-    assert report["environment"]["cpu"]
+    assert report["environment"]["versions"]["torch"] == torch.__version__
+    assert report["environment"]["device"]
     assert report["settings"]["steps"] == 2
 
 
