@@ -13,7 +13,7 @@ def main() -> None:
     """Entry point of the command. What the demo needs beyond torch is optional, so it is looked for first."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"alignloss: the demo needs {', '.join(missing)}; install it with: pip install 'alignloss[demo]'")
+        sys.exit(f"alignloss: the demo needs {', '.join(missing)}; in the project's folder: pip install '.[demo]'")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.setdefault(name, "1")
 

@@ -298,7 +298,10 @@ def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("d
     """Train, print, write `demo.png` and `demo.json` into the folder `out`, and return what the JSON file holds."""
     if model not in MODELS:
         raise DemoError(f"--model must be one of {', '.join(MODELS)}, got {model!r}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out must be a folder to write into, got {out}: {error.strerror}") from error
     console = Console(highlight=False)
     transformers.logging.set_verbosity_error()
     with console.status(f"loading {model}"), redirect_stderr(io.StringIO()):

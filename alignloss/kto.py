@@ -24,12 +24,18 @@ def mismatched_pairs(
 ) -> MismatchedPairs:
     """Put completion i - 1 (the last for i = 0) after prompt i: samples for KTO's estimate of KL(policy || reference).
 
-    Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1. Padding may be on either side; the result is padded on the
-    right. Runs on the host: call it in the collator.
+    Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1. Neighbouring rows must have different prompts, or a pair
+    is matched after all. Padding may be on either side; the result is padded on the right. Runs on the host: call it in
+    the collator.
 
     Raises:
         ValueError: for fewer than two sequences (a pair would match itself), or shapes that differ.
     """
+    for name, value in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
+        if not isinstance(input_ids, Tensor) or not isinstance(value, Tensor):
+            raise ValueError(f"input_ids and {name} must be torch.Tensors, got {type(input_ids)} and {type(value)}")
+    if not isinstance(pad_token_id, int):
+        raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}; any token id serves")
     shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
     if len(shapes) != 1 or input_ids.dim() != 2:
         raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T), got {shapes}")
@@ -59,6 +65,9 @@ def kto_kl(
 
     Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1. With `group`, the mean runs over all its processes.
     """
+    for name, value in (("kl_logps", kl_logps), ("ref_kl_logps", ref_kl_logps)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor (B,), got {type(value).__name__}; pass .logps")
     if kl_logps.shape != ref_kl_logps.shape or kl_logps.dim() != 1:
         raise ValueError(f"kl_logps and ref_kl_logps must both be (B,); got {kl_logps.shape} and {ref_kl_logps.shape}")
     logratios = (kl_logps - ref_kl_logps).detach().double()

@@ -3,8 +3,10 @@
 Notation: N labelled tokens, H hidden size, V vocabulary, M positions, S sequences.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -87,12 +89,11 @@ def linear_logprob(
         ValueError: for shapes, dtypes, devices, options or (if validated) values that do not fit.
         RuntimeError: when differentiated twice.
     """
-    _, outputs = token_outputs(
+    projection = project(
         hidden,
         weight,
         labels,
         bias,
-        stats=0,
         token_index=token_index,
         ignore_index=ignore_index,
         logit_scale=logit_scale,
@@ -102,7 +103,7 @@ def linear_logprob(
         workspace_bytes=workspace_bytes,
         validate=validate,
     )
-    return outputs[0].view(labels.shape)
+    return projection.score()[0].view(labels.shape)
 
 
 def linear_logprob_stats(
@@ -127,11 +128,11 @@ def linear_logprob_stats(
         differentiable, the others are not. An entropy to be differentiated costs a third GEMM in the forward: ask for
         it under `torch.no_grad()` if it is only logged.
     """
-    unknown = [name for name in stats if name not in backends.STATS]
-    if isinstance(stats, str) or unknown:
+    if not isinstance(stats, Sequence) or isinstance(stats, str) or any(name not in backends.STATS for name in stats):
         raise ValueError(f"stats takes a sequence of names out of {backends.STATS}, got {stats!r}")
+    check_known("linear_logprob_stats", options)
     bits = sum(1 << i for i, name in enumerate(backends.STATS) if name in stats)
-    _, outputs = token_outputs(hidden, weight, labels, bias, stats=bits, **options)
+    outputs = project(hidden, weight, labels, bias, **options).score(bits)
     fields = {
         name: (value if name == "entropy" else value.detach()).view(labels.shape)
         for name, value in zip(backends.STATS, outputs[1:], strict=False)
@@ -163,12 +164,17 @@ def sequence_logprob(
         (logps, lengths): (S,) float32 (float64 for float64 input), summed in float64 in a fixed order, and (S,) int64
         labelled tokens, at least 1. A sequence without labels has log-probability 0 and no gradient.
     """
+    check_known("sequence_logprob", options)
     ignore_index = options.get("ignore_index", -100)
     offsets, sequences = sequence_offsets(labels, cu_seqlens, options.get("validate"))
+    if token_weights is not None:
+        check_like("token_weights", token_weights, "labels", labels)
     weights = flat_token_weights(token_weights, labels, ignore_index)
-    backend, outputs = token_outputs(hidden, weight, labels, bias, stats=0, **options)
-    sums = ops.sequence_sum(outputs[0], offsets, sequences, weights, backend)
-    return SequenceLogprob(sums.to(outputs[0].dtype), labelled_tokens(labels, offsets, ignore_index).clamp(min=1))
+    projection = project(hidden, weight, labels, bias, **options)
+    tokens = projection.score()[0]
+    sums = ops.sequence_sum(tokens, offsets, sequences, weights, projection.backend)
+    lengths = labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)
+    return SequenceLogprob(sums.to(tokens.dtype), lengths)
 
 
 def next_token_labels(
@@ -180,12 +186,15 @@ def next_token_labels(
 ) -> Tensor:
     """Labels aligned with hidden states: position t gets token t + 1 if the mask holds there, else `ignore_index`.
 
-    The last position of every sequence predicts nothing. Same shape as `input_ids`, int64.
+    The last position of every sequence predicts nothing. Same shape as `input_ids`, int64. Packed sequences need
+    `cu_seqlens` here too: a (1, tokens) input without it is one sequence, scored across the borders.
     """
-    if input_ids.shape != completion_mask.shape or input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a torch.Tensor, got {type(input_ids).__name__}")
+    check_like("completion_mask", completion_mask, "input_ids", input_ids)
+    if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids (integers) and completion_mask must have one shape, (S, T) or packed (tokens,); "
-            f"got {tuple(input_ids.shape)} {input_ids.dtype} and {tuple(completion_mask.shape)}"
+            f"input_ids must be integers (S, T) or packed (tokens,); got {tuple(input_ids.shape)} {input_ids.dtype}"
         )
     offsets, _ = sequence_offsets(input_ids, cu_seqlens, None)
     labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
@@ -222,12 +231,18 @@ def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool |
     return offsets, cu_seqlens.shape[0] - 1
 
 
-def labelled_tokens(labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
-    """Labelled tokens per sequence, (S,) int64; without offsets, one sequence a row."""
-    labelled = labels != ignore_index
+def check_known(what: str, options: dict[str, Any]) -> None:
+    unknown = sorted(set(options) - PROJECTION_OPTIONS)
+    if unknown:
+        raise ValueError(f"{what} takes the options {sorted(PROJECTION_OPTIONS)}; unknown: {unknown}")
+
+
+def labelled_tokens(labels: Tensor, offsets: Tensor | None, sequences: int, ignore_index: int) -> Tensor:
+    """Labelled tokens per sequence, (S,) int64, between offsets or in equal parts."""
+    labelled = (labels != ignore_index).reshape(-1)
     if offsets is None:
-        return labelled.sum(1)
-    counts = torch.nn.functional.pad(labelled.reshape(-1).cumsum(0), (1, 0))
+        return labelled.view(sequences, len(labelled) // max(sequences, 1)).sum(1)
+    counts = torch.nn.functional.pad(labelled.cumsum(0), (1, 0))
     return counts[offsets[1:]] - counts[offsets[:-1]]
 
 
@@ -235,17 +250,16 @@ def flat_token_weights(token_weights: Tensor | None, labels: Tensor, ignore_inde
     """Token weights as (M,) float64, detached, 0 at ignored positions."""
     if token_weights is None:
         return None
-    check_like_labels("token_weights", token_weights, labels)
     return token_weights.detach().double().masked_fill(labels == ignore_index, 0).reshape(-1)
 
 
-def check_like_labels(name: str, value: Tensor, labels: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.shape != labels.shape or value.device != labels.device:
+def check_like(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.shape != model.shape or value.device != model.device:
         raise ValueError(
-            f"{name} must have the shape and device of labels, {tuple(labels.shape)} on {labels.device}; "
+            f"{name} must have the shape and device of {model_name}, {tuple(model.shape)} on {model.device}; "
             f"got {tuple(value.shape)} on {value.device}"
-            if isinstance(value, Tensor)
-            else f"{name} must be a torch.Tensor, got {type(value).__name__}"
         )
 
 
@@ -254,13 +268,49 @@ def validates(validate: bool | None, device: torch.device) -> bool:
     return device.type == "cpu" if validate is None else validate
 
 
-def token_outputs(
+class Projection(NamedTuple):
+    """A checked call on flattened tokens, with its options resolved."""
+
+    hidden: Tensor  # (M, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (M,) int64
+    token_index: Tensor | None  # (N,) int64 positions to score; None: every one, or see `select`
+    select: bool  # the op looks the labelled positions up inside
+    compute_dtype: torch.dtype
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    backend: str  # "torch" or "triton"
+    workspace_bytes: int
+    validate: bool
+    sorted_index: bool  # token_index holds the labelled positions in rising order
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @property
+    def transform(self) -> backends.Transform:
+        return backends.Transform.of(self.logit_scale, self.softcap, self.temperature)
+
+    def score(self, stats: int = 0) -> tuple[Tensor, ...]:
+        """logps and stats of each token, (M,) or empty."""
+        save = int(torch.is_grad_enabled() and self.hidden.requires_grad)
+        if save and stats & backends.ENTROPY:
+            save = 2
+        *arguments, backend, workspace_bytes, validate, _ = self
+        outputs = ops.linear_logprob_fwd(*arguments, stats, save, backend, workspace_bytes, validate)
+        return outputs[: 1 + len(backends.STATS)]
+
+
+def project(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     *,
-    stats: int,
     token_index: Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
@@ -269,28 +319,22 @@ def token_outputs(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     validate: bool | None = None,
-) -> tuple[str, tuple[Tensor, ...]]:
-    """The checked call of the op on flattened tokens: the resolved backend, and logps and stats, each (M,) or empty."""
+) -> Projection:
+    """Check the arguments of a call and resolve its options."""
     _check_tensors(hidden, weight, labels, bias, token_index)
-    check_options(logit_scale, softcap, temperature, workspace_bytes)
+    check_options(ignore_index, logit_scale, softcap, temperature, workspace_bytes)
     compute_dtype = _compute_dtype(hidden, weight, bias)
-    resolved = backends.resolve(backend, hidden.device, compute_dtype)
     flat_labels = labels.reshape(-1).long()
-
-    differentiate = torch.is_grad_enabled()
-    save = int(differentiate and hidden.requires_grad)
-    if save and stats & backends.ENTROPY:
-        save = 2
-    select = False
+    select, given = False, token_index is not None
     if token_index is not None:
         token_index = token_index.long()
     elif torch.compiler.is_compiling():
-        select = True  # a shape that depends on data would break the graph: the op looks the positions up inside
+        select = True  # a shape that depends on data would break the graph
     else:
         token_index = torch.nonzero(flat_labels != ignore_index).squeeze(1)
         if token_index.numel() == flat_labels.numel():
             token_index = None
-    outputs = ops.linear_logprob_fwd(
+    return Projection(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -302,13 +346,14 @@ def token_outputs(
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),
-        stats,
-        save,
-        resolved,
+        backends.resolve(backend, hidden.device, compute_dtype),
         int(workspace_bytes or ops.default_workspace(hidden.device)),
         validates(validate, hidden.device),
+        not given,
     )
-    return resolved, outputs[: 1 + len(backends.STATS)]
+
+
+PROJECTION_OPTIONS = frozenset(inspect.signature(project).parameters) - {"hidden", "weight", "labels", "bias"}
 
 
 def _check_tensors(
@@ -318,8 +363,8 @@ def _check_tensors(
     given = {name: value for name, value in (("bias", bias), ("token_index", token_index)) if value is not None}
     for name, value in (required | given).items():
         if not isinstance(value, Tensor):
-            got = type(value).__name__
-            raise ValueError(f"{name} must be a torch.Tensor, got {got}; pass lm_head.weight, not lm_head")
+            hint = {"weight": "; pass lm_head.weight", "hidden": "; pass the model's last hidden states"}.get(name, "")
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}{hint}")
         if hasattr(value, "full_tensor"):
             raise ValueError(f"{name} is a DTensor, of which this op would see a shard; gather it with full_tensor()")
         if _has_tangent(value):
@@ -351,7 +396,11 @@ def _has_tangent(value: Tensor) -> bool:
     return forward_ad.unpack_dual(value).tangent is not None
 
 
-def check_options(logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None) -> None:
+def check_options(
+    ignore_index: int, logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None
+) -> None:
+    if not isinstance(ignore_index, Integral):
+        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
     for name, number, positive in (
         ("logit_scale", logit_scale, False),
         ("softcap", softcap, True),
@@ -360,7 +409,7 @@ def check_options(logit_scale: float, softcap: float | None, temperature: float,
     ):
         if number is None:
             continue
-        if not isinstance(number, (int, float)) or not math.isfinite(number) or (positive and number <= 0):
+        if not isinstance(number, Real) or not math.isfinite(number) or (positive and number <= 0):
             kind = "a positive number" if positive else "a finite number"
             raise ValueError(f"{name} must be {kind}, got {number!r}")
 

@@ -32,7 +32,9 @@ def dpo_loss(
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     margins = chosen_rewards - rejected_rewards
-    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins)
+    if label_smoothing:  # not 0 * inf, where the rejected sequence is impossible
+        losses = losses - label_smoothing * F.logsigmoid(-margins)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -76,7 +78,7 @@ def ipo_sum_loss(
 def kto_loss(
     logps: Tensor,  # (B,)
     ref_logps: Tensor,  # (B,)
-    desirable: Tensor,  # (B,) bool
+    desirable: Tensor,  # (B,) or 0-d, bool or 0 and 1
     kl: Tensor,  # 0-d or (B,)
     *,
     beta: float,
@@ -85,16 +87,14 @@ def kto_loss(
 ) -> tuple[Tensor, Tensor]:
     """Kahneman-Tversky optimization: w (1 - sigmoid(s (r - beta kl))), with s = +1 for desirable sequences, else -1.
 
-    Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8, without the constant lambda_y. `kl` estimates KL(policy ||
-    reference) in nats; it is detached and clamped at 0. 1 - sigmoid(x) is taken as sigmoid(-x), exact if saturated.
+    Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8, whose lambda_y is w: `desirable_weight` where s = +1, otherwise
+    `undesirable_weight`. `kl` estimates KL(policy || reference) in nats; it is detached, clamped at 0. 1 - sigmoid(x)
+    is taken as sigmoid(-x), exact if saturated. Where `desirable` is neither 0 nor 1 the loss is NaN.
     """
     rewards = beta * (logps - ref_logps)
     baseline = beta * kl.detach().clamp(min=0)
-    losses = torch.where(
-        desirable.bool(),
-        desirable_weight * torch.sigmoid(baseline - rewards),
-        undesirable_weight * torch.sigmoid(rewards - baseline),
-    )
+    undesirable = torch.where(desirable == 0, undesirable_weight * torch.sigmoid(rewards - baseline), torch.nan)
+    losses = torch.where(desirable == 1, desirable_weight * torch.sigmoid(baseline - rewards), undesirable)
     return losses, rewards.detach()
 
 
@@ -107,7 +107,7 @@ def cpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contrastive preference optimization, its preference term: -log sigmoid(beta (log pi_chosen - log pi_rejected)).
 
-    Xu et al. 2024 (arXiv:2401.08417), eq. 4; the NLL term of its eq. 5 is `nll_weight` of the module. It is DPO with a
+    Xu et al. 2024 (arXiv:2401.08417), L_prefer of eq. 5; its NLL term is `nll_weight` of the module. It is DPO with a
     uniform reference, `label_smoothing` included; rewards are beta log pi.
     """
     zero = torch.zeros_like(chosen_logps)

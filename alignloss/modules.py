@@ -6,6 +6,7 @@ loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 
 from . import losses, ops
 from .logprob import (
-    check_like_labels,
+    PROJECTION_OPTIONS,
+    check_like,
     check_options,
     flat_token_weights,
     labelled_tokens,
+    project,
     sequence_logprob,
     sequence_offsets,
-    token_outputs,
     validates,
 )
+from .onepass import Batch, NeedsGraph, Results, train_in_one_pass
 
 __all__ = [
     "CPOLoss",
@@ -82,7 +85,7 @@ class _HeadLoss(nn.Module):
         validate: bool | None = None,
     ) -> None:
         super().__init__()
-        check_options(logit_scale, softcap, temperature, workspace_bytes)
+        check_options(ignore_index, logit_scale, softcap, temperature, workspace_bytes)
         if backend not in ("auto", "torch", "triton"):
             raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
         self.ignore_index, self.validate = ignore_index, validate
@@ -96,8 +99,13 @@ class _HeadLoss(nn.Module):
             "validate": validate,
         }
 
+    def extra_repr(self) -> str:
+        defaults = inspect.signature(_HeadLoss.__init__).parameters
+        changed = {name: value for name, value in self.head_options.items() if value != defaults[name].default}
+        return ", ".join(f"{name}={value}" for name, value in changed.items())
 
-_HEAD_OPTIONS = frozenset(inspect.signature(_HeadLoss.__init__).parameters) - {"self"}
+
+_HEAD_OPTIONS = PROJECTION_OPTIONS - {"token_index"}
 
 
 class PreferenceLoss(_HeadLoss):
@@ -128,6 +136,7 @@ class PreferenceLoss(_HeadLoss):
     ) -> None:
         super().__init__(**{name: options.pop(name) for name in _HEAD_OPTIONS & set(options)})
         self.fn, self.nll_weight, self.couples_batch, self.options = fn, nll_weight, couples_batch, options
+        self._needs_graph = False  # the loss differentiates something beside the log-probabilities
         self.fn_name = getattr(fn, "__name__", repr(fn))
         parameters = inspect.signature(fn).parameters.values()
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -147,7 +156,9 @@ class PreferenceLoss(_HeadLoss):
         taken |= set(known) & {*_HEAD_OPTIONS, "fn", "nll_weight", "couples_batch"}
         if taken:
             raise ValueError(f"parameters of {self.fn_name} have reserved names, {sorted(taken)}; rename them")
-        _check_keywords(f"{self.fn_name} takes the options", known, options)
+        data = sorted(set(options) & set(self.data))
+        hint = f". {data} are positional, so data of the call: put them after * to make them options" if data else ""
+        _check_keywords(f"{self.fn_name} takes the options", known, options, hint)
         _check_number("nll_weight", nll_weight)
         if nll_weight and not self.paired:
             raise ValueError(
@@ -155,7 +166,9 @@ class PreferenceLoss(_HeadLoss):
             )
 
     def extra_repr(self) -> str:
-        return ", ".join([self.fn_name, *(f"{name}={value}" for name, value in self.options.items())])
+        options = self.options | ({"nll_weight": self.nll_weight} if self.nll_weight else {})
+        named = ", ".join([self.fn_name, *(f"{name}={value}" for name, value in options.items())])
+        return ", ".join(filter(None, [named, super().extra_repr()]))
 
     def forward(
         self,
@@ -183,7 +196,8 @@ class PreferenceLoss(_HeadLoss):
             hidden, weight, labels, bias, token_index: as in `linear_logprob`. For a paired loss the B chosen sequences
                 come first, then the B rejected ones, padded or packed.
             ref_logps: the reference's sums in nats, in the order of the batch, without gradient. Or:
-            ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, projected here without gradient.
+            ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, projected here without gradient,
+                with this module's logit_scale, softcap and temperature.
             cu_seqlens: offsets of packed sequences.
             token_weights: factors on the tokens in the sums of policy and reference (not in the NLL), detached.
             pair_weights: factors on `losses`, detached. A pair of weight 0 leaves the sum, not the count.
@@ -198,68 +212,73 @@ class PreferenceLoss(_HeadLoss):
         Raises:
             ValueError: for anything missing, unknown, of the wrong shape, or that the loss would ignore.
         """
+        _check_keywords(f"{type(self).__name__} takes the data", self.data, data)
         reference = {"ref_logps": ref_logps, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
         self._check_reference({name for name, value in reference.items() if value is not None})
-        _check_keywords(f"{type(self).__name__} takes the data", self.data, data)
         if not self.nll_weight and (nll_labels is not None or num_tokens is not None):
             raise ValueError(f"{type(self).__name__} has nll_weight=0: nll_labels and num_tokens would be ignored")
         offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate)
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
         count = sequences // 2 if self.paired else sequences
-        device = labels.device
-        extra = {n: _column(n, value, count, device) for n, value in data.items() if value is not None}
-        factors = None if pair_weights is None else _column("pair_weights", pair_weights, count, device).detach()
-        num_sequences = _divisor("num_sequences", num_sequences, device)
-        num_tokens = _divisor("num_tokens", num_tokens, device)
         if token_weights is not None:
-            check_like_labels("token_weights", token_weights, labels)
+            check_like("token_weights", token_weights, "labels", labels)
+        if not labels.is_floating_point():
+            labels = labels.long()  # a narrower dtype need not hold ignore_index
         scored_labels = labels
         if nll_labels is not None:
             end = count * labels.shape[1] if offsets is None else offsets[count]
             nll_labels = self._chosen_nll_labels(nll_labels, labels, end)
             scored_labels = torch.where(labels != self.ignore_index, labels, nll_labels)
-        backend, (tokens, *_) = token_outputs(
-            hidden, weight, scored_labels, bias, stats=0, token_index=token_index, **self.head_options
-        )
+        projection = project(hidden, weight, scored_labels, bias, token_index=token_index, **self.head_options)
+        device = labels.device
+        extra = {n: _column(n, value, count, device) for n, value in data.items() if value is not None}
+        if "desirable" in extra and validates(self.validate, device) and not torch.compiler.is_compiling():
+            _check_binary("desirable", extra["desirable"])
+        factors = None if pair_weights is None else _column("pair_weights", pair_weights, count, device).detach()
+        num_sequences = _divisor("num_sequences", num_sequences, device)
+        num_tokens = _divisor("num_tokens", num_tokens, device)
         ref = None
         if ref_hidden is not None and ref_weight is not None:
-            with torch.no_grad():
-                ref = sequence_logprob(
-                    ref_hidden,
-                    ref_weight,
-                    labels,
-                    ref_bias,
-                    cu_seqlens=cu_seqlens,
-                    token_weights=token_weights,
-                    token_index=token_index if nll_labels is None else None,
-                    **self.head_options,
-                ).logps
+            options = self.head_options | {"token_index": token_index if nll_labels is None else None}
+            layout = {"cu_seqlens": cu_seqlens, "token_weights": token_weights}
+            try:
+                with torch.no_grad():
+                    ref = sequence_logprob(ref_hidden, ref_weight, labels, ref_bias, **layout, **options).logps
+            except ValueError as error:
+                raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
         elif ref_logps is not None:
-            ref = _column("ref_logps", ref_logps, sequences, device)
+            if not isinstance(ref_logps, Tensor):
+                raise ValueError(f"ref_logps must be a torch.Tensor ({sequences},), got {type(ref_logps).__name__}")
+            ref = ref_logps if ref_logps.dim() == 0 else _column("ref_logps", ref_logps, sequences, device)
             if ref.requires_grad or ref.dim() == 0 or not ref.is_floating_point():
                 raise ValueError(
                     f"ref_logps must be ({sequences},) floating point without gradient, sums made under "
                     f"torch.no_grad(); got {tuple(ref.shape)} {ref.dtype}, requires_grad={ref.requires_grad}"
                 )
 
-        batch = _Batch(
-            tokens,
+        batch = Batch(
+            None if token_weights is None else token_weights.detach().reshape(-1),
+            labels.reshape(-1),
+            None if nll_labels is None else nll_labels.reshape(-1),
             offsets,
             sequences,
-            token_weights,
-            labels,
-            nll_labels,
+            self.paired,
             ref,
             extra,
             factors,
             num_sequences,
             num_tokens,
-            backend,
+            projection.backend,
         )
-        fused = self._fused_name() if backend == "triton" else None
-        loss, values, sums, rewards, nll_loss = self._plain(batch) if fused is None else self._fused(fused, batch)
-        dtype = tokens.dtype
+        results = None
+        if not (self.couples_batch or self._needs_graph or any(value.requires_grad for value in extra.values())):
+            try:
+                results = train_in_one_pass(projection, batch, self._evaluate, self.ignore_index)
+            except NeedsGraph:
+                self._needs_graph = True
+        loss, values, sums, rewards, nll_loss = results or self._evaluate(projection.score()[0], batch)
+        dtype = projection.result_dtype
         values, sums, rewards, nll_loss = (t.detach().to(dtype) for t in (values, sums, rewards, nll_loss))
         if not self.paired:
             return UnpairedOutput(loss.to(dtype), values, sums, rewards)
@@ -279,48 +298,55 @@ class PreferenceLoss(_HeadLoss):
 
     def _chosen_nll_labels(self, nll_labels: Tensor, labels: Tensor, end: int | Tensor) -> Tensor:
         """nll_labels with the rejected sequences, from flat position `end` on, ignored."""
-        check_like_labels("nll_labels", nll_labels, labels)
+        check_like("nll_labels", nll_labels, "labels", labels)
+        if nll_labels.is_floating_point() or nll_labels.is_complex() or nll_labels.dtype == torch.bool:
+            raise ValueError(f"nll_labels must be integers, got {nll_labels.dtype}")
         position = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
-        nll_labels = nll_labels.to(labels.dtype).masked_fill(position >= end, self.ignore_index)
-        if validates(self.validate, labels.device):
+        nll_labels = nll_labels.long().masked_fill(position >= end, self.ignore_index)
+        if validates(self.validate, labels.device) and not torch.compiler.is_compiling():
             both = (labels != self.ignore_index) & (nll_labels != self.ignore_index)
             if bool((both & (labels != nll_labels)).any()):
                 raise ValueError("labels and nll_labels must agree where both are set: each is the next token")
         return nll_labels
 
-    def _plain(self, batch: "_Batch") -> tuple[Tensor, ...]:
-        """loss, losses (B,), sums (S,), rewards (S,), nll_loss (0 if unpaired), by plain torch around the function."""
+    def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
+        """The loss of a batch from its token log-probabilities (M,)."""
+        fused = self._fused_name() if batch.backend == "triton" else None
+        return self._plain(tokens, batch) if fused is None else self._fused(fused, tokens, batch)
+
+    def _plain(self, tokens: Tensor, batch: Batch) -> Results:
+        """By plain torch around the loss function."""
         offsets, sequences, labels = batch.offsets, batch.sequences, batch.labels
         count = sequences // 2 if self.paired else sequences
         weights = flat_token_weights(batch.token_weights, labels, self.ignore_index)
         if batch.nll_labels is not None:
-            preferred = (labels != self.ignore_index).reshape(-1)
+            preferred = labels != self.ignore_index
             weights = preferred.double() if weights is None else weights * preferred
-        sums = ops.sequence_sum(batch.tokens, offsets, sequences, weights, batch.backend)
+        sums = ops.sequence_sum(tokens, offsets, sequences, weights, batch.backend)
         logps, factors = sums, batch.pair_weights
         if factors is not None:
             # no gradient into dropped pairs, whose loss need not be finite
             dropped = (factors == 0).expand(count).repeat(2 if self.paired else 1)
             logps = torch.where(dropped, sums.detach(), sums)
-        lengths = labelled_tokens(labels, offsets, self.ignore_index).clamp(min=1)
+        lengths = labelled_tokens(labels, offsets, sequences, self.ignore_index).clamp(min=1)
         columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths}
         losses, *rewards = self._call(columns, {name: _widened(value) for name, value in batch.data.items()}, count)
         weighted = losses if factors is None else torch.where(factors == 0, 0, losses * factors)
         loss = weighted.sum() / (max(count, 1) if batch.num_sequences is None else batch.num_sequences)
         if not self.paired:
-            return loss, losses, sums, rewards[0], torch.zeros_like(loss)
+            return Results(loss, losses, sums, rewards[0], torch.zeros_like(loss))
         nll_sums, counted = sums, labels
         if weights is not None:
             counted = labels if batch.nll_labels is None else batch.nll_labels
-            nll_mask = (counted != self.ignore_index).reshape(-1).double()
-            nll_sums = ops.sequence_sum(batch.tokens, offsets, sequences, nll_mask, batch.backend)
+            nll_mask = (counted != self.ignore_index).double()
+            nll_sums = ops.sequence_sum(tokens, offsets, sequences, nll_mask, batch.backend)
         num_tokens = batch.num_tokens
         if num_tokens is None:
-            num_tokens = labelled_tokens(counted, offsets, self.ignore_index)[:count].sum().clamp(min=1)
+            num_tokens = batch.nll_tokens(self.ignore_index)
         nll_loss = -nll_sums[:count].sum() / num_tokens
         if self.nll_weight:
             loss = loss + self.nll_weight * nll_loss
-        return loss, losses, sums, torch.cat(rewards), nll_loss
+        return Results(loss, losses, sums, torch.cat(rewards), nll_loss)
 
     def _call(self, columns: dict[str, Tensor | None], extra: dict[str, Tensor], count: int) -> tuple[Tensor, ...]:
         """Call the loss function on its halves of the batch."""
@@ -343,22 +369,21 @@ class PreferenceLoss(_HeadLoss):
 
     def _fused_name(self) -> str | None:
         """The name of the fused kernel that computes this loss, if there is one."""
-        numbers = all(isinstance(value, (int, float)) for value in self.options.values())
+        numbers = all(isinstance(value, Real) for value in self.options.values())
         return next((name for fn, name in _FUSED if fn is self.fn and numbers), None)
 
-    def _fused(self, loss: str, batch: "_Batch") -> tuple[Tensor, ...]:
-        """As `_plain`, by the kernels that compute the loss with its sums."""
+    def _fused(self, loss: str, tokens: Tensor, batch: Batch) -> Results:
+        """By the kernels that compute the loss with its sums."""
         defaults = {"label_smoothing": 0.0, "desirable_weight": 1.0, "undesirable_weight": 1.0}
-        tokenwise = (batch.token_weights, batch.labels, batch.nll_labels)
         divisors = (
-            torch.full((), value, device=batch.tokens.device, dtype=torch.float64)
-            if isinstance(value, float)
-            else value
+            torch.full((), value, device=tokens.device, dtype=torch.float64) if isinstance(value, float) else value
             for value in (batch.num_sequences, batch.num_tokens)
         )
         results = ops.preference(
-            batch.tokens,
-            *(None if t is None else t.detach().reshape(-1) for t in tokenwise),
+            tokens,
+            batch.token_weights,
+            batch.labels,
+            batch.nll_labels,
             batch.offsets,
             batch.sequences,
             batch.ref_logps,
@@ -371,41 +396,29 @@ class PreferenceLoss(_HeadLoss):
             nll_weight=float(self.nll_weight),
             **{name: float(value) for name, value in (defaults | self.options).items()},
         )
-        return results[:5]
+        return Results(*results[:5])
 
 
-class _Batch(NamedTuple):
-    """What a call scores, checked: S sequences with M tokens, B pairs (sequences if unpaired)."""
-
-    tokens: Tensor  # (M,) log-probabilities
-    offsets: Tensor | None  # (S + 1,) int64; None: padded
-    sequences: int
-    token_weights: Tensor | None  # the shape of labels
-    labels: Tensor
-    nll_labels: Tensor | None  # the shape of labels
-    ref_logps: Tensor | None  # (S,)
-    data: dict[str, Tensor]  # each (B,) or 0-d
-    pair_weights: Tensor | None  # (B,) or 0-d
-    num_sequences: float | Tensor | None
-    num_tokens: float | Tensor | None
-    backend: str
+def _check_binary(name: str, value: Tensor) -> None:
+    if not bool(((value == 0) | (value == 1)).all()):
+        raise ValueError(f"{name} must be bool, or 0 and 1; got {value.unique().tolist()[:8]}")
 
 
-def _check_keywords(what: str, known: dict[str, bool], given: dict[str, Any]) -> None:
+def _check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hint: str = "") -> None:
     """`known` maps each name to whether it is required."""
     unknown = sorted(set(given) - set(known))
     missing = sorted(name for name, required in known.items() if required and given.get(name) is None)
     if unknown or missing:
-        raise ValueError(f"{what} {sorted(known)}; unknown: {unknown}, missing: {missing}")
+        raise ValueError(f"{what} {sorted(known)}; unknown: {unknown}, missing: {missing}{hint}")
 
 
 def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
     """A datum as a tensor (count,) or 0-d."""
     if not isinstance(value, Tensor):
-        if not isinstance(value, (bool, int, float)):
+        if not isinstance(value, Real):
             raise ValueError(f"{name} must be a tensor ({count},) or 0-d, or a number; got {type(value).__name__}")
         # not torch.tensor, whose copy to a GPU waits for it
-        value = torch.full((), value, device=device, dtype=torch.float64 if isinstance(value, float) else None)
+        value = torch.full((), float(value), device=device, dtype=torch.float64)
     if value.dim() and value.shape != (count,):
         raise ValueError(f"{name} must be ({count},), in the order of the batch, or 0-d; got {tuple(value.shape)}")
     if value.device != device:
@@ -427,7 +440,9 @@ def _divisor(name: str, value: Any, device: torch.device) -> float | Tensor | No
         raise ValueError(
             f"{name} must be a number or a 0-d tensor on {device}; got shape {tuple(value.shape)} on {value.device}"
         )
-    return value
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_number(name, value.item(), positive=True)
+    return value.detach()
 
 
 class DPOLoss(PreferenceLoss):
@@ -452,7 +467,8 @@ class IPOLoss(PreferenceLoss):
 class KTOLoss(PreferenceLoss):
     """`losses.kto_loss` as a module: w (1 - sigmoid(s (r - beta kl))), unpaired. Arguments as in `PreferenceLoss`.
 
-    Its call takes `desirable` (B,) bool and `kl`, 0-d in nats (0.0 for none; `kto_kl` estimates it), clamped at 0.
+    w is `desirable_weight` where s = +1, `undesirable_weight` where s = -1. The call takes `desirable`, bool (B,) or
+    0-d, and `kl` in nats, 0-d or (B,), clamped at 0: 0.0 for none, or what `kto_kl` estimates from `mismatched_pairs`.
     """
 
     def __init__(
@@ -471,7 +487,8 @@ class KTOLoss(PreferenceLoss):
 class CPOLoss(PreferenceLoss):
     """`losses.cpo_loss` with the NLL of the chosen tokens: -log sigmoid(beta (log pi_c - log pi_r)) + nll_weight NLL.
 
-    Xu et al. 2024 (arXiv:2401.08417), eq. 5. Reference-free. Other arguments as in `PreferenceLoss`.
+    Xu et al. 2024 (arXiv:2401.08417), eq. 5, with the NLL per token instead of per sequence. Reference-free. Other
+    arguments as in `PreferenceLoss`.
     """
 
     def __init__(
@@ -507,24 +524,43 @@ class SFTLoss(_HeadLoss):
         `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
         """
         _check_keywords("SFTLoss takes no further data", {}, unknown)
-        logps, _ = sequence_logprob(
-            hidden,
-            weight,
-            labels,
-            bias,
-            cu_seqlens=cu_seqlens,
-            token_weights=token_weights,
-            token_index=token_index,
-            **self.head_options,
+        offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate)
+        if token_weights is not None:
+            check_like("token_weights", token_weights, "labels", labels)
+            token_weights = token_weights.detach().reshape(-1)
+        projection = project(hidden, weight, labels, bias, token_index=token_index, **self.head_options)
+        divisor = _divisor("num_tokens", num_tokens, labels.device)
+        batch = Batch(
+            token_weights,
+            projection.labels,
+            None,
+            offsets,
+            sequences,
+            False,
+            ref_logps=None,
+            data={},
+            pair_weights=None,
+            num_sequences=None,
+            num_tokens=divisor,
+            backend=projection.backend,
         )
+        results = train_in_one_pass(projection, batch, self._evaluate, self.ignore_index)
+        loss, losses, logps, rewards, _ = results or self._evaluate(projection.score()[0], batch)
+        dtype = projection.result_dtype
+        return UnpairedOutput(*(t.to(dtype) for t in (loss, losses.detach(), logps.detach(), rewards)))
+
+    def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
+        weights = flat_token_weights(batch.token_weights, batch.labels, self.ignore_index)
+        sums = ops.sequence_sum(tokens, batch.offsets, batch.sequences, weights, batch.backend)
+        num_tokens = batch.num_tokens
         if num_tokens is None:
-            num_tokens = (labels != self.ignore_index).sum().clamp(min=1)
-        loss = -(logps.double().sum() / num_tokens).to(logps.dtype)
-        return UnpairedOutput(loss, -logps.detach(), logps.detach(), torch.zeros_like(logps))
+            num_tokens = batch.nll_tokens(self.ignore_index)
+        loss = -sums.sum() / num_tokens
+        return Results(loss, -sums, sums, torch.zeros_like(sums), loss)
 
 
 def _check_number(name: str, value: Any, positive: bool = False) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or (positive and value <= 0):
+    if not isinstance(value, Real) or not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name} must be a {'positive' if positive else 'finite'} number, got {value!r}")
 
 

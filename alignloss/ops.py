@@ -1,6 +1,7 @@
 """The custom ops: walk the vocabulary tile by tile, forward and backward, over the primitives of a backend.
 
-Three regimes, by what has to be differentiated (V vocabulary, N scored tokens, H hidden; a GEMM is 2 N V H FLOPs):
+Three regimes, by what has to be differentiated (V vocabulary, N scored tokens, H hidden; a GEMM is 2 N V H FLOPs); the
+third of the design, which needs the loss beside the log-probabilities, is in `onepass`, made of the parts below:
 
 1. nothing: statistics alone, 1 GEMM;
 2. hidden states alone: while the tiles pass, U = sum over v != y of exp(z_v - m) D_v W_v is accumulated too, so that
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import ENTROPY, STATE_ROWS, STATS, Tokens, Transform
+from .backends import ENTROPY, REF, STATE_ROWS, STATS, Tokens, Transform
 
 __all__ = [
+    "HeadGradient",
+    "Held",
+    "Problem",
     "linear_logprob_bwd",
     "linear_logprob_fwd",
     "preference",
@@ -31,6 +35,7 @@ __all__ = [
     "sequence_offsets",
     "sequence_scatter",
     "sequence_sum",
+    "walk_forward",
 ]
 
 MIB = 1 << 20
@@ -41,7 +46,7 @@ def default_workspace(device: torch.device) -> int:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return max(64 * MIB, min(512 * MIB, total // 256))
-    return 32 * MIB
+    return 128 * MIB
 
 
 def tile_shape(
@@ -64,6 +69,13 @@ def tile_shape(
     return block, _even_parts(vocabulary, columns, 128 if columns >= 128 else 16)
 
 
+def held_columns(vocabulary: int, device: torch.device, rows: int = 1) -> int:
+    """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
+    if device.type == "cuda":
+        return min(vocabulary, 16384)
+    return min(vocabulary, max(256, min(2048, MIB // rows // 128 * 128)))
+
+
 def _even_parts(total: int, most: int, multiple: int) -> int:
     """The size of parts of `total` of nearly one size, at most `most` each, a multiple of `multiple` if several."""
     parts = -(-total // most)
@@ -73,7 +85,7 @@ def _even_parts(total: int, most: int, multiple: int) -> int:
     return min(most // multiple * multiple, -(-size // multiple) * multiple)
 
 
-class _Problem:
+class Problem:
     """One call on its scored tokens: dtypes, buffers and the GEMM that makes a tile of logits."""
 
     def __init__(
@@ -139,7 +151,7 @@ def _addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alp
         torch.addmm(base, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def _check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int, tokens: int) -> None:
+def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int, tokens: int) -> None:
     labelled = labels != ignore_index
     outside = labelled & ((labels < 0) | (labels >= vocabulary))
     if bool(outside.any()):
@@ -180,10 +192,10 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, *stats, state, dlogp, dentropy); what was not asked for is empty."""
     if validate:
-        _check_values(labels, token_index, ignore_index, weight.shape[0], labels.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False), _device(hidden):
+        check_values(labels, token_index, ignore_index, weight.shape[0], labels.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False), device_guard(hidden):
         transform = Transform.of(logit_scale, softcap, temperature)
-        problem = _Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
+        problem = Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
         # under `select` the shape has to be known to the compiler: the rows beyond the scored ones are unused
         kept = labels.shape[0] if select else problem.rows
         new = labels.new_zeros if select else labels.new_empty
@@ -196,16 +208,16 @@ def linear_logprob_fwd(
         outputs = [new(labels.shape if wanted else 0, dtype=kind) for wanted, kind in zip(asked, kinds, strict=True)]
         given = [output if wanted else None for wanted, output in zip(asked, outputs, strict=True)]
         dlogp, dentropy = (t if t.dim() == 2 else None for t in saved)
-        _walk_forward(problem, state, given, stats, dlogp, dentropy, backend, workspace_bytes)
+        walk_forward(problem, state, given, stats, dlogp, dentropy, backend, workspace_bytes)
         return (*outputs, state, *saved)  # type: ignore[return-value]
 
 
-def _device(tensor: Tensor) -> torch.cuda.device:
+def device_guard(tensor: Tensor) -> torch.cuda.device:
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
 
 
-def _walk_forward(
-    problem: _Problem,
+def walk_forward(
+    problem: Problem,
     state: Tensor,  # (7, N or more)
     outputs: list[Tensor | None],  # logps and STATS, (M,)
     stats: int,
@@ -213,6 +225,7 @@ def _walk_forward(
     dentropy: Tensor | None,  # (N or more, H)
     backend: str,
     workspace_bytes: int,
+    held: "Held | None" = None,  # keeps the tiles
 ) -> None:
     if problem.rows == 0:
         return
@@ -230,6 +243,8 @@ def _walk_forward(
         workspace_bytes,
         problem.device,
     )
+    if held is not None:
+        block, columns = problem.rows, held.columns
     row_buffer = problem.row_buffer(block)
     weight_buffer = tile = scratch = accumulators = None
     for start in range(0, problem.rows, block):
@@ -240,11 +255,13 @@ def _walk_forward(
         rows = problem.hidden[part] if copy is None else copy
         primitives.gather(problem.tokens, part, labels, copy, sums)
         u = u2 = None
-        if save or not primitives.statistics(
+        fused = not save and not problem.cast_weight
+        if not fused or not primitives.statistics(
             rows, problem.weight, problem.bias, labels, sums, transform, stats, workspace_bytes
         ):
             if tile is None:
-                tile, scratch = problem.empty(block * columns), problem.empty(tiles, block * columns)
+                in_place = held is not None and held.in_place
+                tile, scratch = problem.empty(block * columns * (not in_place)), problem.empty(tiles, block * columns)
                 weight_buffer = problem.weight_buffer(columns)
                 accumulators = problem.empty(save, block, problem.width)
             assert scratch is not None and accumulators is not None
@@ -252,7 +269,11 @@ def _walk_forward(
             for first in range(0, problem.vocabulary, columns):
                 last = min(first + columns, problem.vocabulary)
                 weight = problem.weight_slice(first, last, weight_buffer)
-                x = problem.logits_tile(rows, weight, first, tile[: count * (last - first)].view(count, -1))
+                if held is not None and held.in_place:
+                    x = held.tile(first, last)
+                else:
+                    x = tile[: count * (last - first)].view(count, -1)
+                problem.logits_tile(rows, weight, first, x)
                 spare = scratch[:, : x.numel()].view(tiles, count, last - first)
                 begun = first > 0
                 exps, z_exps = primitives.fold(
@@ -268,12 +289,83 @@ def _walk_forward(
                     u2 if begun else None,
                     problem.gemm_dtype,
                 )
+                if held is not None:
+                    held.keep(first, exps, sums[REF])
                 if u is not None:
                     _addmm(u, exps, weight, u, beta=int(begun))
                 if u2 is not None:
                     _addmm(u2, z_exps, weight, u2, beta=int(begun))
         derivatives = (None if t is None else t[part] for t in (dlogp, dentropy))
         primitives.finish(problem.tokens, part, labels, sums, u, u2, problem.weight, transform, outputs, *derivatives)
+
+
+class Held:
+    """The tiles of a walk, kept as exponentials in the dtype of the GEMM, with the references they are relative to."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.rows, self.vocabulary = problem.rows, problem.vocabulary
+        self.columns = held_columns(self.vocabulary, problem.device, max(self.rows, 1))
+        self.tiles = problem.empty(self.rows * self.vocabulary, dtype=problem.gemm_dtype)
+        self.references = problem.empty(-(-self.vocabulary // self.columns), self.rows)
+        self.in_place = problem.gemm_dtype == problem.accum_dtype  # logits are computed where they are held
+
+    def tile(self, first: int, last: int) -> Tensor:
+        return self.tiles[self.rows * first : self.rows * last].view(self.rows, last - first)
+
+    def keep(self, first: int, exps: Tensor, reference: Tensor) -> None:
+        if not self.in_place:
+            self.tile(first, first + exps.shape[1]).copy_(exps)
+        self.references[first // self.columns].copy_(reference)
+
+
+class HeadGradient:
+    """dweight and dbias of a loss with upstream gradient 1, added up over groups of rows whose tiles are held."""
+
+    def __init__(self, weight: Tensor, need_dweight: bool, need_dbias: bool, problem: Problem, several: bool) -> None:
+        accum = problem.accum_dtype
+        self.weight_dtype = weight.dtype
+        self.dweight = torch.empty(weight.shape, dtype=accum if several else weight.dtype, device=weight.device)
+        if not need_dweight:
+            self.dweight = problem.empty(0)
+        self.dbias = problem.empty(problem.vocabulary if need_dbias else 0)
+        self.unit: Tensor | None = None
+        self.begun = 0
+
+    def add(self, problem: Problem, held: Held, state: Tensor, dlogps: Tensor, backend: str) -> None:
+        """Add the part of a group, overwriting its tiles by the gradient of their logits."""
+        primitives, empty = backends.get(backend), problem.empty(0)
+        everything = slice(0, problem.rows)
+        weighed = _Rows(problem, state, dlogps, None, empty, empty, empty, primitives)
+        if problem.gemm_dtype == torch.float16:
+            self.unit = weighed.find_unit()
+        scaled = problem.empty(problem.rows, problem.width, dtype=problem.gemm_dtype)
+        weighed.weigh(everything, problem.row_buffer(problem.rows), scaled)
+        narrow = self.dweight.dim() == 2 and self.dweight.dtype != problem.accum_dtype
+        partial = problem.empty(held.columns, problem.width) if narrow else None
+        for first in range(0, problem.vocabulary, held.columns):
+            last = min(first + held.columns, problem.vocabulary)
+            reference = held.references[first // held.columns]
+            dz = held.tile(first, last)
+            primitives.held_dlogits(dz, reference, state, problem.labels, first, problem.transform)
+            if self.dweight.dim() == 2:
+                dw = self.dweight[first:last] if partial is None else partial[: last - first]
+                _addmm(dw, dz.T, scaled, dw, beta=self.begun)
+                if partial is not None:
+                    self.dweight[first:last] = dw
+            if self.dbias.numel():
+                db = self.dbias[None, first:last]
+                _addmm(db, weighed.coefficient[None].to(dz.dtype), dz, db, beta=self.begun)
+        self.begun = 1
+
+    def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(dweight, dbias) for an upstream gradient, in the buffers themselves where the dtype is the weight's."""
+        factor = upstream if self.unit is None else upstream * self.unit
+        if upstream.device.type != "cpu" or float(factor) != 1:
+            for gradient in (self.dweight, self.dbias):
+                # one dimension more, or a 16-bit gradient would round the factor first
+                gradient.mul_(factor.view((1,) * gradient.dim()))
+        dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None
+        return dweight, self.dbias if self.dbias.numel() else None
 
 
 @torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=())
@@ -301,14 +393,10 @@ def linear_logprob_bwd(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias); what was not asked for is empty."""
-    with torch.autocast(dlogps.device.type, enabled=False), _device(dlogps):
+    with torch.autocast(dlogps.device.type, enabled=False), device_guard(dlogps):
         transform = Transform.of(logit_scale, softcap, temperature)
-        problem = _Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
-        dhidden = dlogp.new_empty(0, dtype=hidden_dtype)
-        if dlogp.dim() == 2:
-            # a position that is not scored has no gradient
-            new = dlogp.new_empty if problem.tokens.token_index is None else dlogp.new_zeros
-            dhidden = new((len(labels), dlogp.shape[1]), dtype=hidden_dtype)
+        problem = Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
+        dhidden = _zero_unless_scored(problem, dlogp, hidden_dtype)
         rows = _Rows(problem, state, dlogps, dentropies, dlogp, dentropy, dhidden, backends.get(backend))
         dweight, dbias = state.new_empty(0), state.new_empty(0)
         if need_dweight or need_dbias:
@@ -318,12 +406,35 @@ def linear_logprob_bwd(
         return dhidden, dweight, dbias
 
 
+def _zero_unless_scored(problem: Problem, dlogp: Tensor, dtype: torch.dtype) -> Tensor:
+    """dhidden (M, H) to be filled, 0 at positions that are not scored; empty without dlogp."""
+    if dlogp.dim() != 2:
+        return dlogp.new_empty(0, dtype=dtype)
+    new = dlogp.new_empty if problem.tokens.token_index is None else dlogp.new_zeros
+    return new((len(problem.tokens.labels), dlogp.shape[1]), dtype=dtype)
+
+
+def scaled_rows(
+    problem: Problem,
+    state: Tensor,  # (7, N)
+    dlogps: Tensor,  # (M,)
+    dlogp: Tensor,  # (N, H)
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """dhidden (M, H) from the derivatives that a forward saved."""
+    dhidden = _zero_unless_scored(problem, dlogp, dtype)
+    rows = _Rows(problem, state, dlogps, None, dlogp, dlogp.new_empty(0), dhidden, backends.get(backend))
+    rows.weigh(slice(0, problem.rows))
+    return dhidden
+
+
 class _Rows:
     """The rows of a backward: their coefficients, and dhidden, which is filled the first time that a row is weighed."""
 
     def __init__(
         self,
-        problem: _Problem,
+        problem: Problem,
         state: Tensor,  # (7, N or more)
         dlogps: Tensor,  # (M,)
         dentropies: Tensor | None,  # (M,)
@@ -340,6 +451,12 @@ class _Rows:
         self.mix = None if dentropies is None else problem.empty(3, problem.rows)
         self.unit: Tensor | None = None
         self.filled = 0 if dhidden.dim() == 2 else problem.rows
+
+    def find_unit(self) -> Tensor:
+        """A power of two to go round a GEMM in fp16, whose range the coefficients of a scaled loss may leave."""
+        self.weigh(slice(0, self.problem.rows))
+        self.unit = self.coefficient.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()
+        return self.unit
 
     def weigh(self, part: slice, rows: Tensor | None = None, scaled: Tensor | None = None) -> None:
         """Fill coefficients, mix and dhidden of a part, and on request its hidden rows, as they are and weighed."""
@@ -367,7 +484,7 @@ class _Rows:
 
 
 def _walk_backward(
-    problem: _Problem, weighed: _Rows, need_dweight: bool, need_dbias: bool, workspace_bytes: int
+    problem: Problem, weighed: _Rows, need_dweight: bool, need_dbias: bool, workspace_bytes: int
 ) -> tuple[Tensor, Tensor]:
     primitives, transform, weight = weighed.primitives, problem.transform, problem.weight
     dweight = torch.empty_like(weight) if need_dweight else problem.empty(0)
@@ -376,9 +493,7 @@ def _walk_backward(
         return dweight.zero_(), dbias.zero_()
 
     if problem.gemm_dtype == torch.float16:
-        # coefficients of a scaled loss may leave the range of fp16: a power of two goes round the GEMM
-        weighed.weigh(slice(0, problem.rows))
-        weighed.unit = weighed.coefficient.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()
+        weighed.find_unit()
 
     accum, gemm = problem.accum_dtype.itemsize, problem.gemm_dtype.itemsize
     narrow = gemm * (problem.gemm_dtype != problem.accum_dtype)
@@ -532,7 +647,7 @@ def sequence_sum(
     token_weights: Tensor | None,  # (M,)
     backend: str,
 ) -> Tensor:  # (S,) fp64
-    with _device(values):
+    with device_guard(values):
         return backends.get(backend).sequence_sum(values, cu_seqlens, sequences, token_weights)
 
 
@@ -545,7 +660,7 @@ def sequence_scatter(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:  # (M,)
-    with _device(dsums):
+    with device_guard(dsums):
         return backends.get(backend).sequence_scatter(dsums, cu_seqlens, token_weights, tokens, dtype)
 
 
@@ -601,7 +716,7 @@ def preference(
 
     Only the loss has a gradient; slopes and scales are what it needs.
     """
-    with _device(values):
+    with device_guard(values):
         return backends.get("triton").preference(
             values,
             token_weights,
@@ -637,7 +752,7 @@ def preference_backward(
     paired: bool,
     ignore_index: int,
 ) -> Tensor:  # (M,) fp32
-    with _device(dloss):
+    with device_guard(dloss):
         return backends.get("triton").preference_backward(
             dloss,
             slopes,

@@ -121,6 +121,9 @@ def variants(blocks: str) -> list[Variant]:
         flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": ROW_BLOCK}
         name = f"dlogits_bwd[narrow={narrow}, all={full}]"
         found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, ROW_WARPS))
+    for name, pointee in (("bf16", "*bf16"), ("fp32", "*fp32")):
+        flags = {"HAS_CAP": True, "BLOCK": ROW_BLOCK}
+        found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, ROW_WARPS))
     narrow_rows = dict.fromkeys(("hidden", "weight", "rows", "scaled", "dlogp", "dentropy", "dhidden"), "*bf16")
     for name, types in (("bf16", narrow_rows), ("fp32", {})):
         block = {"BLOCK": ROW_BLOCK}

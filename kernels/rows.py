@@ -83,7 +83,9 @@ def _entropy_terms(m, s, z, gap, ze):
     p = sigmoid64(-gap)
     pd = tl.where(p > 0, p * (z - m), 0.0)
     rest_mean = tl.where(s > 0, ze / tl.where(s > 0, s, 1.0), 0.0)
-    return pd + sigmoid64(gap) * rest_mean, pd - p * rest_mean
+    mu, pull = pd + sigmoid64(gap) * rest_mean, pd - p * rest_mean
+    # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
+    return tl.clamp(mu, -128.0, 128.0), tl.clamp(pull, -128.0, 128.0)
 
 
 @triton.jit

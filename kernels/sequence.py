@@ -90,9 +90,9 @@ def _sum_tokens(
     for at in range(start, stop, BLOCK):
         mask = at + t < stop
         value = tl.load(values + at + t, mask=mask, other=0.0).to(tl.float64)
-        labelled = tl.load(labels + at + t, mask=mask, other=ignore_index) != ignore_index
+        labelled = mask & (tl.load(labels + at + t, mask=mask, other=0) != ignore_index)
         if NLL:
-            in_nll = tl.load(nll_labels + at + t, mask=mask, other=ignore_index) != ignore_index
+            in_nll = mask & (tl.load(nll_labels + at + t, mask=mask, other=0) != ignore_index)
             nll_sums += tl.where(in_nll, value, 0.0)
             nll_counts += in_nll.to(tl.int64)
         if HAS_WEIGHTS:
@@ -147,10 +147,13 @@ def preference_fwd_kernel(
     if HAS_PAIR_WEIGHTS:
         factor = tl.load(pair_weights + i * pair_stride).to(tl.float64)
     if LOSS == "kto":
-        wanted = tl.load(desirable + i * desirable_stride) != 0
+        given = tl.load(desirable + i * desirable_stride).to(tl.float64)
+        wanted = given == 1
         one = tl.full((), 1.0, tl.float64)
         weight = tl.where(wanted, one * desirable_weight, one * undesirable_weight)
-        gap = beta * (logratio - tl.maximum(tl.load(kl + i * kl_stride).to(tl.float64), 0.0))
+        baseline = tl.load(kl + i * kl_stride).to(tl.float64)
+        gap = beta * (logratio - tl.where(baseline < 0, 0.0, baseline))  # a NaN stays
+        gap = tl.where(wanted | (given == 0), gap, float("nan"))
         x = tl.where(wanted, -gap, gap)
         loss = weight * sigmoid64(x)
         slope = beta * loss * sigmoid64(-x)
@@ -178,7 +181,9 @@ def preference_fwd_kernel(
         else:
             margin = beta * (logratio - logratio_j)
             right, wrong = 1 - label_smoothing, label_smoothing
-            loss = -right * log_sigmoid64(margin) - wrong * log_sigmoid64(-margin)
+            loss = -right * log_sigmoid64(margin)
+            if wrong != 0:  # not 0 * inf
+                loss -= wrong * log_sigmoid64(-margin)
             slope_i = beta * (wrong * sigmoid64(margin) - right * sigmoid64(-margin))
             slope_j = -slope_i
         tl.store(losses + i, loss.to(tl.float32))
@@ -266,13 +271,14 @@ def preference_bwd_kernel(
     t = tl.arange(0, BLOCK)
     for at in range(start, stop, BLOCK):
         mask = at + t < stop
-        labelled = tl.load(labels + at + t, mask=mask, other=ignore_index) != ignore_index
-        spread = tl.where(labelled, dsum, 0.0)
+        labelled = tl.load(labels + at + t, mask=mask, other=0) != ignore_index
+        spread = tl.zeros((BLOCK,), tl.float64) + dsum
         if HAS_WEIGHTS:
             weight = tl.load(weights + at + t, mask=mask, other=0.0)
             spread = tl.where(weight == 0, 0.0, spread * weight)
+        spread = tl.where(labelled, spread, 0.0)
         if PAIRED:
-            in_nll = tl.load(nll_labels + at + t, mask=mask, other=ignore_index) != ignore_index
+            in_nll = tl.load(nll_labels + at + t, mask=mask, other=0) != ignore_index
             spread += tl.where(in_nll, dnll, 0.0)
         tl.store(dvalues + at + t, spread.to(tl.float32), mask=mask)
 

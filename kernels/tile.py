@@ -8,6 +8,8 @@ exceeds it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almos
 over v != y it is D_y at the target and -q_v D_v elsewhere. A gradient of the entropy mixes in by three numbers per row:
 then it is mix_2 D_y at the target, -q_v D_v (mix_0 + mix_1 (z_v - m)) elsewhere.
 
+`held_bwd_kernel` makes the same of a tile that was kept as the exponentials of `fold_fwd_kernel`.
+
 The result may be half as wide as the tile: it then fills the first half of each row's memory. A block of the row is
 written only after the whole block, and every earlier one, has been read; hence the barriers.
 """
@@ -156,6 +158,34 @@ def dlogits_bwd_kernel(
         tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < Vs)
 
 
+@triton.jit
+def held_bwd_kernel(
+    tile,  # (C, Vs) e sech^2(x) relative to `reference`, 0 at the target
+    reference,  # (C,)
+    state,  # (7, C): m, s, x_y
+    labels,  # (C,) int64
+    first,
+    Vs,
+    tile_stride,
+    state_stride,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.cast(state_stride, tl.int64)
+    m, s = tl.load(state + row), tl.load(state + row + step)
+    target = tl.load(labels + row) - first
+    at_target = sech2(tl.load(state + row + 2 * step)) if HAS_CAP else 1.0
+    factor = tl.where(s > 0, -tl.exp(tl.load(reference + row) - m) / s, 0.0)
+    c = tl.arange(0, BLOCK)
+    for start in range(0, Vs, BLOCK):
+        v = start + c
+        at = tile + row * tile_stride + v
+        e = tl.load(at, mask=v < Vs, other=0.0).to(tl.float32)
+        d = tl.where(v == target, at_target, e * factor)
+        tl.store(at, d.to(tile.dtype.element_ty), mask=v < Vs)
+
+
 def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
     """The first part of each row's memory as a tile of another dtype; the tile itself for its own dtype."""
     return tile if dtype == tile.dtype else tile.view(dtype)[:, : tile.shape[1]]
@@ -240,3 +270,28 @@ def dlogits_bwd(
         num_warps=ROW_WARPS,
     )
     return out
+
+
+def held_bwd(
+    tile: Tensor,  # (C, Vs) contiguous; overwritten
+    reference: Tensor,  # (C,) contiguous
+    state: Tensor,  # (7, C)
+    labels: Tensor,  # (C,)
+    first: int,
+    cap: float | None,
+) -> None:
+    """Overwrite a tile of exponentials by the gradient of its logits, divided by one factor per row."""
+    C, Vs = tile.shape
+    held_bwd_kernel[(C,)](
+        tile,
+        reference,
+        state,
+        labels,
+        first,
+        Vs,
+        tile.stride(0),
+        state.stride(0),
+        HAS_CAP=cap is not None,
+        BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
+        num_warps=ROW_WARPS,
+    )

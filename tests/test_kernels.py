@@ -253,8 +253,9 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
     hidden, weight, _, labels = (t.to(DEVICE) for t in inputs(4, 6, dtype=torch.float32))
     h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
     alignloss.CPOLoss(backend="triton")(h, w, labels).loss.backward()
-    logps = alignloss.sequence_logprob(h, weight, labels, backend="triton").logps
+    logps = alignloss.sequence_logprob(h, w, labels, backend="triton").logps
     logps.sum().backward()
+    alignloss.SFTLoss(backend="triton")(h, w, labels).loss.backward()  # in one pass
     logps = alignloss.sequence_logprob(hidden, weight, labels, backend="triton").logps
     assert (
         error(
@@ -277,6 +278,7 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
         "combine_fwd_kernel",
         "fold_fwd_kernel",
         "dlogits_bwd_kernel",
+        "held_bwd_kernel",
         "sequence_fwd_kernel",
         "sequence_bwd_kernel",
         "preference_fwd_kernel",

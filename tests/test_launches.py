@@ -1,4 +1,7 @@
-"""At small shapes launches decide: a step of a fused loss takes at most 8 forward and 6 backward."""
+"""At small shapes launches decide: a step of a fused loss takes at most 8 forward and 6 backward.
+
+A step in one pass does the work of its backward in the forward, and takes a GEMM and its tile's kernel less.
+"""
 
 import pytest
 import torch
@@ -14,7 +17,20 @@ from alignloss import ops
 
 # operators that allocate or describe memory and launch nothing
 FREE = {
-    *("alias", "as_strided", "detach", "expand", "select", "slice", "squeeze", "t", "transpose", "unsqueeze", "view"),
+    *(
+        "alias",
+        "as_strided",
+        "detach",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "squeeze",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "view",
+    ),
     *("_unsafe_view", "numpy_T", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 }
 
@@ -36,7 +52,7 @@ class Launches(TorchDispatchMode):
             with self:
                 return getattr(ops, name)._init_fn(*args, **(kwargs or {}))
         result = function(*args, **(kwargs or {}))
-        if name not in FREE and result.numel():
+        if name not in FREE and isinstance(result, torch.Tensor) and result.numel():
             self.names.append(name)
         return result
 
@@ -58,7 +74,11 @@ class Counted:
         return launch
 
 
-@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight"])
+# what is trained: most launches forward and backward
+LIMITS = {"": (7, 0), "hidden": (8, 3), "hidden weight, recomputed": (8, 6), "hidden weight": (14, 4)}
+
+
+@pytest.mark.parametrize("trained", LIMITS)
 @pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "cpo"])
 def test_a_step_takes_few_launches(name, trained, monkeypatch):
     hidden, weight, _, labels = inputs(4, 6, dtype=torch.float32)
@@ -74,12 +94,13 @@ def test_a_step_takes_few_launches(name, trained, monkeypatch):
         "cpo": (alignloss.CPOLoss, {}),
     }[name]
     one = torch.ones(())
-    loss_fn = module(backend="triton", validate=False)
+    loss_fn = module(backend="triton", validate=False, couples_batch="recomputed" in trained)
+    most_forward, most_backward = LIMITS[trained]
     with Launches(monkeypatch) as launches:
         loss = loss_fn(h, w, labels, token_index=index, **data).loss
         forward = launches.clear()
+        assert len(forward) <= most_forward, forward
         if trained:
             torch.autograd.grad(loss, [t for t in (h, w) if t.requires_grad], grad_outputs=one)
             backward = launches.clear()
-            assert len(backward) <= {"hidden": 3, "hidden weight": 6}[trained], backward
-    assert len(forward) <= {"": 7, "hidden": 8, "hidden weight": 8}[trained], forward
+            assert len(backward) <= most_backward, backward

@@ -142,7 +142,7 @@ def test_layouts_that_do_not_fit():
         alignloss.sequence_logprob(hidden, weight, labels, cu_seqlens=torch.tensor([0, 20]))
     with pytest.raises(ValueError, match="token_weights must have the shape"):
         alignloss.sequence_logprob(hidden, weight, labels, token_weights=torch.ones(4))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape and device of input_ids"):
         alignloss.next_token_labels(labels, labels[:2])
 
 
@@ -334,3 +334,126 @@ def refuse_a_sharded_head(rank: int, folder: str) -> None:
 
 def test_a_sharded_head_is_refused(tmp_path):
     torch.multiprocessing.spawn(refuse_a_sharded_head, (str(tmp_path),), nprocs=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_of_a_narrow_dtype_mean_the_same(backend):
+    hidden, weight, _, labels = inputs(4, 5, vocabulary=101, masked=0.0, dtype=torch.float32)
+    for module, data in ((alignloss.CPOLoss, {}), (alignloss.IPOLoss, {"ref_logps": torch.full((4,), -9.0)})):
+        loss = module(backend=backend)  # uint8 cannot hold its ignore_index, -100
+        torch.testing.assert_close(
+            loss(hidden, weight, labels.to(torch.uint8), **data), loss(hidden, weight, labels, **data)
+        )
+    weight = torch.randn(400, hidden.shape[-1])
+    nll_labels = torch.tensor([[300, 301, 5, 0, 0]]).expand(4, 5)  # beyond uint8
+    prompt = torch.tensor([[0, 0, 5, 0, 0]]).expand(4, 5)
+    loss = alignloss.CPOLoss(backend=backend, ignore_index=0)
+    narrow = loss(hidden, weight, prompt.to(torch.uint8), nll_labels=nll_labels)
+    torch.testing.assert_close(narrow, loss(hidden, weight, prompt, nll_labels=nll_labels))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cap", [30.0, 1e3, 1e5])
+def test_a_wide_softcap_costs_no_accuracy(cap, backend):
+    hidden, weight, _, labels = inputs(20, dtype=torch.float32)
+    expected = token_logps(hidden.double(), weight.double(), labels, softcap=cap)
+    got = alignloss.linear_logprob(hidden, weight, labels, softcap=cap, backend=backend)
+    assert float((got - expected).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_entropy_gradient_of_a_certain_token_is_zero_in_fp16(backend):
+    hidden, weight, bias, labels = (t.half() if t.is_floating_point() else t for t in inputs(6, masked=0.0))
+    labels.fill_(100)
+    for lowest in (-torch.inf, -60_000.0):
+        bias[:-1] = lowest
+        h = leaf(hidden, torch.float16)
+        stats = alignloss.linear_logprob_stats(h, weight, labels, bias, stats=("entropy",), backend=backend)
+        (stats.entropy + stats.logps).sum().backward()
+        assert float(h.grad.abs().max()) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_tie_for_the_first_place_is_top1(trained, backend):
+    weight = torch.randn(97, 33).repeat(2, 1)
+    hidden = torch.randn(40, 33, requires_grad=trained)
+    labels = (hidden @ weight[:97].T).argmax(-1) + 97
+    stats = alignloss.linear_logprob_stats(hidden, weight, labels, stats=("is_top1",), backend=backend)
+    assert bool(stats.is_top1.all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_impossible_rejected_sequence_costs_nothing(backend):
+    hidden, weight, bias, labels = small(masked=0.0)
+    labels[labels == 7] = 8
+    labels[2, 0], bias[7] = 7, -torch.inf
+    h = leaf(hidden, torch.float32)
+    out = alignloss.DPOLoss(backend=backend)(h, weight, labels, bias, ref_logps=torch.zeros(4))
+    out.loss.backward()
+    assert float(out.losses[0]) == 0
+    assert bool(h.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_at_ignored_tokens_are_not_read(backend):
+    hidden, weight, _, labels = small(masked=0.0)
+    nll_labels, token_weights = labels.clone(), torch.ones(4, 5)
+    labels[:, :2], token_weights[:, :2] = -100, torch.nan
+    h = leaf(hidden, torch.float32)
+    module = alignloss.CPOLoss(backend=backend)
+    module(h, weight, labels, token_weights=token_weights, nll_labels=nll_labels).loss.backward()
+    assert bool(h.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_desirable_is_zero_or_one(backend):
+    hidden, weight, _, labels = small()
+    data = {"ref_logps": torch.zeros(4), "kl": 0.0}
+    signs = torch.tensor([1, 1, -1, 0])
+    with pytest.raises(ValueError, match="desirable must be bool, or 0 and 1; got"):
+        alignloss.KTOLoss(backend=backend)(hidden, weight, labels, desirable=signs, **data)
+    unchecked = alignloss.KTOLoss(backend=backend, validate=False)
+    assert unchecked(hidden, weight, labels, desirable=signs, **data).losses.isnan().tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("number", [0, -3, torch.tensor(0.0), torch.ones(2), "7"])
+def test_divisors_are_positive_numbers(number):
+    hidden, weight, _, labels = small()
+    for module in (alignloss.SFTLoss(), alignloss.CPOLoss()):
+        with pytest.raises(ValueError, match="num_tokens must be a"):
+            module(hidden, weight, labels, num_tokens=number)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h, w, y: alignloss.next_token_labels([[1]], [[1]]), "input_ids must be a torch.Tensor"),
+        (lambda h, w, y: alignloss.next_token_labels(y, None), "completion_mask must be a torch.Tensor"),
+        (lambda h, w, y: alignloss.mismatched_pairs(y, y, None, 0), "torch.Tensors"),
+        (lambda h, w, y: alignloss.mismatched_pairs(y, y, y, None), "pad_token_id must be an integer"),
+        (lambda h, w, y: alignloss.kto_kl(*[alignloss.sequence_logprob(h, w, y)] * 2), "pass .logps"),
+        (lambda h, w, y: alignloss.linear_logprob_stats(h, w, y, stats=None), "stats takes"),
+        (lambda h, w, y: alignloss.linear_logprob(h, w, y, ignore_index=None), "ignore_index must be an integer"),
+        (lambda h, w, y: alignloss.sequence_logprob(h, w, y, soft_cap=3.0), "unknown: .'soft_cap'"),
+        (lambda h, w, y: alignloss.DPOLoss()(h, w, y, ref_logp=y), "unknown: .'ref_logp'"),
+        (lambda h, w, y: alignloss.DPOLoss()(h, w, y, ref_logps=0.0), "ref_logps must be a torch.Tensor"),
+        (lambda h, w, y: alignloss.DPOLoss()(h, w, y, ref_hidden=h[:2], ref_weight=w), "the reference, ref_hidden"),
+        (lambda h, w, y: alignloss.DPOLoss()(object(), w, y, ref_logps=y), "pass the model's last hidden states"),
+        (lambda h, w, y: alignloss.PreferenceLoss(lambda logps, beta=1: logps, beta=2), "put them after"),
+        (lambda h, w, y: alignloss.CPOLoss()(h, w, y, nll_labels=y.double()), "nll_labels must be integers"),
+    ],
+)
+def test_mistakes_get_their_way_out(call, message):
+    hidden, weight, _, labels = small(masked=0.0)
+    with pytest.raises(ValueError, match=message):
+        call(hidden, weight, labels)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    hidden, weight, _, labels = small()
+    ref = torch.zeros(4)
+    expected = alignloss.DPOLoss(beta=0.5)(hidden, weight, labels, ref_logps=ref, num_sequences=2).loss
+    module = alignloss.DPOLoss(beta=numpy.float32(0.5))
+    assert module(hidden, weight, labels, ref_logps=ref, num_sequences=numpy.int64(2)).loss == expected

@@ -84,7 +84,7 @@ def _triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "it computes in float32 and the input is float64"
     if not _TRITON_INSTALLED:
-        return "the package triton is not installed (pip install 'alignloss[triton]')"
+        return "the package triton is not installed (pip install triton)"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1), meant for tests"
     if device.type not in ("cpu", "cuda"):

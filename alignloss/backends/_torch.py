@@ -109,7 +109,7 @@ def fold(
 
 def statistics(
     hidden: Tensor,  # (C, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor,  # (V, H), of the same dtype
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (C,)
     state: Tensor,  # (7, C); filled
@@ -292,6 +292,22 @@ def dlogits(
     return tile.scatter_(1, index, torch.where(inside, at_target[:, None], tile.gather(1, index))).to(dtype)
 
 
+def held_dlogits(
+    tile: Tensor,  # (C, Vs) exponentials as `fold` left them, in the dtype of the GEMM; overwritten
+    reference: Tensor,  # (C,) that they are relative to
+    state: Tensor,  # (7, C)
+    labels: Tensor,  # (C,)
+    first: int,
+    transform: Transform,
+) -> None:
+    """Turn a tile of exponentials into what `dlogits` makes of its logits."""
+    index, inside = _target_column(tile, labels, first)
+    factor = torch.where(state[SUM] > 0, -(reference - state[REF]).exp() / state[SUM], 0)
+    tile.mul_(factor[:, None])
+    at_target = torch.ones_like(factor) if transform.cap is None else _sech2(state[TARGET])
+    tile.scatter_(1, index, torch.where(inside, at_target[:, None].to(tile.dtype), tile.gather(1, index)))
+
+
 def dlogits_tiles(cap: float | None, entropy: bool) -> int:
     """How many tiles beside the logits tile `dlogits` needs."""
     return int(cap is not None) + int(entropy)
@@ -304,7 +320,11 @@ def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]
     rest_mean = torch.where(state[SUM] > 0, state[SUM_ZE] / state[SUM], 0)
     p = torch.sigmoid(-gap)
     pd = torch.where(p > 0, p * d, 0)
-    return pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
+    mu, pull = pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
+    if state.dtype == torch.float64:
+        return mu, pull
+    # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
+    return mu.clamp(-128, 128), pull.clamp(-128, 128)
 
 
 def sequence_sum(

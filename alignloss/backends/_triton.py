@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import blocks, rows, sequence, stats, tile
-from . import ENTROPY, LOG_SUM_SQ, MEAN_LOGITS, Tokens, Transform
+from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, MEAN_LOGITS, Tokens, Transform
 
 __all__ = [
     "dlogits",
@@ -15,6 +15,7 @@ __all__ = [
     "finish",
     "fold",
     "gather",
+    "held_dlogits",
     "preference",
     "preference_backward",
     "scratch_tiles",
@@ -57,8 +58,8 @@ def statistics(
     wanted: int,
     workspace_bytes: int,
 ) -> bool:
-    # the fused GEMM reads both operands in one 32- or 16-bit dtype; other cases go tile by tile
-    if weight.dtype != hidden.dtype or weight.stride(1) != 1 or hidden.stride(1) != 1:
+    # is_top1 compares the target with the others: it takes all logits from one GEMM, or ties would break
+    if wanted & IS_TOP1 or weight.stride(1) != 1 or hidden.stride(1) != 1:
         return False
     extras = _extras(wanted)
     row_bytes = stats.partial_bytes_per_row(weight, transform.cap, extras)
@@ -175,6 +176,12 @@ def dlogits(
     dtype: torch.dtype,
 ) -> Tensor:
     return tile.dlogits_bwd(x, state, labels, mix, first, transform.cap, dtype)
+
+
+def held_dlogits(
+    held: Tensor, reference: Tensor, state: Tensor, labels: Tensor, first: int, transform: Transform
+) -> None:
+    tile.held_bwd(held, reference, state, labels, first, transform.cap)
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | None, sequences: int, token_weights: Tensor | None) -> Tensor:

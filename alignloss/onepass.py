@@ -1,0 +1,330 @@
+"""Regime 3: a training step of a trainable head in one pass over its tokens, 3 GEMMs.
+
+For a group of whole sequences whose logits fit the workspace: the tiles stay in memory as exponentials while U and the
+statistics accumulate as in regime 2; then the loss of the group, a plain torch function of its log-probabilities, gives
+one coefficient per token by autograd; then every tile becomes the gradient of its logits in place, and adds its part
+to dweight. That gradient belongs to a loss with upstream gradient 1; the backward multiplies it by the real one and
+hands its buffers over, so that a second backward (retain_graph=True) has to make the pass again.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends, ops
+from .backends import STATE_ROWS
+from .logprob import Projection, labelled_tokens
+
+__all__ = ["Batch", "NeedsGraph", "Results", "capacity", "fill_groups", "train_in_one_pass"]
+
+
+class Results(NamedTuple):
+    """What a loss gives for a batch of S sequences, B pairs (sequences if unpaired)."""
+
+    loss: Tensor  # 0-d
+    losses: Tensor  # (B,)
+    sums: Tensor  # (S,)
+    rewards: Tensor  # (S,)
+    nll_loss: Tensor  # 0-d
+
+
+class Batch(NamedTuple):
+    """What a loss takes beside the token log-probabilities of S sequences with M tokens, checked."""
+
+    token_weights: Tensor | None  # (M,)
+    labels: Tensor  # (M,)
+    nll_labels: Tensor | None  # (M,)
+    offsets: Tensor | None  # (S + 1,) int64; None: S parts of one length
+    sequences: int
+    paired: bool
+    ref_logps: Tensor | None  # (S,)
+    data: dict[str, Tensor]  # each (B,) or 0-d
+    pair_weights: Tensor | None  # (B,) or 0-d
+    num_sequences: float | Tensor | None
+    num_tokens: float | Tensor | None
+    backend: str
+
+    def nll_tokens(self, ignore_index: int) -> Tensor:
+        """Tokens of the NLL, at least 1: of the chosen sequences if paired, of all otherwise."""
+        labels = self.labels if self.nll_labels is None else self.nll_labels
+        counts = labelled_tokens(labels, self.offsets, self.sequences, ignore_index)
+        return counts[: self.sequences // 2 if self.paired else None].sum().clamp(min=1)
+
+    def select(self, units: list[int], numbers: list[int], parts: list[slice]) -> "Batch":
+        """Some pairs (sequences if unpaired) as a packed batch, given the numbers and tokens of their sequences."""
+        offsets = [0, *accumulate(part.stop - part.start for part in parts)]
+
+        def take(values: Tensor, which: list[int]) -> Tensor:
+            return values[torch.tensor(which, device=values.device)] if values.dim() else values
+
+        return self._replace(
+            token_weights=None if self.token_weights is None else pieces(self.token_weights, parts),
+            labels=pieces(self.labels, parts),
+            nll_labels=None if self.nll_labels is None else pieces(self.nll_labels, parts),
+            offsets=torch.tensor(offsets, device=self.labels.device),
+            sequences=len(numbers),
+            ref_logps=None if self.ref_logps is None else take(self.ref_logps, numbers),
+            data={name: take(value, units) for name, value in self.data.items()},
+            pair_weights=None if self.pair_weights is None else take(self.pair_weights, units),
+        )
+
+
+def pieces(values: Tensor, parts: list[slice]) -> Tensor:
+    return torch.cat([values[part] for part in parts])
+
+
+class NeedsGraph(Exception):
+    """The loss differentiates something beside the log-probabilities, which only a graph of the whole step reaches."""
+
+
+def capacity(projection: Projection, several: bool) -> int:
+    """How many tokens a group may hold within the workspace, if there are `several` groups or one; 0 for none."""
+    (vocabulary, width), device = projection.weight.shape, projection.weight.device
+    accum = 8 if projection.compute_dtype == torch.float64 else 4
+    gemm = accum if device.type == "cpu" else projection.compute_dtype.itemsize
+    direct = projection.weight.dtype.itemsize == accum
+    if several and not direct and projection.compute_dtype == torch.float16:
+        return 0  # sums of several groups would need one scale
+    columns = ops.held_columns(vocabulary, device)
+    fixed = columns * width * (gemm + accum * (not direct))
+    fixed += accum * vocabulary * width * (several and not direct)
+    tiles = backends.get(projection.backend).scratch_tiles(projection.softcap, 0, 1)
+    row = vocabulary * gemm + columns * accum * (tiles + (gemm != accum)) + width * (2 * accum + 2 * gemm)
+    return max(0, (projection.workspace_bytes - fixed) // row)
+
+
+def fill_groups(counts: Sequence[int], most: int) -> tuple[list[list[int]], list[int]]:
+    """Units of `counts` tokens in groups of at most `most`, first fit in decreasing order, and those that fit nowhere.
+
+    The units of a group are in rising order, as the groups are by their first unit.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for unit in sorted(range(len(counts)), key=lambda u: -counts[u]):
+        if counts[unit] > most:
+            continue
+        at = next((i for i, free in enumerate(room) if free >= counts[unit]), len(groups))
+        if at == len(groups):
+            groups.append([])
+            room.append(most)
+        groups[at].append(unit)
+        room[at] -= counts[unit]
+    return sorted(sorted(group) for group in groups), [u for u, count in enumerate(counts) if count > most]
+
+
+def train_in_one_pass(
+    projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results], ignore_index: int
+) -> Results | None:
+    """The results of a step that trains hidden states and head, in one pass; None where that does not apply.
+
+    Pairs (sequences, if unpaired) go into groups whose tiles fit the workspace. What fits no group is recomputed in the
+    backward instead, within the same step. Raises NeedsGraph.
+    """
+    hidden, weight, bias = projection.hidden, projection.weight, projection.bias
+    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (torch.is_grad_enabled() and hidden.requires_grad and trains_head) or torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or not projection.labels.numel():
+        return None
+    index = projection.token_index
+    rows = projection.labels.numel() if index is None else index.numel()
+    if rows == 0:
+        return None
+    if rows <= capacity(projection, several=False):
+        found: list[Results] = []
+        loss = _one_pass(projection, [index], [_share(evaluate, batch, None, found)])
+        return found[0]._replace(loss=loss)
+    return _in_groups(projection, batch, evaluate, ignore_index)
+
+
+def _share(
+    evaluate: Callable[[Tensor, Batch], Results], batch: Batch, parts: list[slice] | None, found: list[Results]
+) -> Callable[[Tensor], Tensor]:
+    """A function from the token log-probabilities (M,) to the loss of a batch, which keeps its results in `found`."""
+
+    def share(tokens: Tensor) -> Tensor:
+        results = evaluate(tokens if parts is None else pieces(tokens, parts), batch)
+        if tokens.is_leaf and _leaves(results.loss) != {tokens}:
+            raise NeedsGraph
+        found.append(Results(*(value.detach() for value in results)))
+        return results.loss
+
+    return share
+
+
+def _leaves(value: Tensor) -> set[Tensor]:
+    """The tensors that a graph ends in."""
+    leaves, seen, stack = set(), set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        stack.extend(next_node for next_node, _ in node.next_functions)
+    return leaves
+
+
+def _in_groups(
+    projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results], ignore_index: int
+) -> Results | None:
+    tokens, index = projection.labels.numel(), projection.token_index
+    most = capacity(projection, several=True)
+    if most == 0 or projection.select:
+        return None
+    per_sequence = labelled_tokens(projection.labels, batch.offsets, batch.sequences, ignore_index).tolist()
+    if sum(per_sequence) != (tokens if index is None else index.numel()):
+        return None
+    if index is None:
+        index = torch.arange(tokens, device=projection.labels.device)
+    elif not projection.sorted_index:
+        return None
+    if batch.offsets is None:
+        length = tokens // batch.sequences
+        bounds = [(s * length, (s + 1) * length) for s in range(batch.sequences)]
+    else:
+        bounds = list(pairwise(batch.offsets.tolist()))
+    half = batch.sequences // 2
+    counts = (
+        [a + b for a, b in zip(per_sequence[:half], per_sequence[half:], strict=True)] if batch.paired else per_sequence
+    )
+    groups, rest = fill_groups(counts, most)
+    if not groups:
+        return None
+    batch = batch._replace(
+        num_sequences=float(len(counts)) if batch.num_sequences is None else batch.num_sequences,
+        num_tokens=batch.nll_tokens(ignore_index) if batch.num_tokens is None else batch.num_tokens,
+    )
+    ends = list(accumulate(per_sequence, initial=0))
+    found: list[Results] = []
+    indices, shares, numbers = [], [], []
+    for units in [*groups, rest] if rest else groups:
+        chosen = units + [half + unit for unit in units] if batch.paired else units
+        parts = [slice(*bounds[s]) for s in chosen]
+        numbers.append(chosen)
+        indices.append(torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]))
+        shares.append(_share(evaluate, batch.select(units, chosen, parts), parts, found))
+    loss = _one_pass(projection, indices[: len(groups)], shares[: len(groups)])
+    if rest:
+        scored = projection._replace(token_index=indices[-1], validate=False).score()[0]
+        loss = loss + shares[-1](scored)
+    return _merged(loss, found, numbers)
+
+
+def _merged(loss: Tensor, found: list[Results], numbers: list[list[int]]) -> Results:
+    """The results of groups in the order of the batch; `numbers` holds the sequences of each, units first."""
+    units = [chosen[: len(results.losses)] for chosen, results in zip(numbers, found, strict=True)]
+    order, unit_order = (
+        torch.tensor(list(chain.from_iterable(lists)), device=loss.device).argsort() for lists in (numbers, units)
+    )
+    sums, rewards = (torch.cat(values)[order] for values in ([r.sums for r in found], [r.rewards for r in found]))
+    losses = torch.cat([results.losses for results in found])[unit_order]
+    return Results(loss, losses, sums, rewards, torch.stack([results.nll_loss for results in found]).sum())
+
+
+def _one_pass(
+    projection: Projection,
+    indices: Sequence[Tensor | None],  # scored positions of each group; None: every position
+    shares: Sequence[Callable[[Tensor], Tensor]],  # of each group, its share of the loss from log-probabilities (M,)
+) -> Tensor:
+    """The sum of the groups' shares, 0-d, differentiable with respect to hidden, weight and bias."""
+    if projection.validate:
+        ops.check_values(
+            projection.labels,
+            projection.token_index,
+            projection.ignore_index,
+            len(projection.weight),
+            projection.labels.numel(),
+        )
+    tensors = (projection.hidden, projection.weight, projection.bias)
+    return _OnePass.apply(*tensors, projection, indices, shares)
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (M, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        projection: Projection,
+        indices: Sequence[Tensor | None],
+        shares: Sequence[Callable[[Tensor], Tensor]],
+    ) -> Tensor:
+        projection = projection._replace(hidden=hidden, weight=weight, bias=bias)
+        ctx.needs = ctx.needs_input_grad[1:3]
+        losses: list[Tensor] = []
+        slopes: list[Tensor] = []
+
+        def differentiate(i: int, logps: Tensor) -> Tensor:
+            with torch.enable_grad():
+                tokens = logps.detach().requires_grad_()
+                share = shares[i](tokens)
+                slopes.extend(torch.autograd.grad(share, tokens))
+            losses.append(share.detach())
+            return slopes[-1]
+
+        gradient, state, dlogp = _pass(projection, indices, ctx.needs, differentiate)
+        dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
+        ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
+        # without its tensors, which autograd has to guard
+        ctx.options = projection[4:]
+        ctx.gradient = gradient
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, state, dlogp, dlogps, *indices = ctx.saved_tensors
+        projection = Projection(hidden, weight, bias, labels, *ctx.options)
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            gradient, *_ = _pass(projection, indices, ctx.needs, lambda i, logps: dlogps)
+        upstream = upstream.to(dlogps.dtype)
+        dhidden = None
+        with ops.device_guard(labels):
+            if ctx.needs_input_grad[0]:
+                index = None if indices[0] is None else torch.cat(indices)
+                problem = ops.Problem(None, None, None, labels, index, False, *_shared(projection))
+                dhidden = ops.scaled_rows(problem, state, dlogps * upstream, dlogp, hidden.dtype, projection.backend)
+            dweight, dbias = gradient.times(upstream)
+        return dhidden, dweight, None if dbias is None or bias is None else dbias.to(bias.dtype), None, None, None
+
+
+def _shared(projection: Projection) -> tuple[torch.dtype, int, backends.Transform]:
+    return projection.compute_dtype, projection.ignore_index, projection.transform
+
+
+def _pass(
+    projection: Projection,
+    indices: Sequence[Tensor | None],
+    needs: tuple[bool, bool],  # dweight, dbias
+    differentiate: Callable[[int, Tensor], Tensor],  # group, log-probabilities (M,) -> their gradient (M,)
+) -> tuple[ops.HeadGradient, Tensor, Tensor]:
+    """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
+    hidden, weight, labels, backend = projection.hidden, projection.weight, projection.labels, projection.backend
+    with torch.autocast(hidden.device.type, enabled=False), ops.device_guard(hidden):
+        problems = [
+            ops.Problem(hidden, weight, projection.bias, labels, index, False, *_shared(projection))
+            for index in indices
+        ]
+        new, rows = problems[0].empty, sum(problem.rows for problem in problems)
+        state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)
+        gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=len(problems) > 1)
+        start = 0
+        for i, problem in enumerate(problems):
+            part = slice(start, start := start + problem.rows)
+            held, logps = ops.Held(problem), new(labels.numel())
+            if indices[i] is not None:
+                logps.zero_()
+            outputs = [logps, *[None] * len(backends.STATS)]
+            ops.walk_forward(
+                problem, state[:, part], outputs, 0, dlogp[part], None, backend, projection.workspace_bytes, held
+            )
+            gradient.add(problem, held, state[:, part], differentiate(i, logps), backend)
+    return gradient, state, dlogp

@@ -1,0 +1,200 @@
+"""The training step in one pass: which tokens go together, and the same result as full logits in float64."""
+
+import pytest
+import torch
+from reference import error, inputs, leaf, token_logps
+
+import alignloss
+from alignloss import losses, onepass
+from alignloss.onepass import fill_groups
+
+B, T, H, V = 4, 9, 37, 101
+BACKENDS = ["torch", "triton"]
+# bytes of workspace: every token in one group; groups of a few pairs; the longest pairs fit no group
+ONE, SEVERAL, SOME = 1 << 22, 35_000, 22_000
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """(groups, tokens in groups) of every one-pass step."""
+    counts = []
+    original = onepass._one_pass
+
+    def spy(projection, indices, shares):
+        counts.append((len(indices), sum(len(projection.labels if i is None else i) for i in indices)))
+        return original(projection, indices, shares)
+
+    monkeypatch.setattr(onepass, "_one_pass", spy)
+    return counts
+
+
+def ragged(*shape, **options):
+    hidden, weight, bias, labels = inputs(*shape, masked=0.1, **options)
+    for i, row in enumerate(labels):
+        row[: i % shape[0] + 1] = -100
+    return hidden, weight, bias, labels
+
+
+def test_units_fill_groups_and_those_that_fit_nowhere_are_left():
+    assert fill_groups([5, 2, 3, 8, 1], 6) == ([[0, 4], [1, 2]], [3])
+    assert fill_groups([], 6) == ([], [])
+    assert fill_groups([0, 7], 6) == ([[0]], [1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace", [ONE, SEVERAL, SOME])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "cpo", "sft"])
+def test_loss_outputs_and_gradients(name, workspace, backend, passes):
+    hidden, weight, bias, labels = ragged(2 * B, T, hidden_size=H, vocabulary=V)
+    ref, pair_weights = torch.randn(2 * B, dtype=torch.float64) - 15, torch.tensor([1.0, 0.5, 0.0, 2.0])
+    token_weights = torch.rand(2 * B, T, dtype=torch.float64)
+    desirable, kl = torch.arange(2 * B) % 3 > 0, torch.rand(2 * B, dtype=torch.float64)
+    options = {"backend": backend, "workspace_bytes": workspace}
+    module, data = {
+        "dpo": lambda: (alignloss.DPOLoss(beta=0.3, **options), {"ref_logps": ref, "pair_weights": pair_weights}),
+        "ipo": lambda: (alignloss.IPOLoss(beta=0.3, **options), {"ref_logps": ref, "token_weights": token_weights}),
+        "kto": lambda: (alignloss.KTOLoss(**options), {"ref_logps": ref, "desirable": desirable, "kl": kl}),
+        "cpo": lambda: (alignloss.CPOLoss(nll_weight=0.7, **options), {}),
+        "sft": lambda: (alignloss.SFTLoss(**options), {"token_weights": token_weights}),
+    }[name]()
+    exact = [leaf(t) for t in (hidden, weight, bias)]
+    tokens = token_logps(*exact[:2], labels, exact[2])
+    sums, lengths = (tokens * token_weights).sum(1) if name in ("ipo", "sft") else tokens.sum(1), (labels >= 0).sum(1)
+    c, r, rc, rr = *sums.split(B), *ref.split(B)
+    if name == "dpo":
+        values, *rewards = losses.dpo_loss(c, r, rc, rr, beta=0.3)
+        loss = (values * pair_weights).sum() / B
+    elif name == "ipo":
+        values, *rewards = losses.ipo_loss(c, r, rc, rr, *lengths.split(B), beta=0.3)
+        loss = values.mean()
+    elif name == "kto":
+        values, *rewards = losses.kto_loss(sums, ref, desirable, kl, beta=0.1)
+        loss = values.mean()
+    elif name == "cpo":
+        values, *rewards = losses.cpo_loss(c, r, beta=0.1)
+        loss = values.mean() - 0.7 * c.sum() / lengths[:B].sum()
+    else:
+        values, rewards, loss = -sums, [torch.zeros_like(sums)], -sums.sum() / lengths.sum()
+    (3 * loss).backward()
+    h, w, b = (leaf(t, torch.float32) for t in (hidden, weight, bias))
+    out = module(h, w, labels, b, **data)
+    (3 * out.loss).backward()
+    ((groups, in_groups),) = passes
+    assert (groups == 1) == (workspace == ONE)
+    assert (in_groups < int((labels >= 0).sum())) == (workspace == SOME)
+    assert error(out.loss.detach(), loss.detach()) <= 2e-5
+    assert error(out.losses, values.detach()) <= 2e-5
+    logps = out.logps if hasattr(out, "logps") else torch.cat([out.chosen_logps, out.rejected_logps])
+    assert error(logps, sums.detach()) <= 2e-5
+    got = out.rewards if hasattr(out, "rewards") else torch.cat([out.chosen_rewards, out.rejected_rewards])
+    assert error(got, torch.cat(rewards).detach()) <= 2e-5
+    for ours, theirs in zip((h, w, b), exact, strict=True):
+        assert error(ours.grad, theirs.grad) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("workspace", [ONE, SEVERAL])
+def test_16_bit_errs_at_most_twice_as_much_as_plain_torch(workspace, dtype):
+    hidden, weight, _, labels = (t.to(dtype) if t.is_floating_point() else t for t in ragged(2 * B, T, hidden_size=H))
+    ref = torch.full((2 * B,), -20.0)
+
+    def step(loss_of, cast):
+        h, w = leaf(hidden, cast), leaf(weight, cast)
+        loss_of(h, w).backward()
+        return h.grad, w.grad
+
+    def plain(h, w):
+        sums = token_logps(h, w, labels).sum(1)
+        return losses.dpo_loss(*sums.split(B), *ref.to(sums.dtype).split(B), beta=0.1)[0].mean()
+
+    module = alignloss.DPOLoss(workspace_bytes=workspace)
+    exact = step(plain, torch.float64)
+    for ours, naive, truth in zip(
+        step(lambda h, w: module(h, w, labels, ref_logps=ref).loss, dtype), step(plain, dtype), exact, strict=True
+    ):
+        assert error(ours, truth) <= 2 * error(naive, truth)
+
+
+def test_a_scaled_loss_in_fp16_keeps_small_gradients(passes):
+    hidden, weight, _, labels = (t.half() if t.is_floating_point() else t for t in ragged(2 * B, T))
+    h, w = leaf(hidden, torch.float16), leaf(weight, torch.float16)
+    loss = alignloss.SFTLoss()(h, w, labels, num_tokens=1e4).loss  # 1e-4 a token
+    (loss * 65536).backward()
+    exact = [leaf(t) for t in (hidden, weight)]
+    (-token_logps(*exact, labels).sum() / 1e4 * 65536).backward()
+    assert len(passes) == 1
+    assert error(h.grad, exact[0].grad) <= 1e-3
+    assert error(w.grad, exact[1].grad) <= 1e-3
+
+
+@pytest.mark.parametrize("workspace", [ONE, 20_000])
+def test_gradcheck_and_a_second_backward(workspace, passes):
+    hidden, weight, bias, labels = ragged(4, 4, hidden_size=3, vocabulary=300)
+    module = alignloss.DPOLoss(workspace_bytes=workspace)
+    ref = torch.full((4,), -20.0)
+    leaves = [leaf(t) for t in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(lambda h, w, b: module(h, w, labels, b, ref_logps=ref).loss, leaves)
+    loss = module(*leaves[:2], labels, leaves[2], ref_logps=ref).loss
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, torch.tensor(-2.0, dtype=torch.float64))
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(b, -2 * a)
+    assert {groups == 1 for groups, _ in passes} == {workspace == ONE}
+
+
+def test_gradients_accumulate_over_micro_batches(passes):
+    hidden, weight, _, labels = ragged(2 * B, T)
+    whole, parts = leaf(weight), leaf(weight)
+    module = alignloss.CPOLoss()
+    module(leaf(hidden), whole, labels).loss.backward()
+    tokens = (labels[:B] != -100).sum()
+    for i in range(B):
+        rows = [i, B + i]
+        module(leaf(hidden[rows]), parts, labels[rows], num_sequences=B, num_tokens=tokens).loss.backward()
+    assert len(passes) == 1 + B
+    torch.testing.assert_close(parts.grad, whole.grad)
+
+
+def scaled(chosen_logps, rejected_logps, scores):
+    return -torch.nn.functional.logsigmoid(scores * (chosen_logps - rejected_logps)), chosen_logps, rejected_logps
+
+
+def test_a_loss_that_differentiates_more_keeps_its_graph(passes):
+    hidden, weight, _, labels = ragged(2 * B, T)
+    temperature, scores = (torch.ones(B, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    through_data = alignloss.PreferenceLoss(scaled)
+    through_data(leaf(hidden), leaf(weight), labels, scores=scores).loss.backward()
+    assert passes == []
+    through_closure = alignloss.PreferenceLoss(lambda chosen_logps, rejected_logps: scaled(
+        chosen_logps, rejected_logps, temperature
+    ))  # fmt: skip
+    through_closure(leaf(hidden), leaf(weight), labels).loss.backward()
+    torch.testing.assert_close(temperature.grad, scores.grad)
+    assert float(temperature.grad.abs().sum()) > 0
+
+
+def relative(logps):
+    return -(logps.log_softmax(0)), logps.detach()
+
+
+def test_a_loss_that_couples_the_batch_declares_it(passes):
+    hidden, weight, _, labels = ragged(2 * B, T)
+    for workspace in (ONE, SOME):
+        exact, w = leaf(weight), leaf(weight)
+        module = alignloss.PreferenceLoss(relative, couples_batch=True, workspace_bytes=workspace)
+        module(leaf(hidden), w, labels).loss.backward()
+        relative(token_logps(hidden, exact, labels).sum(1))[0].mean().backward()
+        torch.testing.assert_close(w.grad, exact.grad)
+    assert passes == []
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_one_pass_is_for_steps_that_train_both(frozen, passes):
+    hidden, weight, _, labels = ragged(2 * B, T)
+    h, w = leaf(hidden, requires_grad=frozen == "weight"), leaf(weight, requires_grad=frozen == "hidden")
+    out = alignloss.CPOLoss()(h, w, labels)
+    if frozen != "both":
+        out.loss.backward()
+    with torch.no_grad():
+        alignloss.CPOLoss()(leaf(hidden), leaf(weight), labels)
+    assert passes == []
