@@ -90,8 +90,9 @@ def bare_gemms(hidden: torch.Tensor, weight: torch.Tensor, mode: str):
                 torch.mm(rows, part.T, out=out)
                 if GEMMS[mode] > 1:
                     u[: len(rows)].addmm_(out, part)
-                if GEMMS[mode] > 2:
+                if GEMMS[mode] > 3:
                     torch.mm(rows, part.T, out=out)
+                if GEMMS[mode] > 2:
                     torch.mm(out.T, rows, out=dw[: len(part)])
 
     return run

@@ -1,4 +1,8 @@
-"""One function per way to compute token log-probabilities, of (hidden, weight, labels), and the inputs they run on."""
+"""One function per way to compute token log-probabilities, of (hidden, weight, labels), and the inputs they run on.
+
+Three modes differentiate token log-probabilities with a random upstream gradient; the fourth is a training step of a
+scalar loss, the mean NLL of 8 sequences, for which alignloss has its loss module.
+"""
 
 import torch
 from torch import Tensor
@@ -34,8 +38,15 @@ def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 PROVIDERS = {"alignloss": fused, "full logits": full_logits, "TRL": trl}
-MODES = {"forward": (False, False), "frozen head": (True, False), "trainable head": (True, True)}
-GEMMS = {"forward": 1, "frozen head": 2, "trainable head": 4}  # of alignloss: 2 N V H FLOPs each
+SEQUENCES = 8
+# whether hidden and weight are differentiated
+MODES = {
+    "forward": (False, False),
+    "frozen head": (True, False),
+    "trainable head": (True, True),
+    "training step": (True, True),
+}
+GEMMS = {"forward": 1, "frozen head": 2, "trainable head": 4, "training step": 3}  # of alignloss: 2 N V H FLOPs each
 
 
 def step(provider, hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, mode: str) -> None:
@@ -43,6 +54,14 @@ def step(provider, hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Ten
     hidden.grad = weight.grad = None
     hidden.requires_grad_(MODES[mode][0])
     weight.requires_grad_(MODES[mode][1])
+    if mode == "training step":
+        if provider is fused:
+            rows = hidden.view(SEQUENCES, -1, hidden.shape[1]), weight, labels.view(SEQUENCES, -1)
+            loss = alignloss.SFTLoss()(*rows).loss
+        else:
+            loss = -provider(hidden, weight, labels).mean()
+        loss.backward()
+        return
     with torch.set_grad_enabled(any(MODES[mode])):
         logps = provider(hidden, weight, labels)
     if any(MODES[mode]):

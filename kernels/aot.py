@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import rows, sequence, stats, tile
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_BLOCK, ROW_WARPS, SEQUENCE_BLOCK, gemm_blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_BLOCK, ROW_WARPS, SEQUENCE_BLOCK, WIDTH_BLOCK, gemm_blocks
 
 # target -> (Triton's target, row of the table of blocks, bytes of shared memory per program)
 TARGETS = {
@@ -126,7 +126,7 @@ def variants(blocks: str) -> list[Variant]:
         found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, ROW_WARPS))
     narrow_rows = dict.fromkeys(("hidden", "weight", "rows", "scaled", "dlogp", "dentropy", "dhidden"), "*bf16")
     for name, types in (("bf16", narrow_rows), ("fp32", {})):
-        block = {"BLOCK": ROW_BLOCK}
+        block = {"BLOCK": WIDTH_BLOCK}
         compute = {"COMPUTE": rows.DTYPES[torch.bfloat16 if types else torch.float32]}
         for full in (False, True):
             flags = {"HAS_INDEX": full, "HAS_CAP": full, "ENTROPY": full} | block
@@ -135,9 +135,9 @@ def variants(blocks: str) -> list[Variant]:
             weigh = dict.fromkeys(("HAS_UNIT", "DHIDDEN", "ROWS", "SCALED"), full) | compute | flags
             finish_types = types | {"is_top1": "*i1", "cap": "fp64"}
             suffix = f"[{name}, all={full}]"
-            found.append(Variant("gather_fwd" + suffix, rows.gather_fwd_kernel, types, gather))
-            found.append(Variant("finish_fwd" + suffix, rows.finish_fwd_kernel, finish_types, finish))
-            found.append(Variant("rows_bwd" + suffix, rows.rows_bwd_kernel, types | {"cap": "fp64"}, weigh))
+            found.append(Variant("gather_fwd" + suffix, rows.gather_fwd_kernel, types, gather, ROW_WARPS))
+            found.append(Variant("finish_fwd" + suffix, rows.finish_fwd_kernel, finish_types, finish, ROW_WARPS))
+            found.append(Variant("rows_bwd" + suffix, rows.rows_bwd_kernel, types | {"cap": "fp64"}, weigh, ROW_WARPS))
     for full in (False, True):
         flags = {"PACKED": full, "HAS_WEIGHTS": full, "BLOCK": SEQUENCE_BLOCK}
         suffix = f"[all={full}]"

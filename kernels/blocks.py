@@ -18,7 +18,8 @@ GEMM_BLOCKS = {
 # with a softcap or further statistics in the epilogue, wider tiles spill
 FULL_EPILOGUE_BLOCK_V = 128
 COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
-ROW_BLOCK, ROW_WARPS = 2048, 8  # kernels with one program per row of a tile
+# one program per row, along the vocabulary and along H; other sizes spill on some GPUs
+ROW_BLOCK, WIDTH_BLOCK, ROW_WARPS = 512, 1024, 4
 SEQUENCE_BLOCK = 512
 
 

@@ -6,12 +6,12 @@ import triton.language as tl
 
 @triton.jit
 def softcap_logit(x, cap):
-    """cap tanh(x), by the series of tanh below 1/4, where 1 - exp(-2|x|) would cancel."""
+    """cap tanh(x), by the series of tanh below 0.1, where 1 - exp(-2|x|) would cancel."""
     e = tl.exp(-2 * tl.abs(x))
     magnitude = (1 - e) / (1 + e)
     square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return cap * tl.where(square < 0.0625, series, tl.where(x < 0, -magnitude, magnitude))
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15)))
+    return cap * tl.where(square < 0.01, series, tl.where(x < 0, -magnitude, magnitude))
 
 
 @triton.jit

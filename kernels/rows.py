@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import ROW_BLOCK
+from .blocks import ROW_WARPS, WIDTH_BLOCK
 from .math import log_sigmoid64, sech2, sigmoid64, softcap_logit
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -78,6 +78,11 @@ def _row(state, n, step, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _bounded(x):
+    return tl.where(x > 128, 128.0, tl.where(x < -128, -128.0, x))
+
+
+@triton.jit
 def _entropy_terms(m, s, z, gap, ze):
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
     p = sigmoid64(-gap)
@@ -85,7 +90,7 @@ def _entropy_terms(m, s, z, gap, ze):
     rest_mean = tl.where(s > 0, ze / tl.where(s > 0, s, 1.0), 0.0)
     mu, pull = pd + sigmoid64(gap) * rest_mean, pd - p * rest_mean
     # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
-    return tl.clamp(mu, -128.0, 128.0), tl.clamp(pull, -128.0, 128.0)
+    return _bounded(mu), _bounded(pull)
 
 
 @triton.jit
@@ -285,6 +290,7 @@ def gather_fwd(
         HAS_ROWS=rows is not None,
         COMPUTE=DTYPES[compute_dtype],
         BLOCK=_block(H),
+        num_warps=ROW_WARPS,
     )
 
 
@@ -340,6 +346,7 @@ def finish_fwd(
         IS_TOP1=is_top1 is not None,
         SAVE=0 if dlogp is None else 1 if dentropy is None else 2,
         BLOCK=_block(H),
+        num_warps=ROW_WARPS,
     )
 
 
@@ -401,8 +408,9 @@ def rows_bwd(
         SCALED=scaled is not None,
         COMPUTE=DTYPES[compute_dtype],
         BLOCK=_block(H),
+        num_warps=ROW_WARPS,
     )
 
 
 def _block(width: int) -> int:
-    return min(ROW_BLOCK, triton.next_power_of_2(max(width, 1)))
+    return min(WIDTH_BLOCK, triton.next_power_of_2(max(width, 1)))
