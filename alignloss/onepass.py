@@ -316,10 +316,12 @@ def _pass(
         new, rows = problems[0].empty, sum(problem.rows for problem in problems)
         state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)
         gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=len(problems) > 1)
+        largest = max(problem.rows for problem in problems)
+        tiles = new(largest * len(weight), dtype=problems[0].gemm_dtype)
         start = 0
         for i, problem in enumerate(problems):
             part = slice(start, start := start + problem.rows)
-            held, logps = ops.Held(problem), new(labels.numel())
+            held, logps = ops.Held(problem, tiles), new(labels.numel())
             if indices[i] is not None:
                 logps.zero_()
             outputs = [logps, *[None] * len(backends.STATS)]

@@ -302,10 +302,10 @@ def walk_forward(
 class Held:
     """The tiles of a walk, kept as exponentials in the dtype of the GEMM, with the references they are relative to."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, tiles: Tensor) -> None:
         self.rows, self.vocabulary = problem.rows, problem.vocabulary
         self.columns = held_columns(self.vocabulary, problem.device, max(self.rows, 1))
-        self.tiles = problem.empty(self.rows * self.vocabulary, dtype=problem.gemm_dtype)
+        self.tiles = tiles  # room for N V entries
         self.references = problem.empty(-(-self.vocabulary // self.columns), self.rows)
         self.in_place = problem.gemm_dtype == problem.accum_dtype  # logits are computed where they are held
 

@@ -227,5 +227,5 @@ def test_cli_names_the_extra_when_a_package_is_missing(monkeypatch: pytest.Monke
     from alignloss import cli
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else object())
-    with pytest.raises(SystemExit, match=re.escape("needs rich; install it with: pip install 'alignloss[demo]'")):
+    with pytest.raises(SystemExit, match=re.escape("needs rich; in the project's folder: pip install '.[demo]'")):
         cli.main()

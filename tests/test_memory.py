@@ -35,6 +35,18 @@ def test_the_workspace_is_a_bound(N, workspace, dtype, trained):
     assert step_peak(N, dtype, trained, workspace) <= workspace + saved + 16 * MIB
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [32 * MIB, 256 * MIB])
+def test_the_workspace_is_a_bound_in_one_pass(workspace, dtype):
+    sequences, length = 32, 128
+    hidden = torch.randn(sequences, length, H).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H) * H**-0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (sequences, length))
+    module = alignloss.SFTLoss(workspace_bytes=workspace)
+    peak = peak_bytes(lambda: module(hidden, weight, labels).loss.backward())
+    assert peak - 2 * hidden.nbytes - weight.nbytes <= workspace + 16 * MIB
+
+
 def test_the_workspace_is_a_bound_with_softcap_and_entropy():
     hidden = torch.randn(2048, H, requires_grad=True)
     weight = torch.randn(V, H, requires_grad=True)
