@@ -79,7 +79,7 @@ def plot(report: dict[str, Any]) -> Figure:
     groups = [f"training batch\n{settings['layer_tokens']} tokens", f"larger batch\n{many['tokens']} tokens"]
     memory.set_xticks([0, 1], groups)
     memory.set(title="Peak memory of the DPO layer", ylabel="MB, forward and backward")
-    memory.set_ylim(top=1.2 * max(many["alignloss"], many["full_logits"]) / 1e6)
+    memory.set_ylim(top=1.35 * max(many["alignloss"], many["full_logits"]) / 1e6)
     memory.legend(loc="upper left")
     figure.suptitle(f"alignloss against full logits: {report['model']}, same start weights, same batches")
     return figure

@@ -118,7 +118,9 @@ class PreferenceLoss(_HeadLoss):
             keyword-only parameters are options, given here. It returns (losses, chosen_rewards, rejected_rewards), or
             (losses, rewards), each (B,), unreduced. Log-probabilities come to it in float64.
         nll_weight: weight of the NLL (nats) per chosen token that is added to a paired loss.
-        couples_batch: declares that an element of `losses` depends on more than its own pair.
+        couples_batch: declares that an element of `losses` depends on more than its own pair. Without it a step that
+            trains the head may call `fn` on one group of pairs after the other, as they fit the workspace (3 GEMMs);
+            with it, always on the whole batch (4 GEMMs).
         options: the options of `fn`, and of the projection as in `linear_logprob`: ignore_index, logit_scale, softcap,
             temperature, backend, workspace_bytes, validate.
 
