@@ -276,7 +276,7 @@ class PreferenceLoss(_HeadLoss):
         results = None
         if not (self.couples_batch or self._needs_graph or any(value.requires_grad for value in extra.values())):
             try:
-                results = train_in_one_pass(projection, batch, self._evaluate, self.ignore_index)
+                results = train_in_one_pass(projection, batch, self._evaluate)
             except NeedsGraph:
                 self._needs_graph = True
         loss, values, sums, rewards, nll_loss = results or self._evaluate(projection.score()[0], batch)
@@ -546,7 +546,7 @@ class SFTLoss(_HeadLoss):
             num_tokens=divisor,
             backend=projection.backend,
         )
-        results = train_in_one_pass(projection, batch, self._evaluate, self.ignore_index)
+        results = train_in_one_pass(projection, batch, self._evaluate)
         loss, losses, logps, rewards, _ = results or self._evaluate(projection.score()[0], batch)
         dtype = projection.result_dtype
         return UnpairedOutput(*(t.to(dtype) for t in (loss, losses.detach(), logps.detach(), rewards)))

@@ -87,7 +87,7 @@ def capacity(projection: Projection, several: bool) -> int:
     accum = 8 if projection.compute_dtype == torch.float64 else 4
     gemm = accum if device.type == "cpu" else projection.compute_dtype.itemsize
     direct = projection.weight.dtype.itemsize == accum
-    if several and not direct and projection.compute_dtype == torch.float16:
+    if several and projection.compute_dtype == torch.float16:
         return 0  # sums of several groups would need one scale
     columns = ops.held_columns(vocabulary, device)
     fixed = columns * width * (gemm + accum * (not direct))
@@ -117,7 +117,7 @@ def fill_groups(counts: Sequence[int], most: int) -> tuple[list[list[int]], list
 
 
 def train_in_one_pass(
-    projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results], ignore_index: int
+    projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results]
 ) -> Results | None:
     """The results of a step that trains hidden states and head, in one pass; None where that does not apply.
 
@@ -128,7 +128,7 @@ def train_in_one_pass(
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not (torch.is_grad_enabled() and hidden.requires_grad and trains_head) or torch.compiler.is_compiling():
         return None
-    if torch._C._are_functorch_transforms_active() or not projection.labels.numel():
+    if torch._C._are_functorch_transforms_active():
         return None
     index = projection.token_index
     rows = projection.labels.numel() if index is None else index.numel()
@@ -138,7 +138,7 @@ def train_in_one_pass(
         found: list[Results] = []
         loss = _one_pass(projection, [index], [_share(evaluate, batch, None, found)])
         return found[0]._replace(loss=loss)
-    return _in_groups(projection, batch, evaluate, ignore_index)
+    return _in_groups(projection, batch, evaluate)
 
 
 def _share(
@@ -170,12 +170,10 @@ def _leaves(value: Tensor) -> set[Tensor]:
     return leaves
 
 
-def _in_groups(
-    projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results], ignore_index: int
-) -> Results | None:
+def _in_groups(projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results]) -> Results | None:
     tokens, index = projection.labels.numel(), projection.token_index
-    most = capacity(projection, several=True)
-    if most == 0 or projection.select:
+    ignore_index, most = projection.ignore_index, capacity(projection, several=True)
+    if most == 0:
         return None
     per_sequence = labelled_tokens(projection.labels, batch.offsets, batch.sequences, ignore_index).tolist()
     if sum(per_sequence) != (tokens if index is None else index.numel()):
@@ -239,7 +237,6 @@ def _one_pass(
             projection.token_index,
             projection.ignore_index,
             len(projection.weight),
-            projection.labels.numel(),
         )
     tensors = (projection.hidden, projection.weight, projection.bias)
     return _OnePass.apply(*tensors, projection, indices, shares)
@@ -286,12 +283,13 @@ class _OnePass(torch.autograd.Function):
         if gradient is None:
             gradient, *_ = _pass(projection, indices, ctx.needs, lambda i, logps: dlogps)
         upstream = upstream.to(dlogps.dtype)
-        dhidden = None
+        index = None if indices[0] is None else torch.cat(indices)
+        dhidden, *_ = ops.linear_logprob_bwd(
+            dlogps * upstream, None, None, None, None, labels, index, state, dlogp, dlogp.new_empty(0), False,
+            hidden.dtype, projection.compute_dtype, projection.ignore_index, projection.logit_scale,
+            projection.softcap, projection.temperature, False, False, projection.backend, projection.workspace_bytes,
+        )  # fmt: skip
         with ops.device_guard(labels):
-            if ctx.needs_input_grad[0]:
-                index = None if indices[0] is None else torch.cat(indices)
-                problem = ops.Problem(None, None, None, labels, index, False, *_shared(projection))
-                dhidden = ops.scaled_rows(problem, state, dlogps * upstream, dlogp, hidden.dtype, projection.backend)
             dweight, dbias = gradient.times(upstream)
         return dhidden, dweight, None if dbias is None or bias is None else dbias.to(bias.dtype), None, None, None
 

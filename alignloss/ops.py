@@ -151,8 +151,8 @@ def _addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alp
         torch.addmm(base, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int, tokens: int) -> None:
-    labelled = labels != ignore_index
+def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int) -> None:
+    labelled, tokens = labels != ignore_index, labels.shape[0]
     outside = labelled & ((labels < 0) | (labels >= vocabulary))
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
@@ -192,7 +192,7 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, *stats, state, dlogp, dentropy); what was not asked for is empty."""
     if validate:
-        check_values(labels, token_index, ignore_index, weight.shape[0], labels.shape[0])
+        check_values(labels, token_index, ignore_index, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False), device_guard(hidden):
         transform = Transform.of(logit_scale, softcap, temperature)
         problem = Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
@@ -336,7 +336,7 @@ class HeadGradient:
         primitives, empty = backends.get(backend), problem.empty(0)
         everything = slice(0, problem.rows)
         weighed = _Rows(problem, state, dlogps, None, empty, empty, empty, primitives)
-        if problem.gemm_dtype == torch.float16:
+        if torch.float16 in (problem.gemm_dtype, self.dweight.dtype):
             self.unit = weighed.find_unit()
         scaled = problem.empty(problem.rows, problem.width, dtype=problem.gemm_dtype)
         weighed.weigh(everything, problem.row_buffer(problem.rows), scaled)
@@ -396,7 +396,11 @@ def linear_logprob_bwd(
     with torch.autocast(dlogps.device.type, enabled=False), device_guard(dlogps):
         transform = Transform.of(logit_scale, softcap, temperature)
         problem = Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
-        dhidden = _zero_unless_scored(problem, dlogp, hidden_dtype)
+        dhidden = dlogp.new_empty(0, dtype=hidden_dtype)
+        if dlogp.dim() == 2:
+            # a position that is not scored has no gradient
+            new = dlogp.new_empty if problem.tokens.token_index is None else dlogp.new_zeros
+            dhidden = new((len(labels), dlogp.shape[1]), dtype=hidden_dtype)
         rows = _Rows(problem, state, dlogps, dentropies, dlogp, dentropy, dhidden, backends.get(backend))
         dweight, dbias = state.new_empty(0), state.new_empty(0)
         if need_dweight or need_dbias:
@@ -404,29 +408,6 @@ def linear_logprob_bwd(
         else:
             rows.weigh(slice(0, problem.rows))
         return dhidden, dweight, dbias
-
-
-def _zero_unless_scored(problem: Problem, dlogp: Tensor, dtype: torch.dtype) -> Tensor:
-    """dhidden (M, H) to be filled, 0 at positions that are not scored; empty without dlogp."""
-    if dlogp.dim() != 2:
-        return dlogp.new_empty(0, dtype=dtype)
-    new = dlogp.new_empty if problem.tokens.token_index is None else dlogp.new_zeros
-    return new((len(problem.tokens.labels), dlogp.shape[1]), dtype=dtype)
-
-
-def scaled_rows(
-    problem: Problem,
-    state: Tensor,  # (7, N)
-    dlogps: Tensor,  # (M,)
-    dlogp: Tensor,  # (N, H)
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    """dhidden (M, H) from the derivatives that a forward saved."""
-    dhidden = _zero_unless_scored(problem, dlogp, dtype)
-    rows = _Rows(problem, state, dlogps, None, dlogp, dlogp.new_empty(0), dhidden, backends.get(backend))
-    rows.weigh(slice(0, problem.rows))
-    return dhidden
 
 
 class _Rows:

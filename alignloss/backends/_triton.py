@@ -36,8 +36,7 @@ def dlogits_tiles(cap: float | None, entropy: bool) -> int:
 
 def gather(tokens: Tokens, part: slice, labels: Tensor, row_buffer: Tensor | None, state: Tensor) -> None:
     hidden, all_labels, index = _of_part(tokens, part)
-    if hidden is None:
-        hidden = all_labels[:, None]  # no rows are read
+    assert hidden is not None
     rows.gather_fwd(hidden, all_labels, index, row_buffer, labels, state, tokens.ignore_index, tokens.compute_dtype)
 
 
