@@ -22,6 +22,7 @@ from .modules import (
     SFTLoss,
     UnpairedOutput,
 )
+from .planning import Plan, plan
 
 try:
     __version__ = version("alignloss")
@@ -36,6 +37,7 @@ __all__ = [
     "LogprobStats",
     "MismatchedPairs",
     "PairedOutput",
+    "Plan",
     "PreferenceLoss",
     "SFTLoss",
     "SequenceLogprob",
@@ -46,5 +48,6 @@ __all__ = [
     "losses",
     "mismatched_pairs",
     "next_token_labels",
+    "plan",
     "sequence_logprob",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, ops
+from .planning import Footprint, accumulation_dtype, default_workspace, total_memory
 
 __all__ = [
     "LogprobStats",
@@ -289,7 +290,14 @@ class Projection(NamedTuple):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        return accumulation_dtype(self.compute_dtype)
+
+    @property
+    def footprint(self) -> Footprint:
+        vocabulary, width = self.weight.shape
+        indexed, softcap = self.token_index is not None, self.softcap is not None
+        dtypes = self.compute_dtype, self.hidden.dtype, self.weight.dtype
+        return Footprint(vocabulary, width, *dtypes, indexed, softcap, self.weight.device.type, self.backend)
 
     @property
     def transform(self) -> backends.Transform:
@@ -347,7 +355,7 @@ def project(
         None if softcap is None else float(softcap),
         float(temperature),
         backends.resolve(backend, hidden.device, compute_dtype),
-        int(workspace_bytes or ops.default_workspace(hidden.device)),
+        int(workspace_bytes or default_workspace(hidden.device.type, total_memory(hidden.device))),
         validates(validate, hidden.device),
         not given,
     )

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from . import backends, ops
 from .backends import STATE_ROWS
 from .logprob import Projection, labelled_tokens
+from .planning import fill_groups
 
-__all__ = ["Batch", "NeedsGraph", "Results", "capacity", "fill_groups", "train_in_one_pass"]
+__all__ = ["Batch", "NeedsGraph", "Results", "train_in_one_pass"]
 
 
 class Results(NamedTuple):
@@ -81,41 +82,6 @@ class NeedsGraph(Exception):
     """The loss differentiates something beside the log-probabilities, which only a graph of the whole step reaches."""
 
 
-def capacity(projection: Projection, several: bool) -> int:
-    """How many tokens a group may hold within the workspace, if there are `several` groups or one; 0 for none."""
-    (vocabulary, width), device = projection.weight.shape, projection.weight.device
-    accum = 8 if projection.compute_dtype == torch.float64 else 4
-    gemm = accum if device.type == "cpu" else projection.compute_dtype.itemsize
-    direct = projection.weight.dtype.itemsize == accum
-    if several and projection.compute_dtype == torch.float16:
-        return 0  # sums of several groups would need one scale
-    columns = ops.held_columns(vocabulary, device)
-    fixed = columns * width * (gemm + accum * (not direct))
-    fixed += accum * vocabulary * width * (several and not direct)
-    tiles = backends.get(projection.backend).scratch_tiles(projection.softcap, 0, 1)
-    row = vocabulary * gemm + columns * accum * (tiles + (gemm != accum)) + width * (2 * accum + 2 * gemm)
-    return max(0, (projection.workspace_bytes - fixed) // row)
-
-
-def fill_groups(counts: Sequence[int], most: int) -> tuple[list[list[int]], list[int]]:
-    """Units of `counts` tokens in groups of at most `most`, first fit in decreasing order, and those that fit nowhere.
-
-    The units of a group are in rising order, as the groups are by their first unit.
-    """
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for unit in sorted(range(len(counts)), key=lambda u: -counts[u]):
-        if counts[unit] > most:
-            continue
-        at = next((i for i, free in enumerate(room) if free >= counts[unit]), len(groups))
-        if at == len(groups):
-            groups.append([])
-            room.append(most)
-        groups[at].append(unit)
-        room[at] -= counts[unit]
-    return sorted(sorted(group) for group in groups), [u for u, count in enumerate(counts) if count > most]
-
-
 def train_in_one_pass(
     projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results]
 ) -> Results | None:
@@ -134,7 +100,7 @@ def train_in_one_pass(
     rows = projection.labels.numel() if index is None else index.numel()
     if rows == 0:
         return None
-    if rows <= capacity(projection, several=False):
+    if rows <= projection.footprint.capacity(several=False, workspace_bytes=projection.workspace_bytes):
         found: list[Results] = []
         loss = _one_pass(projection, [index], [_share(evaluate, batch, None, found)])
         return found[0]._replace(loss=loss)
@@ -172,7 +138,8 @@ def _leaves(value: Tensor) -> set[Tensor]:
 
 def _in_groups(projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results]) -> Results | None:
     tokens, index = projection.labels.numel(), projection.token_index
-    ignore_index, most = projection.ignore_index, capacity(projection, several=True)
+    ignore_index = projection.ignore_index
+    most = projection.footprint.capacity(several=True, workspace_bytes=projection.workspace_bytes)
     if most == 0:
         return None
     per_sequence = labelled_tokens(projection.labels, batch.offsets, batch.sequences, ignore_index).tolist()
@@ -294,10 +261,6 @@ class _OnePass(torch.autograd.Function):
         return dhidden, dweight, None if dbias is None or bias is None else dbias.to(bias.dtype), None, None, None
 
 
-def _shared(projection: Projection) -> tuple[torch.dtype, int, backends.Transform]:
-    return projection.compute_dtype, projection.ignore_index, projection.transform
-
-
 def _pass(
     projection: Projection,
     indices: Sequence[Tensor | None],
@@ -305,12 +268,10 @@ def _pass(
     differentiate: Callable[[int, Tensor], Tensor],  # group, log-probabilities (M,) -> their gradient (M,)
 ) -> tuple[ops.HeadGradient, Tensor, Tensor]:
     """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
-    hidden, weight, labels, backend = projection.hidden, projection.weight, projection.labels, projection.backend
+    hidden, weight, labels = projection.hidden, projection.weight, projection.labels
+    options = projection.compute_dtype, projection.ignore_index, projection.transform, projection.backend
     with torch.autocast(hidden.device.type, enabled=False), ops.device_guard(hidden):
-        problems = [
-            ops.Problem(hidden, weight, projection.bias, labels, index, False, *_shared(projection))
-            for index in indices
-        ]
+        problems = [ops.Problem(hidden, weight, projection.bias, labels, index, False, *options) for index in indices]
         new, rows = problems[0].empty, sum(problem.rows for problem in problems)
         state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)
         gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=len(problems) > 1)
@@ -323,8 +284,6 @@ def _pass(
             if indices[i] is not None:
                 logps.zero_()
             outputs = [logps, *[None] * len(backends.STATS)]
-            ops.walk_forward(
-                problem, state[:, part], outputs, 0, dlogp[part], None, backend, projection.workspace_bytes, held
-            )
-            gradient.add(problem, held, state[:, part], differentiate(i, logps), backend)
+            ops.walk_forward(problem, state[:, part], outputs, 0, dlogp[part], None, projection.workspace_bytes, held)
+            gradient.add(problem, held, state[:, part], differentiate(i, logps))
     return gradient, state, dlogp

@@ -16,13 +16,12 @@ With the target y left out of every sum, q_v = exp(z_v - m) / s over v != y, and
 so every gradient is a well-scaled matrix with one factor g (1 - p_y) per row, which is applied in fp32 to rows.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from . import backends
 from .backends import ENTROPY, REF, STATE_ROWS, STATS, Tokens, Transform
+from .planning import Footprint, accumulation_dtype, gemm_dtype
 
 __all__ = [
     "HeadGradient",
@@ -37,52 +36,6 @@ __all__ = [
     "sequence_sum",
     "walk_forward",
 ]
-
-MIB = 1 << 20
-
-
-def default_workspace(device: torch.device) -> int:
-    """Workspace in bytes when the caller names none: a function of the device's total memory, never of its free one."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return max(64 * MIB, min(512 * MIB, total // 256))
-    return 128 * MIB
-
-
-def tile_shape(
-    rows: int,  # N
-    vocabulary: int,  # V
-    row_bytes: int,  # buffers per row of a block
-    column_bytes: int,  # buffers per vocabulary entry of a slice
-    cell_bytes: int,  # bytes per entry of the tile
-    workspace_bytes: int,
-    device: torch.device,
-) -> tuple[int, int]:
-    """Rows per block C and vocabulary entries per slice Vs that fit the workspace; never below 16 x 16."""
-    most_rows, most_columns = 8192, vocabulary
-    if device.type != "cuda":
-        # a tile that stays in the cache between the passes over it; more rows where every block casts the weight anew
-        most_rows, most_columns = (1024 if column_bytes else 512), 2048
-    block = _even_parts(rows, max(16, min(most_rows, workspace_bytes // 4 // max(row_bytes, 1))), 16)
-    free = workspace_bytes - block * row_bytes
-    columns = max(16, min(most_columns, free // (block * cell_bytes + column_bytes)))
-    return block, _even_parts(vocabulary, columns, 128 if columns >= 128 else 16)
-
-
-def held_columns(vocabulary: int, device: torch.device, rows: int = 1) -> int:
-    """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
-    if device.type == "cuda":
-        return min(vocabulary, 16384)
-    return min(vocabulary, max(256, min(2048, MIB // rows // 128 * 128)))
-
-
-def _even_parts(total: int, most: int, multiple: int) -> int:
-    """The size of parts of `total` of nearly one size, at most `most` each, a multiple of `multiple` if several."""
-    parts = -(-total // most)
-    if parts <= 1:
-        return max(total, 1)
-    size = -(-total // parts)
-    return min(most // multiple * multiple, -(-size // multiple) * multiple)
 
 
 class Problem:
@@ -99,7 +52,9 @@ class Problem:
         compute_dtype: torch.dtype,
         ignore_index: int,
         transform: Transform,
+        backend: str,
     ) -> None:
+        self.primitives = backends.get(backend)
         labels = labels.contiguous()
         index = torch.nonzero(labels != ignore_index).squeeze(1) if select else token_index
         index = None if index is None else index.contiguous()
@@ -108,25 +63,26 @@ class Problem:
         self.rows = labels.numel() if index is None else index.numel()
         # filled block by block
         self.labels = labels if index is None else labels.new_empty(self.rows)
-        self.accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-        # CPU GEMMs of 16-bit operands round their result to 16 bits: widen the operands instead
-        self.gemm_dtype = self.accum_dtype if self.device.type == "cpu" else compute_dtype
+        self.accum_dtype = accumulation_dtype(compute_dtype)
+        self.gemm_dtype = gemm_dtype(compute_dtype, self.device.type)
         if hidden is None or weight is None:
             return
         self.hidden, self.weight = hidden, weight
         self.vocabulary, self.width = weight.shape
-        self.cast_weight = {weight.dtype, compute_dtype} != {self.gemm_dtype}
-        self.copy_rows = index is not None or {hidden.dtype, compute_dtype} != {self.gemm_dtype}
+        self.footprint = Footprint(
+            self.vocabulary, self.width, compute_dtype, hidden.dtype, weight.dtype, index is not None,
+            transform.cap is not None, self.device.type, backend,
+        )  # fmt: skip
         self.bias = None if bias is None else bias.to(compute_dtype).to(self.accum_dtype) * transform.linear
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.device)
 
     def row_buffer(self, block: int) -> Tensor | None:
-        return self.empty(block, self.width, dtype=self.gemm_dtype) if self.copy_rows else None
+        return self.empty(block, self.width, dtype=self.gemm_dtype) if self.footprint.copies_rows else None
 
     def weight_buffer(self, columns: int) -> Tensor | None:
-        return self.empty(columns, self.width, dtype=self.gemm_dtype) if self.cast_weight else None
+        return self.empty(columns, self.width, dtype=self.gemm_dtype) if self.footprint.casts_weight else None
 
     def weight_slice(self, first: int, last: int, buffer: Tensor | None) -> Tensor:
         if buffer is None:
@@ -195,7 +151,9 @@ def linear_logprob_fwd(
         check_values(labels, token_index, ignore_index, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False), device_guard(hidden):
         transform = Transform.of(logit_scale, softcap, temperature)
-        problem = Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
+        problem = Problem(
+            hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform, backend
+        )
         # under `select` the shape has to be known to the compiler: the rows beyond the scored ones are unused
         kept = labels.shape[0] if select else problem.rows
         new = labels.new_zeros if select else labels.new_empty
@@ -208,7 +166,7 @@ def linear_logprob_fwd(
         outputs = [new(labels.shape if wanted else 0, dtype=kind) for wanted, kind in zip(asked, kinds, strict=True)]
         given = [output if wanted else None for wanted, output in zip(asked, outputs, strict=True)]
         dlogp, dentropy = (t if t.dim() == 2 else None for t in saved)
-        walk_forward(problem, state, given, stats, dlogp, dentropy, backend, workspace_bytes)
+        walk_forward(problem, state, given, stats, dlogp, dentropy, workspace_bytes)
         return (*outputs, state, *saved)  # type: ignore[return-value]
 
 
@@ -223,26 +181,15 @@ def walk_forward(
     stats: int,
     dlogp: Tensor | None,  # (N or more, H)
     dentropy: Tensor | None,  # (N or more, H)
-    backend: str,
     workspace_bytes: int,
     held: "Held | None" = None,  # keeps the tiles
 ) -> None:
     if problem.rows == 0:
         return
-    primitives, transform = backends.get(backend), problem.transform
+    primitives, transform = problem.primitives, problem.transform
     save = (dlogp is not None) + (dentropy is not None)
-    accum, gemm = problem.accum_dtype.itemsize, problem.gemm_dtype.itemsize
-    narrow = gemm * (problem.gemm_dtype != problem.accum_dtype)  # a tile rounded for the second GEMM
-    tiles = primitives.scratch_tiles(transform.cap, stats, save)
-    block, columns = tile_shape(
-        problem.rows,
-        problem.vocabulary,
-        problem.width * (save * accum + problem.copy_rows * gemm + (save > 0) * accum),
-        problem.width * gemm * problem.cast_weight,
-        accum * (1 + tiles) + narrow * save,
-        workspace_bytes,
-        problem.device,
-    )
+    tiles = problem.footprint.fold_tiles(stats, save)
+    block, columns, _ = problem.footprint.forward(problem.rows, stats, save, workspace_bytes)
     if held is not None:
         block, columns = problem.rows, held.columns
     row_buffer = problem.row_buffer(block)
@@ -255,7 +202,7 @@ def walk_forward(
         rows = problem.hidden[part] if copy is None else copy
         primitives.gather(problem.tokens, part, labels, copy, sums)
         u = u2 = None
-        fused = not save and not problem.cast_weight
+        fused = not save and not problem.footprint.casts_weight
         if not fused or not primitives.statistics(
             rows, problem.weight, problem.bias, labels, sums, transform, stats, workspace_bytes
         ):
@@ -304,7 +251,7 @@ class Held:
 
     def __init__(self, problem: Problem, tiles: Tensor) -> None:
         self.rows, self.vocabulary = problem.rows, problem.vocabulary
-        self.columns = held_columns(self.vocabulary, problem.device, max(self.rows, 1))
+        self.columns = problem.footprint.held_columns(max(self.rows, 1))
         self.tiles = tiles  # room for N V entries
         self.references = problem.empty(-(-self.vocabulary // self.columns), self.rows)
         self.in_place = problem.gemm_dtype == problem.accum_dtype  # logits are computed where they are held
@@ -331,11 +278,11 @@ class HeadGradient:
         self.unit: Tensor | None = None
         self.begun = 0
 
-    def add(self, problem: Problem, held: Held, state: Tensor, dlogps: Tensor, backend: str) -> None:
+    def add(self, problem: Problem, held: Held, state: Tensor, dlogps: Tensor) -> None:
         """Add the part of a group, overwriting its tiles by the gradient of their logits."""
-        primitives, empty = backends.get(backend), problem.empty(0)
+        primitives, empty = problem.primitives, problem.empty(0)
         everything = slice(0, problem.rows)
-        weighed = _Rows(problem, state, dlogps, None, empty, empty, empty, primitives)
+        weighed = _Rows(problem, state, dlogps, None, empty, empty, empty)
         if torch.float16 in (problem.gemm_dtype, self.dweight.dtype):
             self.unit = weighed.find_unit()
         scaled = problem.empty(problem.rows, problem.width, dtype=problem.gemm_dtype)
@@ -395,13 +342,15 @@ def linear_logprob_bwd(
     """(dhidden, dweight, dbias); what was not asked for is empty."""
     with torch.autocast(dlogps.device.type, enabled=False), device_guard(dlogps):
         transform = Transform.of(logit_scale, softcap, temperature)
-        problem = Problem(hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform)
+        problem = Problem(
+            hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform, backend
+        )
         dhidden = dlogp.new_empty(0, dtype=hidden_dtype)
         if dlogp.dim() == 2:
             # a position that is not scored has no gradient
             new = dlogp.new_empty if problem.tokens.token_index is None else dlogp.new_zeros
             dhidden = new((len(labels), dlogp.shape[1]), dtype=hidden_dtype)
-        rows = _Rows(problem, state, dlogps, dentropies, dlogp, dentropy, dhidden, backends.get(backend))
+        rows = _Rows(problem, state, dlogps, dentropies, dlogp, dentropy, dhidden)
         dweight, dbias = state.new_empty(0), state.new_empty(0)
         if need_dweight or need_dbias:
             dweight, dbias = _walk_backward(problem, rows, need_dweight, need_dbias, workspace_bytes)
@@ -422,9 +371,8 @@ class _Rows:
         dlogp: Tensor,  # (N or more, H) or empty
         dentropy: Tensor,  # (N or more, H) or empty
         dhidden: Tensor,  # (M, H) or empty
-        primitives: ModuleType,
     ) -> None:
-        self.problem, self.state, self.primitives = problem, state, primitives
+        self.problem, self.state, self.primitives = problem, state, problem.primitives
         self.dlogps, self.dentropies, self.dlogp, self.dentropy, self.dhidden = (
             dlogps, dentropies, dlogp, dentropy, dhidden,
         )  # fmt: skip
@@ -476,18 +424,10 @@ def _walk_backward(
     if problem.gemm_dtype == torch.float16:
         weighed.find_unit()
 
-    accum, gemm = problem.accum_dtype.itemsize, problem.gemm_dtype.itemsize
-    narrow = gemm * (problem.gemm_dtype != problem.accum_dtype)
-    tiles = primitives.dlogits_tiles(transform.cap, weighed.mix is not None)
+    tiles = problem.footprint.dlogits_tiles(weighed.mix is not None)
     direct = dweight.dtype == problem.accum_dtype and dweight.is_contiguous()
-    block, columns = tile_shape(
-        problem.rows,
-        problem.vocabulary,
-        problem.width * (gemm * (1 + problem.copy_rows) + accum),
-        problem.width * (gemm * problem.cast_weight + accum * (need_dweight and not direct)),
-        accum * (1 + tiles) + narrow,
-        workspace_bytes,
-        problem.device,
+    block, columns, _ = problem.footprint.backward(
+        problem.rows, weighed.mix is not None, direct or not need_dweight, workspace_bytes
     )
     weight_buffer = problem.weight_buffer(columns)
     row_buffer = problem.row_buffer(block)
@@ -536,7 +476,7 @@ def _(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     tokens = labels.shape[0]
     rows = tokens if token_index is None else token_index.shape[0]
-    dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(compute_dtype)
     outputs = [labels.new_empty(tokens, dtype=dtype)]
     for i, name in enumerate(STATS):
         kind = torch.bool if name == "is_top1" else dtype

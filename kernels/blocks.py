@@ -37,3 +37,8 @@ def gemm_blocks(architecture: str, itemsize: int, full_epilogue: bool) -> tuple[
     """(BLOCK_N, BLOCK_V, BLOCK_H, num_warps, num_stages); full_epilogue: softcap or statistics beyond the log-sum."""
     block_n, block_v, *rest = GEMM_BLOCKS[architecture][itemsize]
     return (block_n, min(block_v, FULL_EPILOGUE_BLOCK_V) if full_epilogue else block_v, *rest)  # type: ignore[return-value]
+
+
+def partial_bytes_per_row(vocabulary: int, block_v: int, extras: bool) -> int:
+    """Bytes of partial statistics that stats_fwd_kernel writes for one row."""
+    return 4 * (5 if extras else 2) * -(-vocabulary // block_v)

@@ -159,12 +159,6 @@ def combine_fwd_kernel(
     tl.store(out + 6 * step, top, mask=inside)
 
 
-def partial_bytes_per_row(weight: Tensor, cap: float | None, extras: bool) -> int:
-    """Bytes of partial statistics that one row needs."""
-    block_v = gemm_blocks(architecture(weight.device), weight.element_size(), extras or cap is not None)[1]
-    return 4 * (5 if extras else 2) * triton.cdiv(weight.shape[0], block_v)
-
-
 def stats_fwd(
     hidden: Tensor,  # (N, H), rows contiguous
     weight: Tensor,  # (V, H) of the same dtype, rows contiguous

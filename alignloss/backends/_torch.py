@@ -26,11 +26,6 @@ from . import (
 _LOWEST = -1e30  # finite stand-in for -inf, so that differences of references are never NaN
 
 
-def scratch_tiles(cap: float | None, stats: int, save: int) -> int:
-    """How many tiles beside the logits tile `fold` needs: for sech^2, and for (z - m) exp(z - m)."""
-    return int(cap is not None and save > 0) + int(save == 2 or bool(stats & (ENTROPY | LOG_SUM_SQ)))
-
-
 def gather(
     tokens: Tokens,
     part: slice,  # of the N scored tokens, C of them
@@ -49,13 +44,16 @@ def _gather_rows(tokens: Tokens, part: slice, labels: Tensor, rows: Tensor | Non
     if tokens.token_index is not None:
         labels.copy_(tokens.labels[at])
     if rows is not None and tokens.hidden is not None:
-        rows.copy_(tokens.hidden[at].to(tokens.compute_dtype))
+        if tokens.token_index is not None and tokens.hidden.dtype == rows.dtype == tokens.compute_dtype:
+            torch.index_select(tokens.hidden, 0, tokens.token_index[part], out=rows)
+        else:
+            rows.copy_(tokens.hidden[at].to(tokens.compute_dtype))
         rows.masked_fill_((labels == tokens.ignore_index)[:, None], 0)
 
 
 def fold(
     tile: Tensor,  # (C, Vs) x; overwritten
-    scratch: Tensor,  # (scratch_tiles, C, Vs)
+    scratch: Tensor,  # (tiles, C, Vs)
     state: Tensor,  # (7, C); updated
     labels: Tensor,  # (C,)
     first: int,  # vocabulary index of the tile's first column
@@ -256,7 +254,7 @@ def weigh(
 
 def dlogits(
     tile: Tensor,  # (C, Vs) x; overwritten by the result
-    scratch: Tensor,  # (dlogits_tiles, C, Vs)
+    scratch: Tensor,  # (tiles, C, Vs)
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
     first: int,
@@ -306,11 +304,6 @@ def held_dlogits(
     tile.mul_(factor[:, None])
     at_target = torch.ones_like(factor) if transform.cap is None else _sech2(state[TARGET])
     tile.scatter_(1, index, torch.where(inside, at_target[:, None].to(tile.dtype), tile.gather(1, index)))
-
-
-def dlogits_tiles(cap: float | None, entropy: bool) -> int:
-    """How many tiles beside the logits tile `dlogits` needs."""
-    return int(cap is not None) + int(entropy)
 
 
 def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:

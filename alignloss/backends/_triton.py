@@ -11,27 +11,17 @@ from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, MEAN_LOGITS, Tokens, Transform
 
 __all__ = [
     "dlogits",
-    "dlogits_tiles",
     "finish",
     "fold",
     "gather",
     "held_dlogits",
     "preference",
     "preference_backward",
-    "scratch_tiles",
     "sequence_scatter",
     "sequence_sum",
     "statistics",
     "weigh",
 ]
-
-
-def scratch_tiles(cap: float | None, stats: int, save: int) -> int:
-    return int(save == 2)
-
-
-def dlogits_tiles(cap: float | None, entropy: bool) -> int:
-    return 0
 
 
 def gather(tokens: Tokens, part: slice, labels: Tensor, row_buffer: Tensor | None, state: Tensor) -> None:
@@ -61,7 +51,9 @@ def statistics(
     if wanted & IS_TOP1 or weight.stride(1) != 1 or hidden.stride(1) != 1:
         return False
     extras = _extras(wanted)
-    row_bytes = stats.partial_bytes_per_row(weight, transform.cap, extras)
+    kind = blocks.architecture(weight.device)
+    block_v = blocks.gemm_blocks(kind, weight.element_size(), extras or transform.cap is not None)[1]
+    row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, extras)
     rows = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
     precision = "tf32" if hidden.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     for start in range(0, len(labels), rows):

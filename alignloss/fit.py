@@ -1,0 +1,263 @@
+"""Will a training step fit? Bytes of weights, gradients, optimizer, activations and loss layer of a decoder.
+
+Activations are what autograd saves in transformers' implementation of the model, per token and layer, with fused
+attention (`attn_implementation="sdpa"`) and a padding mask, so that grouped key and value heads are repeated. With
+Hq = heads x head_dim, I the intermediate size and r the rank of an adapter, 16-bit numbers being 2 bytes:
+
+    attention   2 (q + k + v + output) Hq and 4 heads for its log-sums, and the mask, 2 T for sequences of T
+    MLP         gate, its activation, up, and their product: 8 I
+    norm        its input in fp32, 4 H, and what its weight multiplies, if that trains: 2 H (4 H in Gemma, and
+                under autocast)
+    linear      the inputs of those that train or carry an adapter: shared where they are one tensor, one copy for
+                each where autocast casts it; an adapter's r numbers
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .planning import Plan, default_workspace, plan
+
+__all__ = ["MODELS", "Estimate", "Model", "estimate", "most_tokens", "read_model"]
+
+MODELS: dict[str, dict[str, Any]] = json.loads(files("alignloss").joinpath("data/models.json").read_text("utf-8"))
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+OPTIMIZER_STATES = {"adamw": 2, "adamw8bit": 2, "sgd": 0}
+
+
+class Model(NamedTuple):
+    """A decoder as its config.json describes it."""
+
+    family: str
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    softcap: float | None
+
+    @property
+    def query_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def norms(self) -> int:
+        """Norms over the hidden size in a layer."""
+        return 4 if self.family == "gemma2" else 2
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of a decoder layer."""
+        H, I, Q, K = self.hidden_size, self.intermediate_size, self.query_size, self.kv_size  # noqa: E741
+        return [(H, Q), (H, K), (H, K), (Q, H), (H, I), (H, I), (I, H)]
+
+    @property
+    def layer_parameters(self) -> int:
+        biases = self.qkv_bias * (self.query_size + 2 * self.kv_size) + self.output_bias * self.hidden_size
+        biases += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        norms = self.norms * self.hidden_size + 2 * self.head_dim * (self.family == "qwen3")
+        return sum(i * o for i, o in self.linears) + biases + norms
+
+    @property
+    def parameters(self) -> int:
+        embeddings = self.vocabulary * self.hidden_size * (1 if self.tied else 2)
+        return embeddings + self.layers * self.layer_parameters + self.hidden_size
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Parameters of LoRA on every linear layer but the head."""
+        return self.layers * sum(rank * (i + o) for i, o in self.linears)
+
+    def layer_activations(self, length: int, lora: bool, rank: int, mixed: bool) -> int:
+        """Bytes per token that autograd saves in one layer, for sequences of `length` tokens."""
+        H, Q, I = self.hidden_size, self.query_size, self.intermediate_size  # noqa: E741
+        trained_norm = 0 if lora else 4 if mixed or self.family == "gemma2" else 2
+        total = 8 * Q + 4 * self.heads + 2 * length + 8 * I
+        total += self.norms * ((4 + trained_norm) * H + 4)
+        if self.family == "qwen3":
+            total += (4 + (0 if lora else 2)) * (Q + self.kv_size) + 4 * (self.heads + self.kv_heads)
+        total += 2 * H * (5 if mixed else 2)
+        if lora:
+            total += 2 * rank * len(self.linears) + 2 * Q * mixed
+        return total
+
+
+def read_model(name: str) -> Model:
+    """A built-in configuration, or that of a config.json or of a folder that holds one.
+
+    Raises:
+        ValueError: for an unknown name, a file that is no configuration, or an architecture that is not estimated.
+    """
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    if name.lower() in MODELS:
+        config = MODELS[name.lower()]
+    elif path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    else:
+        raise ValueError(f"{name!r} is neither a config.json nor one of {', '.join(MODELS)}")
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise ValueError(f"the model type {family!r} is not estimated; those are: {', '.join(_FAMILIES)}")
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in needed if not isinstance(config.get(key), int)]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
+    bias = bool(config.get("attention_bias", False))
+    return Model(
+        family,
+        hidden_size,
+        config["intermediate_size"],
+        config["num_hidden_layers"],
+        heads,
+        config.get("num_key_value_heads") or heads,
+        config.get("head_dim") or hidden_size // heads,
+        config["vocab_size"],
+        bool(config.get("tie_word_embeddings", family == "gemma2")),
+        bias or family == "qwen2",
+        bias,
+        bool(config.get("mlp_bias", False)),
+        config.get("final_logit_softcapping"),
+    )
+
+
+class Estimate(NamedTuple):
+    """Bytes of one training step, for one way to train."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # saved from forward to backward
+    recomputed: int  # by checkpointing, in the backward of one layer
+    loss_layer: Plan
+    loss_bytes: int  # of alignloss's loss layer, above inputs and the gradient of the head
+    full_logits_bytes: int  # the same of full logits
+
+    def total(self, full_logits: bool = False) -> int:
+        """At the larger of two moments: the loss, with every activation alive, and a layer's backward."""
+        loss = self.full_logits_bytes if full_logits else self.loss_bytes
+        return self.weights + self.gradients + self.optimizer + self.activations + max(loss, self.recomputed)
+
+
+def estimate(
+    model: Model,
+    tokens: int,
+    *,
+    length: int,
+    labelled: float = 1.0,
+    lora: bool = False,
+    rank: int = 16,
+    checkpointing: bool = False,
+    precision: str = "bf16",
+    optimizer: str = "adamw",
+    reference_model: bool = False,
+    paired: bool = True,
+    gpu_memory: int = 80 << 30,
+    workspace_bytes: int | None = None,
+) -> Estimate:
+    """Bytes of a training step on one GPU.
+
+    Args:
+        model: from `read_model`.
+        tokens: positions of a micro-batch, padding included: of 2B sequences if `paired`, else of B.
+        length: positions of a sequence.
+        labelled: the fraction of positions that are scored.
+        lora: train adapters of `rank` on every linear layer but the head, instead of every parameter.
+        checkpointing: keep the input of each layer alone, and recompute the layer in the backward.
+        precision: "bf16": everything in bf16. "mixed": under bf16 autocast, with parameters, gradients and states
+            in fp32 (with LoRA those of the adapters; the base is in bf16).
+        optimizer: "adamw" (two states in the dtype of the parameter), "adamw8bit" (two of one byte) or "sgd" (none).
+        reference_model: a frozen copy of the model beside it, in bf16; without it, reference log-probabilities are
+            cached or come from the same weights without adapters.
+        gpu_memory: total bytes, from which the default workspace follows.
+        workspace_bytes: of the loss layer.
+
+    Raises:
+        ValueError: for a name or number out of range.
+    """
+    if precision not in ("bf16", "mixed") or optimizer not in OPTIMIZER_STATES:
+        raise ValueError(
+            f"precision must be 'bf16' or 'mixed', optimizer one of {sorted(OPTIMIZER_STATES)}; "
+            f"got {precision!r}, {optimizer!r}"
+        )
+    if not 0 < labelled <= 1 or not 1 <= length <= tokens or rank < 1:
+        raise ValueError(
+            "labelled must lie in (0, 1], length in [1, tokens], rank be positive; "
+            f"got {labelled}, {length} of {tokens}, {rank}"
+        )
+    mixed = precision == "mixed"
+    trained = model.adapter_parameters(rank) if lora else model.parameters
+    wide = 4 if mixed else 2
+    weights = 2 * model.parameters + wide * trained if lora else wide * trained
+    weights += 2 * model.parameters * reference_model
+    states = OPTIMIZER_STATES[optimizer] * (1 if optimizer == "adamw8bit" else wide)
+
+    residual = 4 if mixed and not lora else 2
+    layer = tokens * model.layer_activations(length, lora, rank, mixed)
+    # autocast keeps a 16-bit copy of each trained matrix for the backward
+    copies = 2 * (trained // model.layers if lora else model.layer_parameters) * mixed
+    layers = model.layers * (tokens * model.hidden_size * residual if checkpointing else layer + copies)
+    # the last norm, and the hidden states that the loss takes
+    activations = layers + tokens * model.hidden_size * ((4 if lora else 8 if mixed else 6) + residual)
+
+    scored = max(1, round(tokens * labelled))
+    unit = max(1, round(length * labelled)) * (2 if paired else 1)
+    loss = plan(
+        scored,
+        model.hidden_size,
+        model.vocabulary,
+        train_head=not lora,
+        pair_tokens=min(unit, scored),
+        positions=tokens,
+        softcap=model.softcap,
+        dtype=torch.bfloat16,
+        weight_dtype=torch.float32 if residual == 4 else None,
+        device="cuda",
+        device_memory=gpu_memory,
+        workspace_bytes=workspace_bytes or default_workspace("cuda", gpu_memory),
+    )
+    head = 0 if lora else model.vocabulary * model.hidden_size * wide
+    dhidden = tokens * model.hidden_size * residual
+    return Estimate(
+        weights,
+        wide * trained,
+        states * trained,
+        activations,
+        (layer + copies) * checkpointing,
+        loss,
+        loss.peak_bytes - head * (loss.regime > 2),
+        loss.full_logits_bytes + dhidden,
+    )
+
+
+def most_tokens(model: Model, memory: int, full_logits: bool, length: int, **options: Any) -> int:
+    """The most positions, in multiples of a sequence, whose step fits `memory` bytes; 0 if none does."""
+
+    def fits(sequences: int) -> bool:
+        return estimate(model, sequences * length, length=length, **options).total(full_logits) <= memory
+
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * length

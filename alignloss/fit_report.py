@@ -1,0 +1,77 @@
+"""What `alignloss fit` shows."""
+
+from itertools import product
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .fit import Estimate, Model, estimate, most_tokens, read_model
+
+__all__ = ["report"]
+
+GIB = 1 << 30
+HEADERS = ("weights", "grads", "optim.", "activ.", "loss", "total", "fits", "most\ntokens")
+
+
+def report(name: str, tokens: int, *, gpu_memory: float, reserve: float, **options: Any) -> None:
+    """Print the table of a model; memory in GiB, other options as in `estimate`."""
+    model = read_model(name)
+    memory = round(gpu_memory * GIB)
+    options |= {"gpu_memory": memory}
+    table = Table(
+        title=f"{name}, {tokens:,} tokens, {gpu_memory:g} GiB: estimate in GiB", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.padding = (0, 0)
+    table.add_column("train", no_wrap=True)
+    table.add_column("head", no_wrap=True)
+    for header in HEADERS:
+        table.add_column(header, justify="right", no_wrap=True)
+    plans: dict[str, str] = {}
+    for lora, checkpointing in product((False, True), (False, True)):
+        options |= {"lora": lora, "checkpointing": checkpointing}
+        step = estimate(model, tokens, **options)
+        room = memory - round(reserve * GIB)
+        most = [most_tokens(model, room, full, **options) for full in (False, True)]
+        train = ("LoRA" if lora else "full") + ("\n+checkpoint" if checkpointing else "\n")
+        table.add_row(train, "alignloss\nfull logits", *_cells(step, room), "\n".join(f"{n:,}" for n in most))
+        plans["LoRA" if lora else "full"] = _loss_line(step)
+    console = Console()
+    console.print(table)
+    for train, line in plans.items():
+        console.print(f"Loss layer, {train}: {line}", highlight=False)
+    console.print(_notes(model, reserve, options), highlight=False)
+
+
+def _cells(step: Estimate, room: int) -> list[str]:
+    def gib(*counts: int) -> str:
+        return "\n".join(f"{count / GIB:.{1 if count >= 10 * GIB else 2}f}" for count in counts)
+
+    totals = step.total(), step.total(full_logits=True)
+    return [
+        *(gib(count) for count in (step.weights, step.gradients, step.optimizer, step.activations)),
+        gib(step.loss_bytes, step.full_logits_bytes),
+        gib(*totals),
+        "\n".join("yes" if total <= room else "no" for total in totals),
+    ]
+
+
+def _loss_line(step: Estimate) -> str:
+    loss = step.loss_layer
+    line = f"regime {loss.regime}, {loss.gemms:.3g} GEMMs, workspace {loss.workspace_bytes / (1 << 20):,.0f} MiB"
+    if loss.one_pass_bytes is not None and (loss.regime == 4 or loss.recomputed_tokens):
+        line += f"; one pass (3 GEMMs) from workspace_bytes={loss.one_pass_bytes:,}"
+    return line
+
+
+def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
+    reference = "a frozen copy in bf16" if options["reference_model"] else "cached, or the base without adapters"
+    return (
+        f"{model.parameters / 1e6:,.0f}M parameters; {options['precision']}, {options['optimizer']}, LoRA rank "
+        f"{options['rank']} on every linear layer but the head; reference: {reference}. Sequences of "
+        f"{options['length']:,}, {options['labelled']:.0%} labelled, padded, fused attention. Fits: total <= memory - "
+        f"{reserve:g} GiB. With checkpoints the backward recomputes a layer, which counts where it exceeds the loss. "
+        "Gradients count as held from the micro-batch before. An estimate: the loss layer is checked against "
+        "measurement, activations against what autograd saves in transformers."
+    )

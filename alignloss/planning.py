@@ -1,0 +1,393 @@
+"""What a call will run, and the bytes it holds: `plan`, and the sizes that the ops themselves take from here.
+
+Notation: N scored tokens of M positions, H hidden, V vocabulary; a GEMM is 2 N V H FLOPs.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import backends
+from .backends import STATE_ROWS
+from .kernels import blocks
+
+__all__ = ["Footprint", "Plan", "default_workspace", "fill_groups", "full_logits_bytes", "plan"]
+
+MIB = 1 << 20
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def default_workspace(device_type: str, total_memory: int) -> int:
+    """Workspace in bytes when the caller names none: a function of the device's total memory, never of its free one."""
+    if device_type != "cuda":
+        return 128 * MIB
+    return max(64 * MIB, min(512 * MIB, total_memory // 256))
+
+
+def total_memory(device: torch.device) -> int:
+    """Total bytes of a GPU; 0 for any other device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, sums and results for a dtype of the operands."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gemm_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype of the operands of the GEMMs: CPU GEMMs round the result to 16 bits, so operands are widened there."""
+    return accumulation_dtype(dtype) if device_type == "cpu" else dtype
+
+
+class Tile(NamedTuple):
+    """One tile of logits of a walk over the vocabulary, and the bytes of every temporary buffer beside it."""
+
+    rows: int
+    columns: int
+    bytes: int
+
+
+class Footprint(NamedTuple):
+    """What the sizes of a call's buffers follow from."""
+
+    vocabulary: int
+    width: int  # H
+    dtype: torch.dtype  # of the computation
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    indexed: bool  # the scored tokens are picked out of the positions
+    softcap: bool
+    device_type: str
+    backend: str  # "torch" or "triton"
+
+    @property
+    def accum_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.dtype)
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        return gemm_dtype(self.dtype, self.device_type)
+
+    @property
+    def copies_rows(self) -> bool:
+        return self.indexed or {self.hidden_dtype, self.dtype} != {self.gemm_dtype}
+
+    @property
+    def casts_weight(self) -> bool:
+        return {self.weight_dtype, self.dtype} != {self.gemm_dtype}
+
+    @property
+    def narrow_bytes(self) -> int:
+        """Bytes per entry of a tile that is rounded for a second GEMM; 0 where the tile itself is its operand."""
+        return self.gemm_dtype.itemsize * (self.gemm_dtype != self.accum_dtype)
+
+    def fold_tiles(self, stats: int, save: int) -> int:
+        """How many tiles beside the logits tile a fold needs: for sech^2, and for (z - m) exp(z - m)."""
+        if self.backend == "triton":
+            return int(save == 2)
+        wide = save == 2 or bool(stats & (backends.ENTROPY | backends.LOG_SUM_SQ))
+        return int(self.softcap and save > 0) + int(wide)
+
+    def dlogits_tiles(self, entropy: bool) -> int:
+        """How many tiles beside the logits tile the gradient of the logits needs."""
+        return 0 if self.backend == "triton" else int(self.softcap) + int(entropy)
+
+    def forward(self, rows: int, stats: int, save: int, workspace_bytes: int) -> Tile:
+        """The tile of a forward that saves so many derivatives of N = `rows` tokens."""
+        accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
+        return self._tile(
+            rows,
+            self.width * (save * accum + self.copies_rows * gemm + (save > 0) * accum),
+            self.width * gemm * self.casts_weight,
+            accum * (1 + self.fold_tiles(stats, save)) + self.narrow_bytes * save,
+            workspace_bytes,
+        )
+
+    def backward(self, rows: int, entropy: bool, direct: bool, workspace_bytes: int) -> Tile:
+        """The tile of a backward that recomputes; `direct`: dweight needs no slice in the accumulation dtype."""
+        accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
+        return self._tile(
+            rows,
+            self.width * (gemm * (1 + self.copies_rows) + accum),
+            self.width * (gemm * self.casts_weight + accum * (not direct)),
+            accum * (1 + self.dlogits_tiles(entropy)) + self.narrow_bytes,
+            workspace_bytes,
+        )
+
+    def _tile(
+        self,
+        rows: int,
+        row_bytes: int,  # buffers per row of a block
+        column_bytes: int,  # buffers per vocabulary entry of a slice
+        cell_bytes: int,  # bytes per entry of the tile
+        workspace_bytes: int,
+    ) -> Tile:
+        """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16."""
+        most_rows, most_columns = 8192, self.vocabulary
+        if self.device_type != "cuda":
+            # a tile that stays in the cache between the passes over it; more rows where every block casts the weight
+            most_rows, most_columns = (1024 if column_bytes else 512), 2048
+        block = _even_parts(rows, max(16, min(most_rows, workspace_bytes // 4 // max(row_bytes, 1))), 16)
+        free = workspace_bytes - block * row_bytes
+        most = max(16, min(most_columns, free // (block * cell_bytes + column_bytes)))
+        columns = _even_parts(self.vocabulary, most, 128 if most >= 128 else 16)
+        return Tile(block, columns, block * row_bytes + columns * column_bytes + block * columns * cell_bytes)
+
+    def held_columns(self, rows: int) -> int:
+        """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
+        if self.device_type != "cuda":
+            return min(self.vocabulary, max(256, min(2048, MIB // rows // 128 * 128)))
+        return min(self.vocabulary, 16384)
+
+    def one_pass_bytes(self, rows: int, several: bool, columns: int) -> int:
+        """Workspace of one pass whose largest group has so many tokens; `several` groups share an accumulator."""
+        accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
+        direct = self.weight_dtype == self.accum_dtype
+        held = rows * (self.vocabulary * gemm + accum * -(-self.vocabulary // columns))
+        held += accum * self.vocabulary * self.width * (several and not direct)
+        cell = accum * (self.fold_tiles(0, 1) + (self.narrow_bytes > 0)) + self.narrow_bytes
+        first = rows * (columns * cell + self.width * (2 * accum + gemm * self.copies_rows))
+        first += columns * self.width * gemm * self.casts_weight
+        second = rows * self.width * gemm * (1 + self.copies_rows)
+        second += columns * self.width * accum * (not direct and not several)
+        return held + max(first, second)
+
+    def capacity(self, several: bool, workspace_bytes: int) -> int:
+        """How many tokens a group of one pass may hold, if there are `several` groups or one; 0 for none."""
+        if several and self.dtype == torch.float16:
+            return 0  # sums of several groups would need one scale
+        columns = self.held_columns(1)
+        low, high = 0, workspace_bytes // (self.vocabulary * self.gemm_dtype.itemsize)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.one_pass_bytes(middle, several, columns) <= workspace_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def _even_parts(total: int, most: int, multiple: int) -> int:
+    """The size of parts of `total` of nearly one size, at most `most` each, a multiple of `multiple` if several."""
+    parts = -(-total // most)
+    if parts <= 1:
+        return max(total, 1)
+    size = -(-total // parts)
+    return min(most // multiple * multiple, -(-size // multiple) * multiple)
+
+
+def fill_groups(counts: Sequence[int], most: int) -> tuple[list[list[int]], list[int]]:
+    """Units of `counts` tokens in groups of at most `most`, first fit in decreasing order, and those that fit nowhere.
+
+    The units of a group are in rising order, as the groups are by their first unit.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for unit in sorted(range(len(counts)), key=lambda u: -counts[u]):
+        if counts[unit] > most:
+            continue
+        at = next((i for i, free in enumerate(room) if free >= counts[unit]), len(groups))
+        if at == len(groups):
+            groups.append([])
+            room.append(most)
+        groups[at].append(unit)
+        room[at] -= counts[unit]
+    return sorted(sorted(group) for group in groups), [u for u, count in enumerate(counts) if count > most]
+
+
+def full_logits_bytes(positions: int, vocabulary: int, dtype: torch.dtype, training: bool) -> int:
+    """Peak bytes of `log_softmax(logits.float())` and a gather, above inputs and gradients.
+
+    Two tensors of logits in the accumulation dtype at once; in a training step three: the log-softmax, its gradient and
+    that of the logits.
+    """
+    return positions * vocabulary * accumulation_dtype(dtype).itemsize * (3 if training else 2)
+
+
+class Plan(NamedTuple):
+    """What a call will run and hold. Bytes are beside its inputs, hidden, weight, bias and labels."""
+
+    tokens: int  # N
+    regime: int  # 1 nothing trains, 2 hidden states alone, 3 one pass, 4 the backward recomputes
+    groups: int  # of whole pairs in regime 3; 0 in the others
+    recomputed_tokens: int  # tokens that the backward recomputes: of regime 4, or of pairs that fit no group
+    gemms: float  # in units of 2 N V H FLOPs
+    flops: int
+    budget_bytes: int  # the workspace that may be used
+    workspace_bytes: int  # the workspace that is used, at the peak of forward or backward
+    saved_bytes: int  # kept from the forward to the backward
+    gradient_bytes: int  # dhidden, dweight and dbias
+    peak_bytes: int  # of all of these at once
+    one_pass_bytes: int | None  # the least budget that runs every pair in one pass; None where that cannot be
+    full_logits_bytes: int  # what full logits of every position hold at their peak, above gradients
+
+    def __str__(self) -> str:
+        unit = f"{self.flops / self.gemms / 1e12:.3g} TFLOP" if self.gemms else "0 FLOP"
+        runs = {
+            1: "nothing trains",
+            2: "the hidden states train, the derivative is finished in the forward",
+            3: f"one pass over {self.groups} group{'s' * (self.groups != 1)} of whole pairs",
+            4: "the head trains, the backward recomputes the logits",
+        }[self.regime]
+        if self.regime == 3 and self.recomputed_tokens:
+            runs += f"; {self.recomputed_tokens:,} tokens of pairs too long for it are recomputed"
+        lines = [
+            f"regime {self.regime}: {runs}",
+            f"work             {self.gemms:.3g} GEMMs of {unit}",
+            f"workspace        {_mib(self.workspace_bytes)}, of a budget of {_mib(self.budget_bytes)}",
+            f"saved            {_mib(self.saved_bytes)} from forward to backward",
+            f"gradients        {_mib(self.gradient_bytes)}",
+            f"peak             {_mib(self.peak_bytes)} beside the inputs",
+            f"full logits      {_mib(self.full_logits_bytes)}, above gradients",
+        ]
+        if self.one_pass_bytes is not None and self.regime in (3, 4):
+            lines.append(f"one pass needs   workspace_bytes >= {self.one_pass_bytes:,} ({_mib(self.one_pass_bytes)})")
+        return "\n".join(lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:,.1f} MiB"
+
+
+def plan(
+    tokens: int,  # N
+    hidden_size: int,  # H
+    vocabulary: int,  # V
+    *,
+    train_hidden: bool = True,
+    train_head: bool = False,
+    pair_tokens: int | Sequence[int] | None = None,
+    positions: int | None = None,  # M
+    bias: bool = False,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_memory: int | None = None,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Plan:
+    """Which regime a call of such a shape will run, its work, and its memory in bytes; nothing is computed.
+
+    Args:
+        tokens: N, labelled tokens of the call.
+        hidden_size: H.
+        vocabulary: V.
+        train_hidden, train_head: what requires a gradient; the head is weight and, if there is one, bias.
+        pair_tokens: labelled tokens of the pairs of a loss module (of the sequences, if it is unpaired): one number
+            for all, or one each, which sum to `tokens`. Regime 3 groups whole pairs. None for `linear_logprob` and
+            `sequence_logprob` by themselves, for a loss that couples the batch, and under torch.compile.
+        positions: M, labelled or not; by default `tokens`.
+        bias: whether the head has one.
+        softcap: of the logits, or None.
+        dtype: of the computation: of the inputs, or of autocast.
+        weight_dtype: of hidden states, weight and bias, if autocast makes it another one.
+        device: "cpu" or "cuda"; by default a GPU if there is one.
+        device_memory: total bytes of a GPU that is not in this machine; by default those of the current one.
+        backend, workspace_bytes: as in `linear_logprob`.
+
+    Returns:
+        Plan, whose str() is a summary. FLOPs count the GEMMs alone. Bytes count tensors; what a GEMM library takes for
+        itself is not in them.
+
+    Raises:
+        ValueError: for numbers that are not positive, pairs that do not sum to `tokens`, unknown names.
+    """
+    positions = tokens if positions is None else positions
+    for name, number in (("tokens", tokens), ("hidden_size", hidden_size), ("vocabulary", vocabulary)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a positive integer, got {number!r}")
+    if positions < tokens:
+        raise ValueError(f"positions counts labelled and other tokens, so at least tokens={tokens}; got {positions}")
+    if workspace_bytes is not None and workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be a positive number, got {workspace_bytes}")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    for name, kind_of in (("dtype", dtype), ("weight_dtype", weight_dtype)):
+        if kind_of not in (*_DTYPES, None):
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {kind_of}")
+    pairs = _pairs(tokens, pair_tokens)
+    kind, total = _device(device, device_memory)
+    if backend == "auto" or dtype == torch.float64:
+        backend = "torch" if kind == "cpu" or dtype == torch.float64 else "triton"
+    stored, budget = weight_dtype or dtype, workspace_bytes or default_workspace(kind, total)
+    head = Footprint(
+        vocabulary, hidden_size, dtype, stored, stored, positions > tokens, softcap is not None, kind, backend
+    )
+    accum, direct, save = head.accum_dtype.itemsize, stored == head.accum_dtype, int(train_hidden)
+
+    groups, rest = arrange(head, pairs, budget) if train_hidden and train_head else ([], [])
+    regime = 3 if groups else 4 if train_head else 2 if train_hidden else 1
+    recomputed = {3: sum(pairs[unit] for unit in rest), 4: tokens}.get(regime, 0)
+    gemms = {1: 1.0, 2: 2.0, 3: 3 + recomputed / tokens, 4: 3.0 + save}[regime]
+
+    index = 8 * tokens * head.indexed
+    saved = index + (accum * STATE_ROWS * tokens + tokens * hidden_size * dtype.itemsize * save) * (regime > 1)
+    dweight = vocabulary * (hidden_size * stored.itemsize + accum * bias) * train_head
+    gradients = positions * hidden_size * stored.itemsize * save + dweight
+    early = backward = 0  # gradients that the forward makes, and workspace of the backward
+    if regime == 3:
+        largest = max(sum(pairs[unit] for unit in group) for group in groups)
+        forward = head.one_pass_bytes(largest, len(groups) > 1, head.held_columns(largest))
+        if len(groups) > 1 and not direct:
+            backward = accum * vocabulary * hidden_size
+        else:
+            early = dweight
+    elif regime == 1 and backend == "triton" and not head.casts_weight:
+        # the fused kernel holds partial statistics instead of a tile
+        partials = tokens * blocks.partial_bytes_per_row(vocabulary, blocks.FULL_EPILOGUE_BLOCK_V, extras=False)
+        forward = tokens * hidden_size * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials)
+    else:
+        forward = head.forward(tokens, 0, save, budget).bytes
+    if recomputed:
+        # beside pairs in one pass, the gradients of both parts are held until they are added
+        backward += head.backward(recomputed, False, direct, budget).bytes + dweight * (regime == 3)
+    results = accum * positions  # log-probabilities; their gradients
+    peak = max(saved + results + index + early + forward, saved + (2 * results + gradients + backward) * (regime > 1))
+    return Plan(
+        tokens, regime, len(groups), recomputed, gemms, round(gemms * 2 * tokens * vocabulary * hidden_size), budget,
+        max(forward, backward), saved, gradients, peak,
+        _least_budget(head, pairs) if train_hidden and train_head and pairs else None,
+        full_logits_bytes(positions, vocabulary, dtype, regime > 1),
+    )  # fmt: skip
+
+
+def arrange(head: Footprint, counts: Sequence[int], workspace_bytes: int) -> tuple[list[list[int]], list[int]]:
+    """Units of `counts` tokens in groups that one pass can hold, and those that have to be recomputed."""
+    if sum(counts) <= head.capacity(several=False, workspace_bytes=workspace_bytes):
+        return ([list(range(len(counts)))] if counts else []), []
+    return fill_groups(counts, head.capacity(several=True, workspace_bytes=workspace_bytes))
+
+
+def _least_budget(head: Footprint, counts: Sequence[int]) -> int:
+    """The least workspace with which every unit goes through one pass, in one group or in several."""
+    columns = head.held_columns(1)
+    one = head.one_pass_bytes(sum(counts), False, columns)
+    several = head.one_pass_bytes(max(counts), True, columns)
+    return one if head.dtype == torch.float16 else min(one, several)
+
+
+def _pairs(tokens: int, pair_tokens: int | Sequence[int] | None) -> list[int]:
+    if pair_tokens is None:
+        return []
+    if isinstance(pair_tokens, int):
+        if pair_tokens < 1:
+            raise ValueError(f"pair_tokens must be positive, got {pair_tokens}")
+        whole, remainder = divmod(tokens, pair_tokens)
+        return [pair_tokens] * whole + [remainder] * (remainder > 0)
+    if sum(pair_tokens) != tokens:
+        raise ValueError(f"pair_tokens must sum to tokens={tokens}, got {sum(pair_tokens)}")
+    return list(pair_tokens)
+
+
+def _device(device: str | torch.device | None, device_memory: int | None) -> tuple[str, int]:
+    """The type of a device and its total memory in bytes."""
+    chosen = torch.device(device or ("cuda" if device_memory or torch.cuda.is_available() else "cpu"))
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if device_memory is not None or chosen.type == "cpu":
+        return chosen.type, device_memory or 0
+    if not torch.cuda.is_available():
+        raise ValueError("there is no GPU here whose memory could be read; give device_memory in bytes")
+    return chosen.type, total_memory(chosen)

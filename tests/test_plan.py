@@ -1,0 +1,148 @@
+"""`plan` says beforehand what a step does: its GEMMs as the profiler counts them, its peak as the allocator does."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import alignloss
+from alignloss import plan
+from alignloss.measure import peak_bytes
+
+MIB = 1 << 20
+N, T, H, V = 2048, 128, 256, 8192
+
+# what trains, in a loss module, workspace: which regime that is, and in how many groups
+STEPS = {
+    ("", False, None): (1, 0),
+    ("hidden", False, None): (2, 0),
+    ("hidden weight", False, None): (4, 0),
+    ("weight", False, None): (4, 0),
+    ("hidden weight", True, 256 * MIB): (3, 1),
+    ("hidden weight", True, 48 * MIB): (3, 2),
+    ("hidden weight", True, 2 * MIB): (4, 0),
+}
+
+
+def problem(trains, module, workspace, dtype, masked):
+    """A step, and the plan of it."""
+    hidden = torch.randn(N // T, T, H).to(dtype).requires_grad_("hidden" in trains)
+    weight = (torch.randn(V, H) * H**-0.5).to(dtype).requires_grad_("weight" in trains)
+    labels = torch.randint(0, V, (N // T, T))
+    labels[:, : int(T * masked)] = -100
+    tokens = int((labels >= 0).sum())
+
+    def step():
+        with torch.set_grad_enabled(bool(trains)):
+            if module:
+                loss = alignloss.SFTLoss(workspace_bytes=workspace)(hidden, weight, labels).loss
+            else:
+                loss = alignloss.linear_logprob(hidden, weight, labels, workspace_bytes=workspace).sum()
+        if trains:
+            loss.backward()
+
+    return step, plan(
+        tokens,
+        H,
+        V,
+        train_hidden="hidden" in trains,
+        train_head="weight" in trains,
+        pair_tokens=tokens // (N // T) if module else None,
+        positions=N,
+        dtype=dtype,
+        device="cpu",
+        workspace_bytes=workspace,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [0, 0.5])
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_peak_within_a_tenth(case, masked, dtype):
+    step, expected = problem(*case, dtype, masked)
+    assert peak_bytes(step) == pytest.approx(expected.peak_bytes, rel=0.1, abs=MIB / 2)
+    assert expected.workspace_bytes <= expected.budget_bytes
+
+
+@pytest.mark.parametrize(("case", "regime"), STEPS.items(), ids=str)
+def test_regime_and_gemms(case, regime):
+    step, expected = problem(*case, torch.float32, masked=0)
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
+        step()
+    assert (expected.regime, expected.groups > 1) == (regime[0], regime[1] > 1)
+    flops = sum(event.flops for event in prof.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+    assert flops == pytest.approx(expected.flops, rel=0.001)
+    assert expected.flops == expected.gemms * 2 * N * H * V
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_full_logits_within_a_tenth(training, dtype):
+    hidden, weight = (torch.randn(n, H).to(dtype).requires_grad_(training) for n in (N, V))
+    labels = torch.randint(0, V, (N,))
+
+    def step():
+        logps = torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, labels[:, None])
+        if training:
+            logps.sum().backward()
+
+    gradients = (hidden.nbytes + weight.nbytes) * training
+    expected = plan(N, H, V, train_hidden=training, train_head=training, dtype=dtype, device="cpu").full_logits_bytes
+    # the gradient of the head is not there yet when the logits peak
+    assert expected - gradients <= peak_bytes(step) - gradients <= 1.1 * expected
+
+
+def test_the_least_budget_of_one_pass_is_exact():
+    shape = {"train_head": True, "dtype": torch.bfloat16, "device": "cpu"}
+    for pairs in (256, [1000, 600, 448]):
+        floor = plan(N, H, V, pair_tokens=pairs, **shape).one_pass_bytes
+        enough = plan(N, H, V, pair_tokens=pairs, workspace_bytes=floor, **shape)
+        short = plan(N, H, V, pair_tokens=pairs, workspace_bytes=floor - 1, **shape)
+        assert (enough.regime, enough.recomputed_tokens) == (3, 0)
+        assert short.recomputed_tokens > 0
+
+
+def test_some_pairs_in_one_pass_and_others_recomputed():
+    # 200 tokens of 8,192 float32 logits are 6.25 MiB, 1,448 are 45 MiB
+    mixed = plan(
+        N, H, V, train_head=True, pair_tokens=[1448, 200, 200, 200], dtype=torch.float32, device="cpu",
+        workspace_bytes=16 * MIB,
+    )  # fmt: skip
+    assert (mixed.regime, mixed.groups, mixed.recomputed_tokens) == (3, 2, 1448)
+    assert mixed.gemms == 3 + 1448 / N
+
+
+def test_budgets_of_gpus_follow_from_their_total_memory():
+    gib = 1 << 30
+    budgets = [plan(N, H, V, device_memory=size * gib).budget_bytes // MIB for size in (8, 24, 80, 192)]
+    assert budgets == [64, 96, 320, 512]
+
+
+def test_the_summary_says_what_runs():
+    text = str(plan(8192, 4096, 128256, train_head=True, pair_tokens=2048, device_memory=80 << 30))
+    assert "regime 4" in text
+    assert "4 GEMMs of 8.61 TFLOP" in text
+    # 8192 tokens of 128,256 logits: three times 4 bytes
+    assert "full logits      12,024.0 MiB" in text
+    assert "one pass needs   workspace_bytes >= " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens must be a positive integer, got 0"),
+        ({"vocabulary": 2.0}, "vocabulary must be a positive integer"),
+        ({"positions": 9}, "at least tokens=10; got 9"),
+        ({"pair_tokens": [4, 4]}, "must sum to tokens=10, got 8"),
+        ({"pair_tokens": 0}, "pair_tokens must be positive, got 0"),
+        ({"workspace_bytes": 0}, "workspace_bytes must be a positive number, got 0"),
+        ({"device": "mps"}, "device must be 'cpu' or 'cuda', got 'mps'"),
+        ({"device": "cuda"}, "give device_memory in bytes"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"dtype": torch.int8}, "dtype must be"),
+    ],
+)
+def test_bad_input_is_explained(arguments, message):
+    if arguments == {"device": "cuda"} and torch.cuda.is_available():
+        pytest.skip("there is a GPU whose memory can be read")
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        plan(**{"tokens": 10, "hidden_size": 8, "vocabulary": 16, "device": "cpu"} | arguments)
