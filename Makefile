@@ -1,6 +1,6 @@
 # make demo    train a real small model through alignloss and through full logits, and compare
 # make test    lint, types and the whole test suite
-# make bench   measure time and memory beside full logits and TRL's fused head
+# make bench   measure time, memory and error beside full logits and every peer (about half an hour on 2 cores)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,7 +37,10 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks run --rounds 5 --name cpu-float32-1024x32768
+	$(BIN)/python -m benchmarks run --shapes smollm2-135m --tokens 512 1024 2048 --masked 0.5 --rounds 3 --name cpu-float32-smollm2-135m
+	$(BIN)/python -m benchmarks run --shapes smollm2-135m --tokens 4096 --measure memory --name cpu-float32-smollm2-135m-4096
+	$(BIN)/python -m benchmarks run --shapes 512x8192 --tokens 512 --dtype bfloat16 --rounds 3 --providers alignloss "full logits" --name cpu-bfloat16-512x8192
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,68 +1,167 @@
-"""One function per way to compute token log-probabilities, of (hidden, weight, labels), and the inputs they run on.
+"""One way each to compute token log-probabilities and a DPO step, each as its users call it.
 
-Three modes differentiate token log-probabilities with a random upstream gradient; the fourth is a training step of a
-scalar loss, the mean NLL of 8 sequences, for which alignloss has its loss module.
+The DPO step has a reference whose log-probabilities are 0, since Liger's takes none; every provider has beta = 0.1 and
+the mean over pairs. What a provider cannot do here is a line in the output, never a crash.
 """
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import alignloss
 
+from .cases import Inputs
 
-def inputs(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, seed: int = 0):
-    """Hidden states and a head that gives the labels a probability around 0.5, as a trained one does."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocabulary, hidden_size, generator=generator) * hidden_size**-0.5
-    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    # the other logits are standard normal: their log-sum is log V + 1/2
-    peak = torch.log(torch.tensor(float(vocabulary))) + 0.5
-    hidden = torch.randn(tokens, hidden_size, generator=generator)
-    hidden += peak * torch.nn.functional.normalize(weight[labels], dim=-1)
-    return hidden.to(dtype), weight.to(dtype), labels
-
-
-def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return alignloss.linear_logprob(hidden, weight, labels)
-
-
-def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, labels[:, None]).squeeze(1)
-
-
-def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from trl.kernels import ChunkedLogProbFunction
-
-    # TRL's own default chunk of the vocabulary, no bias, temperature 1
-    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
-
-
-PROVIDERS = {"alignloss": fused, "full logits": full_logits, "TRL": trl}
-SEQUENCES = 8
-# whether hidden and weight are differentiated
+# what is differentiated: hidden states, head
 MODES = {
     "forward": (False, False),
     "frozen head": (True, False),
     "trainable head": (True, True),
-    "training step": (True, True),
+    "DPO step": (True, True),
 }
-GEMMS = {"forward": 1, "frozen head": 2, "trainable head": 4, "training step": 3}  # of alignloss: 2 N V H FLOPs each
+# the fewest GEMMs that a mode needs when the logits are not kept between forward and backward; in a DPO step they are
+GEMMS = {"forward": 1, "frozen head": 2, "trainable head": 4, "DPO step": 3}
 
 
-def step(provider, hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, mode: str) -> None:
-    """Forward, and backward where the mode differentiates; the gradients stay on the leaves."""
-    hidden.grad = weight.grad = None
-    hidden.requires_grad_(MODES[mode][0])
-    weight.requires_grad_(MODES[mode][1])
-    if mode == "training step":
-        if provider is fused:
-            rows = hidden.view(SEQUENCES, -1, hidden.shape[1]), weight, labels.view(SEQUENCES, -1)
-            loss = alignloss.SFTLoss()(*rows).loss
-        else:
-            loss = -provider(hidden, weight, labels).mean()
-        loss.backward()
-        return
+class Provider(NamedTuple):
+    logps: Callable[[Inputs], Tensor] | None  # (M,) in nats, 0 where masked
+    dpo: Callable[[Inputs], Tensor] | None = None  # 0-d; by default from logps
+
+    def run(self, inputs: Inputs, mode: str) -> Tensor:
+        if mode != "DPO step":
+            assert self.logps is not None
+            return self.logps(inputs)
+        return dpo_of(self.logps(inputs), inputs) if self.dpo is None else self.dpo(inputs)
+
+    def modes(self) -> list[str]:
+        return list(MODES) if self.logps is not None else ["DPO step"]
+
+
+def dpo_of(logps: Tensor, inputs: Inputs) -> Tensor:
+    """The mean DPO loss of token log-probabilities (M,), 0 where masked."""
+    sums = logps.view(inputs.labels.shape).sum(1)
+    chosen, rejected = sums.chunk(2)
+    zero = torch.zeros_like(chosen)
+    return alignloss.losses.dpo_loss(chosen, rejected, zero, zero, beta=0.1)[0].mean()
+
+
+def flat(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs.hidden.flatten(0, 1), inputs.weight, inputs.labels.flatten()
+
+
+def fused_logps(inputs: Inputs) -> Tensor:
+    return alignloss.linear_logprob(*flat(inputs), softcap=inputs.softcap)
+
+
+def fused_dpo(inputs: Inputs) -> Tensor:
+    loss_fn = alignloss.DPOLoss(beta=0.1, softcap=inputs.softcap)
+    ref_logps = torch.zeros(len(inputs.labels), device=inputs.labels.device)
+    return loss_fn(inputs.hidden, inputs.weight, inputs.labels, ref_logps=ref_logps).loss
+
+
+def logps_of_logits(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    picked = torch.log_softmax(wide, -1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(labels == -100, 0, picked)
+
+
+def full_logits(inputs: Inputs) -> Tensor:
+    return logps_of_logits(*flat(inputs), inputs.softcap)
+
+
+@cache
+def compiled() -> Callable[..., Tensor]:
+    return torch.compile(logps_of_logits)
+
+
+def compiled_logits(inputs: Inputs) -> Tensor:
+    return compiled()(*flat(inputs), inputs.softcap)
+
+
+def trl(inputs: Inputs) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+
+    hidden, weight, labels = flat(inputs)
+    scored = labels != -100
+    compact = hidden.is_cuda  # as its trainers do: labelled rows on a GPU, every row elsewhere
+    rows, targets = (hidden[scored], labels[scored]) if compact else (hidden, labels.clamp(min=0))
+    # its trainers' chunk of the vocabulary; no bias, temperature 1, scale 1, no statistics
+    values = ChunkedLogProbFunction.apply(rows, weight, None, targets, 1.0, 32768, inputs.softcap, 1.0, ())[0]
+    if compact:
+        return values.new_zeros(scored.shape).masked_scatter(scored, values)
+    return values.masked_fill(~scored, 0)
+
+
+def liger_dpo(inputs: Inputs) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    refuse_softcap(inputs)
+    return LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)(inputs.weight, inputs.hidden, inputs.labels)[0]
+
+
+def cce(inputs: Inputs) -> Tensor:
+    return cce_with(inputs, filter_eps="high")
+
+
+def cce_exact(inputs: Inputs) -> Tensor:
+    return cce_with(inputs, filter_eps=None)
+
+
+def cce_with(inputs: Inputs, filter_eps: str | None) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(*flat(inputs), softcap=inputs.softcap, reduction="none", filter_eps=filter_eps)
+
+
+def torch_chunked(inputs: Inputs) -> Tensor:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError(f"torch {torch.__version__} has no chunked linear_cross_entropy")
+    refuse_softcap(inputs)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -torch.nn.functional.linear_cross_entropy(*flat(inputs), reduction="none", options=options)
+
+
+def refuse_softcap(inputs: Inputs) -> None:
+    if inputs.softcap is not None:
+        raise NotImplementedError("it has no softcap")
+
+
+PROVIDERS = {
+    "alignloss": Provider(fused_logps, fused_dpo),
+    "full logits": Provider(full_logits),
+    "compiled logits": Provider(compiled_logits),
+    "TRL": Provider(trl),
+    "Liger": Provider(None, liger_dpo),
+    "CCE": Provider(cce),
+    "CCE exact": Provider(cce_exact),
+    "torch chunked": Provider(torch_chunked),
+}
+
+
+def require(inputs: Inputs, mode: str) -> None:
+    """Clear the gradients and set what the mode differentiates."""
+    for tensor, wanted in zip((inputs.hidden, inputs.weight), MODES[mode], strict=True):
+        tensor.grad = None
+        tensor.requires_grad_(wanted)
+
+
+def forward(provider: Provider, inputs: Inputs, mode: str) -> Tensor:
     with torch.set_grad_enabled(any(MODES[mode])):
-        logps = provider(hidden, weight, labels)
+        return provider.run(inputs, mode)
+
+
+def backward(output: Tensor, inputs: Inputs, mode: str) -> None:
     if any(MODES[mode]):
-        logps.backward(upstream)
+        output.backward(None if mode == "DPO step" else inputs.upstream.to(output.dtype))
+
+
+def step(provider: Provider, inputs: Inputs, mode: str) -> None:
+    """A whole step; the gradients stay on the leaves."""
+    require(inputs, mode)
+    backward(forward(provider, inputs, mode), inputs, mode)

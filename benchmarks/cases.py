@@ -1,0 +1,86 @@
+"""What is measured: problems named after models, with the inputs of a trained head."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignloss.fit import MODELS, read_model
+
+SEQUENCES = 8  # B = 4 pairs, the chosen ones first
+
+
+class Case(NamedTuple):
+    shape: str  # the name of a model, or HxV
+    hidden: int  # H
+    vocabulary: int  # V
+    softcap: float | None
+    tokens: int  # M positions
+    masked: float  # the fraction of positions without a label
+    dtype: str
+    device: str
+
+    @property
+    def labelled(self) -> int:
+        """N, labelled tokens."""
+        return max(SEQUENCES, round(self.tokens * (1 - self.masked)))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shape} (H {self.hidden:,}, V {self.vocabulary:,}), {self.tokens:,} tokens, "
+            f"{self.masked:.0%} masked, {self.dtype}, {self.device}"
+        )
+
+
+def case(shape: str, vocabulary: int | None = None, **options) -> Case:
+    """A case of a built-in model, or of HxV; `vocabulary` replaces that of the shape."""
+    if shape in MODELS:
+        model = read_model(shape)
+        found = Case(shape, model.hidden_size, model.vocabulary, model.softcap, **options)
+    else:
+        try:
+            hidden, size = (int(part) for part in shape.split("x"))
+        except ValueError:
+            raise SystemExit(f"a shape is HxV or one of {', '.join(MODELS)}; got {shape!r}") from None
+        found = Case(shape, hidden, size, None, **options)
+    if found.tokens % SEQUENCES:
+        raise SystemExit(f"tokens are those of {SEQUENCES} sequences of one length; got {found.tokens}")
+    return found if vocabulary is None else found._replace(vocabulary=vocabulary)
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (2B, T, H)
+    weight: Tensor  # (V, H)
+    labels: Tensor  # (2B, T), -100 where masked
+    upstream: Tensor  # (M,) gradient of the token log-probabilities
+    softcap: float | None
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Hidden states and a head that give the labels a probability around 0.5; prompts and padding are masked."""
+    generator = torch.Generator(case.device).manual_seed(seed)
+    options: dict[str, Any] = {"generator": generator, "device": case.device}
+    weight = torch.randn(case.vocabulary, case.hidden, **options) * case.hidden**-0.5
+    tokens = torch.randint(0, case.vocabulary, (case.tokens,), **options)
+    # the other logits are standard normal: their log-sum is log V + 1/2
+    peak = torch.log(torch.tensor(float(case.vocabulary))) + 0.5
+    hidden = torch.randn(case.tokens, case.hidden, **options)
+    hidden += peak * torch.nn.functional.normalize(weight[tokens], dim=-1)
+    labels = tokens.view(SEQUENCES, -1)
+    for row, count in zip(labels, ragged_lengths(case), strict=True):
+        first = int(torch.randint(0, row.numel() - count + 1, (), **options))
+        row[:first] = row[first + count :] = -100
+    upstream = torch.randn(case.tokens, **options).masked_fill(labels.flatten() == -100, 0)
+    dtype = getattr(torch, case.dtype)
+    return Inputs(hidden.view(SEQUENCES, -1, case.hidden).to(dtype), weight.to(dtype), labels, upstream, case.softcap)
+
+
+def ragged_lengths(case: Case) -> list[int]:
+    """Labelled tokens of each sequence, from half to one and a half times their mean as far as there is room."""
+    length, total = case.tokens // SEQUENCES, case.labelled
+    mean = total / SEQUENCES
+    spread = min(mean / 2, length - mean)
+    counts = [round(mean + spread * (2 * i / (SEQUENCES - 1) - 1)) for i in range(SEQUENCES)]
+    counts[-1] += total - sum(counts)
+    # neither all of the chosen nor all of the rejected are the short ones
+    return [min(length, max(1, count)) for count in counts[::2] + counts[1::2]]

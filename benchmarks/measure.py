@@ -1,0 +1,287 @@
+"""Time, memory and error of the providers on one case."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import alignloss
+from alignloss.measure import peak_bytes
+from alignloss.planning import Footprint, Plan, default_workspace, total_memory
+
+from .cases import SEQUENCES, Case, Inputs, make_inputs
+from .providers import GEMMS, MODES, PROVIDERS, Provider, backward, dpo_of, forward, logps_of_logits, require, step
+
+BARE = "bare GEMMs"
+Row = dict[str, Any]
+
+
+def available(case: Case, names: list[str], modes: list[str]) -> list[tuple[str, str]]:
+    """(provider, mode) of what runs here, found out on a small problem; what does not is a line that says why."""
+    small = case._replace(tokens=16 * SEQUENCES, hidden=64, vocabulary=256)
+    found = []
+    for name in names:
+        try:
+            for mode in PROVIDERS[name].modes():
+                if mode in modes:
+                    step(PROVIDERS[name], make_inputs(small), mode)
+                    found.append((name, mode))
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+        except Exception as error:  # whatever a peer does not support here
+            print(f"{name} does not run here: {reason(error)}")
+    return found
+
+
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def planned(case: Case, mode: str) -> Plan:
+    """What alignloss runs in a mode."""
+    train_hidden, train_head = MODES[mode]
+    return alignloss.plan(
+        case.labelled,
+        case.hidden,
+        case.vocabulary,
+        train_hidden=train_hidden,
+        train_head=train_head,
+        pair_tokens=-(-2 * case.labelled // SEQUENCES) if mode == "DPO step" else None,
+        positions=case.tokens,
+        softcap=case.softcap,
+        dtype=getattr(torch, case.dtype),
+        device=case.device,
+    )
+
+
+def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
+    """The matrix products of alignloss's regime alone, on its tiles, into preallocated outputs."""
+    expected = planned(case, mode)
+    dtype, backend = getattr(torch, case.dtype), "torch" if case.device == "cpu" else "triton"
+    head = Footprint(
+        case.vocabulary, case.hidden, dtype, dtype, dtype, False, case.softcap is not None, case.device, backend
+    )
+    hidden = inputs.hidden.detach().flatten(0, 1)[: case.labelled].to(head.gemm_dtype)
+    weight = inputs.weight.detach().to(head.gemm_dtype)
+    budget = default_workspace(case.device, total_memory(inputs.weight.device))
+    passes = [(1, expected.gemms > 1, False)]  # logits, U, dweight
+    tiles = [head.forward(case.labelled, 0, int(expected.gemms > 1), budget)[:2]]
+    if expected.regime == 3:
+        rows = -(-case.labelled // expected.groups)
+        passes, tiles = [(1, True, True)], [(rows, head.held_columns(rows))]
+    elif expected.regime == 4:
+        passes.append((1, False, True))
+        tiles.append(head.backward(case.labelled, False, dtype == head.accum_dtype, budget)[:2])
+    tile = weight.new_empty(max(rows * columns for rows, columns in tiles))
+    u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
+    dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)
+
+    def run() -> None:
+        for (block, columns), (logits, derivative, head_gradient) in zip(tiles, passes, strict=True):
+            for start in range(0, case.labelled, block):
+                rows = hidden[start : start + block]
+                for first in range(0, case.vocabulary, columns):
+                    part = weight[first : first + columns]
+                    out = tile[: len(rows) * len(part)].view(len(rows), len(part))
+                    if logits:
+                        torch.mm(rows, part.T, out=out)
+                    if derivative:
+                        torch.mm(out, part, out=u[: len(rows)])
+                    if head_gradient:
+                        torch.mm(out.T, rows, out=dweight[: len(part)])
+
+    return run
+
+
+def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[Row]:
+    """Seconds of forward and backward, interleaved, the medians over rounds; ratios are of one round each."""
+    inputs = make_inputs(case)
+    modes = list(dict.fromkeys(mode for _, mode in pairs))
+    work: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
+    for mode in modes:
+        work[BARE, mode] = _timed_gemms(case, bare_gemms(case, inputs, mode))
+    for name, mode in pairs:
+        work[name, mode] = _timed_step(case, PROVIDERS[name], inputs, mode)
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in work}
+    failed: dict[tuple[str, str], str] = {}
+    for i in range(rounds + 1):
+        for key, run in work.items():
+            if key in failed:
+                continue
+            try:
+                taken = run()
+            except Exception as error:  # a peer that runs out of memory, or of whatever else, at this size
+                failed[key] = reason(error)
+                continue
+            if i:  # the first round warms up
+                seconds[key].append(taken)
+    rows = []
+    for (name, mode), values in seconds.items():
+        row: Row = {"provider": name, "mode": mode}
+        rows.append(row)
+        if (name, mode) in failed:
+            row["failed"] = failed[name, mode]
+            continue
+        both = [sum(pair) for pair in values]
+        bare = [sum(pair) for pair in seconds[BARE, mode]]
+        ours = [] if ("alignloss", mode) in failed else [sum(pair) for pair in seconds.get(("alignloss", mode), [])]
+        useful = GEMMS[mode] * 2 * case.labelled * case.vocabulary * case.hidden
+        row |= {
+            "forward_seconds": statistics.median(pair[0] for pair in values),
+            "backward_seconds": statistics.median(pair[1] for pair in values),
+            "seconds": statistics.median(both),
+            "seconds_spread": [min(both), max(both)],
+            # a ratio per round: what disturbs a round disturbs both of its terms
+            "of_bare_gemms": statistics.median(a / b for a, b in zip(both, bare, strict=True)),
+            "bare_gemms": planned(case, mode).gemms,
+            "tflops_gemms": GEMMS[mode],
+            "tflops": useful / statistics.median(both) * 1e-12,
+        }
+        if ours:
+            row["of_alignloss"] = statistics.median(a / b for a, b in zip(both, ours, strict=True))
+    return rows
+
+
+def _timed_step(case: Case, provider: Provider, inputs: Inputs, mode: str) -> Callable[[], tuple[float, float]]:
+    def run() -> tuple[float, float]:
+        require(inputs, mode)
+        synchronize(case.device)
+        start = time.perf_counter()
+        output = forward(provider, inputs, mode)
+        synchronize(case.device)
+        middle = time.perf_counter()
+        backward(output, inputs, mode)
+        synchronize(case.device)
+        return middle - start, time.perf_counter() - middle
+
+    return run
+
+
+def _timed_gemms(case: Case, gemms: Callable[[], None]) -> Callable[[], tuple[float, float]]:
+    def run() -> tuple[float, float]:
+        synchronize(case.device)
+        start = time.perf_counter()
+        gemms()
+        synchronize(case.device)
+        return time.perf_counter() - start, 0.0
+
+    return run
+
+
+def measure_memory(case: Case, pairs: list[tuple[str, str]]) -> list[Row]:
+    """Peak bytes of a step, split into inputs, gradients and workspace; each provider in a fresh process."""
+    rows = []
+    for name in dict.fromkeys(name for name, _ in pairs):
+        modes = [mode for provider, mode in pairs if provider == name]
+        command = [sys.executable, "-m", "benchmarks", "peaks", json.dumps([case, name, modes])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            rows += [{"provider": name, "mode": mode, "failed": _last_line(done.stderr)} for mode in modes]
+        else:
+            rows += json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+def peaks(case: Case, name: str, modes: list[str]) -> list[Row]:
+    """The memory of one provider, in this process."""
+    inputs = make_inputs(case)
+    small = make_inputs(case._replace(tokens=16 * SEQUENCES, hidden=64, vocabulary=256))
+    provider = PROVIDERS[name]
+    given = sum(tensor.nbytes for tensor in inputs if isinstance(tensor, Tensor))
+    rows = []
+    for mode in modes:
+        step(provider, small, mode)  # libraries and threads, outside of the count
+        row: Row = {"provider": name, "mode": mode, "input_bytes": given}
+        rows.append(row)
+        try:
+            require(inputs, mode)
+            if case.device == "cpu":
+                Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+                before = _status("VmRSS")
+                step(provider, inputs, mode)
+                resident = _status("VmHWM") - before
+            else:
+                step(provider, inputs, mode)
+            gradients = sum(t.grad.nbytes for t in (inputs.hidden, inputs.weight) if t.grad is not None)
+            inputs.hidden.grad = inputs.weight.grad = None
+            row |= {
+                "gradient_bytes": gradients,
+                "workspace_bytes": peak_bytes(lambda mode=mode: step(provider, inputs, mode)) - gradients,
+            }
+            if case.device == "cpu":
+                row["resident_workspace_bytes"] = resident - gradients
+        except Exception as error:
+            row["failed"] = reason(error)
+        inputs.hidden.grad = inputs.weight.grad = None
+    return rows
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def measure_error(case: Case, pairs: list[tuple[str, str]]) -> list[Row]:
+    """Errors against full logits in float64: of log-probabilities in nats, of gradients relative to their norm."""
+    inputs = make_inputs(case)
+    logps, *gradients = exact(inputs, inputs.upstream.double())
+    leaf = logps.clone().requires_grad_()
+    dpo_of(leaf, inputs).backward()
+    assert leaf.grad is not None
+    truths = {"trainable head": gradients, "DPO step": exact(inputs, leaf.grad)[1:]}
+    rows = []
+    for name, mode in pairs:
+        if mode == "frozen head":
+            continue
+        row: Row = {"provider": name, "mode": mode}
+        rows.append(row)
+        require(inputs, mode)
+        try:
+            output = forward(PROVIDERS[name], inputs, mode)
+            backward(output, inputs, mode)
+        except Exception as error:
+            row["failed"] = reason(error)
+            continue
+        if mode == "forward":
+            wrong = (output.double() - logps)[inputs.labels.flatten() != -100]
+            row |= {"logps_error_rms": wrong.square().mean().sqrt().item(), "logps_error_max": wrong.abs().max().item()}
+            continue
+        for which, tensor, truth in zip(
+            ("dhidden", "dweight"), (inputs.hidden, inputs.weight), truths[mode], strict=True
+        ):
+            assert tensor.grad is not None
+            row[f"{which}_error"] = ((tensor.grad.double() - truth).norm() / truth.norm()).item()
+    require(inputs, "forward")
+    return rows
+
+
+def exact(inputs: Inputs, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps (M,), dhidden, dweight) through full logits in float64, some tokens at a time."""
+    hidden, labels = inputs.hidden.detach().flatten(0, 1).double(), inputs.labels.flatten()
+    weight = inputs.weight.detach().double().requires_grad_()
+    logps, dhidden = [], []
+    for rows, targets, slopes in zip(hidden.split(512), labels.split(512), upstream.split(512), strict=True):
+        rows = rows.clone().requires_grad_()
+        part = logps_of_logits(rows, weight, targets, inputs.softcap)
+        part.backward(slopes)
+        logps.append(part.detach())
+        dhidden.append(rows.grad)
+    assert weight.grad is not None
+    return torch.cat(logps), torch.cat(dhidden).view(inputs.hidden.shape), weight.grad
