@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from .cases import Case, case
-from .measure import available, measure_error, measure_memory, measure_time, peaks
+from .measure import available, measure_error, measure_memory, measure_step, measure_time, peaks
 from .providers import MODES, PROVIDERS
 from .report import merge, plot, record, show
 
-MEASURES = ("time", "memory", "error")
+MEASURES = ("time", "memory", "error", "step")
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     run.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     run.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    run.add_argument("--measure", nargs="+", default=list(MEASURES), choices=MEASURES)
+    run.add_argument("--measure", nargs="+", default=["time", "memory", "error"], choices=MEASURES)
     run.add_argument("--rounds", type=int, default=7, help="of the interleaved timing, after one that warms up")
     run.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     run.add_argument("--name", default="latest", help="of the file in it")
@@ -71,6 +71,9 @@ def measure(arguments: argparse.Namespace) -> None:
             measure_time(chosen, pairs, arguments.rounds) if "time" in arguments.measure else [],
             measure_memory(chosen, pairs) if "memory" in arguments.measure else [],
             measure_error(chosen, pairs) if "error" in arguments.measure else [],
+            measure_step(chosen, [name for name, mode in pairs if mode == "DPO step"], arguments.rounds)
+            if "step" in arguments.measure
+            else [],
         )
         show(chosen, rows)
         results.append((chosen, rows))

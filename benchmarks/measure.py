@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 import alignloss
+from alignloss.fit import MODELS
 from alignloss.measure import peak_bytes
 from alignloss.planning import Footprint, Plan, default_workspace, total_memory
 
 from .cases import SEQUENCES, Case, Inputs, make_inputs
 from .providers import GEMMS, MODES, PROVIDERS, Provider, backward, dpo_of, forward, logps_of_logits, require, step
 
-BARE = "bare GEMMs"
+BARE, WHOLE_STEP = "bare GEMMs", "whole step"
 Row = dict[str, Any]
 
 
@@ -179,6 +181,53 @@ def _timed_gemms(case: Case, gemms: Callable[[], None]) -> Callable[[], tuple[fl
         return time.perf_counter() - start, 0.0
 
     return run
+
+
+def measure_step(case: Case, names: list[str], rounds: int) -> list[Row]:
+    """Seconds of a whole DPO step of a model of this shape, randomly initialised, and the share of its loss layer.
+
+    The step is forward and backward of model and loss, every parameter trained, without the optimizer.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if case.shape not in MODELS:
+        raise SystemExit(f"a whole step needs the shape of a model, one of {', '.join(MODELS)}; got {case.shape}")
+    settings = MODELS[case.shape]
+    config = CONFIG_MAPPING[settings["model_type"]](**settings, use_cache=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
+    inputs = make_inputs(case)
+    ids = inputs.labels.clamp(min=0)
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
+    for i in range(rounds + 1):
+        for name in names:
+            model.zero_grad(set_to_none=True)
+            times = [_now(case)]
+            hidden = model.model(ids).last_hidden_state
+            times.append(_now(case))
+            leaf = hidden.detach().requires_grad_()
+            head = inputs._replace(hidden=leaf, weight=model.lm_head.weight)
+            PROVIDERS[name].run(head, "DPO step").backward()
+            times.append(_now(case))
+            hidden.backward(leaf.grad)
+            times.append(_now(case))
+            if i:  # the first round warms up
+                taken[name].append(tuple(b - a for a, b in pairwise(times)))  # type: ignore[arg-type]
+    return [
+        {
+            "provider": name,
+            "mode": WHOLE_STEP,
+            "seconds": statistics.median(map(sum, values)),
+            "seconds_spread": [min(map(sum, values)), max(map(sum, values))],
+            "loss_seconds": statistics.median(loss for _, loss, _ in values),
+            "loss_share": statistics.median(loss / (before + loss + after) for before, loss, after in values),
+        }
+        for name, values in taken.items()
+    ]
+
+
+def _now(case: Case) -> float:
+    synchronize(case.device)
+    return time.perf_counter()
 
 
 def measure_memory(case: Case, pairs: list[tuple[str, str]]) -> list[Row]:

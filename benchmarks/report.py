@@ -13,7 +13,7 @@ from rich.table import Table
 from alignloss.measure import environment
 
 from .cases import Case
-from .measure import BARE
+from .measure import BARE, WHOLE_STEP
 from .providers import MODES
 
 MIB = 1 << 20
@@ -22,6 +22,8 @@ COLUMNS = {
     "forward_seconds": ("forward\nms", ",.2f", 1e3),
     "backward_seconds": ("backward\nms", ",.2f", 1e3),
     "seconds": ("both\nms", ",.2f", 1e3),
+    "loss_seconds": ("loss layer\nms", ",.2f", 1e3),
+    "loss_share": ("loss layer\nshare", ".1%", 1),
     "of_alignloss": ("of\nalignloss", ".2f", 1),
     "tflops": ("TFLOP/s", ".3g", 1),
     "of_bare_gemms": ("of bare\nGEMMs", ".2f", 1),
@@ -41,7 +43,7 @@ def table(case: Case, rows: list[dict[str, Any]]) -> Table:
     result.add_column("provider", no_wrap=True)
     for header, _, _ in columns.values():
         result.add_column(header, justify="right", no_wrap=True)
-    for mode in MODES:
+    for mode in (*MODES, WHOLE_STEP):
         chosen = [row for row in rows if row["mode"] == mode]
         for i, row in enumerate(chosen):
             cells = [

@@ -47,6 +47,22 @@ def test_the_workspace_is_a_bound_in_one_pass(workspace, dtype):
     assert peak - 2 * hidden.nbytes - weight.nbytes <= workspace + 16 * MIB
 
 
+def test_a_bf16_head_has_no_fp32_gradient():
+    V, H = 65536, 512
+    hidden = torch.randn(256, H).bfloat16().requires_grad_()
+    weight = (torch.randn(V, H) * H**-0.5).bfloat16().requires_grad_()
+    labels = torch.randint(0, V, (256,))
+    fp32_head = 4 * V * H
+    for workspace in (16 * MIB, 64 * MIB):
+
+        def step(workspace=workspace):
+            alignloss.linear_logprob(hidden, weight, labels, workspace_bytes=workspace).sum().backward()
+
+        hidden.grad = weight.grad = None
+        peak = peak_bytes(step) - hidden.nbytes - weight.nbytes
+        assert peak < fp32_head / 1.9
+
+
 def test_the_workspace_is_a_bound_with_softcap_and_entropy():
     hidden = torch.randn(2048, H, requires_grad=True)
     weight = torch.randn(V, H, requires_grad=True)
