@@ -36,11 +36,15 @@ test: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+BENCH := $(BIN)/python -m benchmarks run
+FEW := --rounds 3 --modes "frozen head" "DPO step" --providers alignloss "full logits" TRL
 bench: $(VENV)/bench
-	$(BIN)/python -m benchmarks run --rounds 5 --name cpu-float32-1024x32768
-	$(BIN)/python -m benchmarks run --shapes smollm2-135m --tokens 512 1024 2048 --masked 0.5 --rounds 3 --name cpu-float32-smollm2-135m
-	$(BIN)/python -m benchmarks run --shapes smollm2-135m --tokens 4096 --measure memory --name cpu-float32-smollm2-135m-4096
-	$(BIN)/python -m benchmarks run --shapes 512x8192 --tokens 512 --dtype bfloat16 --rounds 3 --providers alignloss "full logits" --name cpu-bfloat16-512x8192
+	$(BENCH) --rounds 5 --measure time error --name cpu-float32-1024x32768
+	$(BENCH) --shapes smollm2-135m --measure memory --name cpu-float32-smollm2-135m-memory
+	$(BENCH) --shapes smollm2-135m --tokens 1024 --masked 0.5 --measure step $(FEW) --name cpu-float32-smollm2-135m-step
+	$(BENCH) --shapes 256x8192 --tokens 512 1024 2048 --masked 0.5 --measure time memory $(FEW) --name cpu-float32-tokens
+	$(BENCH) --shapes 256x8192 --vocabulary 4096 16384 65536 --tokens 1024 --masked 0.5 --measure time memory $(FEW) \
+		--name cpu-float32-vocabulary
 
 clean:
 	rm -rf $(VENV) build *.egg-info
