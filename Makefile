@@ -43,7 +43,7 @@ bench: $(VENV)/bench
 	$(BENCH) --shapes smollm2-135m --measure memory --name cpu-float32-smollm2-135m-memory
 	$(BENCH) --shapes smollm2-135m --tokens 1024 --masked 0.5 --measure step $(FEW) --name cpu-float32-smollm2-135m-step
 	$(BENCH) --shapes 256x8192 --tokens 512 1024 2048 --masked 0.5 --measure time memory $(FEW) --name cpu-float32-tokens
-	$(BENCH) --shapes 256x8192 --vocabulary 4096 16384 65536 --tokens 1024 --masked 0.5 --measure time memory $(FEW) \
+	$(BENCH) --shapes 256x8192 --vocabulary 4096 16384 32768 --tokens 1024 --masked 0.5 --measure time memory $(FEW) \
 		--name cpu-float32-vocabulary
 
 clean:

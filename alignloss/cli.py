@@ -72,7 +72,7 @@ def main() -> None:
 def _need(extra: str, *packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"alignloss: {', '.join(missing)} missing; in the project's folder: pip install '.[{extra}]'")
+        sys.exit(f"alignloss: this needs {', '.join(missing)}; in the project's folder: pip install '.[{extra}]'")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
     packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     (packages / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     done = subprocess.run(
-        ["bash", str(source / "benchmarks" / "gpu.sh"), str(out), "--toy"],
+        ["bash", str(source / "benchmarks" / "gpu.sh"), str(out), "--toy", "--parts", "install tests time memory"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHON": str(tmp_path / "venv" / "bin" / "python")},
@@ -96,7 +96,8 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
     assert "== everything finished" in done.stdout
     assert {path.name for path in out.iterdir()} == {
         "log.txt",
-        *(f"toy-{part}.json" for part in ("time", "masks", "small", "memory")),
+        "toy-time.json",
+        "toy-memory.json",
     }
     assert list(packages.glob("*alignloss*"))
     usage = subprocess.run(["bash", str(source / "benchmarks" / "gpu.sh")], capture_output=True, text=True)

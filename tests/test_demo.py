@@ -223,9 +223,15 @@ def test_cli_refuses_an_unknown_model(tmp_path: Path) -> None:
     assert refused.stderr == "alignloss: --model must be one of smollm2, tiny, got 'huge'\n"
 
 
-def test_cli_names_the_extra_when_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("package", "extra"), [("rich", "cli"), ("gguf", "demo")])
+def test_cli_names_the_extra_when_a_package_is_missing(
+    monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
     from alignloss import cli
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else object())
-    with pytest.raises(SystemExit, match=re.escape("needs rich; in the project's folder: pip install '.[demo]'")):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    monkeypatch.setattr(sys, "argv", ["alignloss", "demo"])
+    message = f"needs {package}; in the project's folder: pip install '.[{extra}]'"
+    with pytest.raises(SystemExit, match=re.escape(message)):
         cli.main()
