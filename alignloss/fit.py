@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .planning import Plan, default_workspace, plan
+from .planning import Plan, plan
 
 __all__ = ["MODELS", "Estimate", "Model", "estimate", "most_tokens", "read_model"]
 
@@ -231,7 +231,7 @@ def estimate(
         weight_dtype=torch.float32 if residual == 4 else None,
         device="cuda",
         device_memory=gpu_memory,
-        workspace_bytes=workspace_bytes or default_workspace("cuda", gpu_memory),
+        workspace_bytes=workspace_bytes,
     )
     head = 0 if lora else model.vocabulary * model.hidden_size * wide
     dhidden = tokens * model.hidden_size * residual

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import losses, ops
+from . import backends, losses, ops
 from .logprob import (
     PROJECTION_OPTIONS,
     check_like,
@@ -86,8 +86,7 @@ class _HeadLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(ignore_index, logit_scale, softcap, temperature, workspace_bytes)
-        if backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+        backends.check_name(backend)
         self.ignore_index, self.validate = ignore_index, validate
         self.head_options: dict[str, Any] = {
             "ignore_index": ignore_index,

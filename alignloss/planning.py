@@ -223,7 +223,6 @@ class Plan(NamedTuple):
     full_logits_bytes: int  # what full logits of every position hold at their peak, above gradients
 
     def __str__(self) -> str:
-        unit = f"{self.flops / self.gemms / 1e12:.3g} TFLOP" if self.gemms else "0 FLOP"
         runs = {
             1: "nothing trains",
             2: "the hidden states train, the derivative is finished in the forward",
@@ -234,14 +233,14 @@ class Plan(NamedTuple):
             runs += f"; {self.recomputed_tokens:,} tokens of pairs too long for it are recomputed"
         lines = [
             f"regime {self.regime}: {runs}",
-            f"work             {self.gemms:.3g} GEMMs of {unit}",
+            f"work             {self.gemms:.3g} GEMMs of {self.flops / self.gemms / 1e12:.3g} TFLOP",
             f"workspace        {_mib(self.workspace_bytes)}, of a budget of {_mib(self.budget_bytes)}",
             f"saved            {_mib(self.saved_bytes)} from forward to backward",
             f"gradients        {_mib(self.gradient_bytes)}",
             f"peak             {_mib(self.peak_bytes)} beside the inputs",
             f"full logits      {_mib(self.full_logits_bytes)}, above gradients",
         ]
-        if self.one_pass_bytes is not None and self.regime in (3, 4):
+        if self.one_pass_bytes is not None:
             lines.append(f"one pass needs   workspace_bytes >= {self.one_pass_bytes:,} ({_mib(self.one_pass_bytes)})")
         return "\n".join(lines)
 
@@ -302,8 +301,7 @@ def plan(
         raise ValueError(f"positions counts labelled and other tokens, so at least tokens={tokens}; got {positions}")
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes must be a positive number, got {workspace_bytes}")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    backends.check_name(backend)
     for name, kind_of in (("dtype", dtype), ("weight_dtype", weight_dtype)):
         if kind_of not in (*_DTYPES, None):
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {kind_of}")

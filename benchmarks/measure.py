@@ -16,7 +16,7 @@ from torch import Tensor
 import alignloss
 from alignloss.fit import MODELS
 from alignloss.measure import peak_bytes
-from alignloss.planning import Footprint, Plan, default_workspace, total_memory
+from alignloss.planning import Footprint, Plan
 
 from .cases import SEQUENCES, Case, Inputs, make_inputs
 from .providers import GEMMS, MODES, PROVIDERS, Provider, backward, dpo_of, forward, logps_of_logits, require, step
@@ -78,15 +78,14 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     )
     hidden = inputs.hidden.detach().flatten(0, 1)[: case.labelled].to(head.gemm_dtype)
     weight = inputs.weight.detach().to(head.gemm_dtype)
-    budget = default_workspace(case.device, total_memory(inputs.weight.device))
     passes = [(1, expected.gemms > 1, False)]  # logits, U, dweight
-    tiles = [head.forward(case.labelled, 0, int(expected.gemms > 1), budget)[:2]]
+    tiles = [head.forward(case.labelled, 0, int(expected.gemms > 1), expected.budget_bytes)[:2]]
     if expected.regime == 3:
         rows = -(-case.labelled // expected.groups)
         passes, tiles = [(1, True, True)], [(rows, head.held_columns(rows))]
     elif expected.regime == 4:
         passes.append((1, False, True))
-        tiles.append(head.backward(case.labelled, False, dtype == head.accum_dtype, budget)[:2])
+        tiles.append(head.backward(case.labelled, False, dtype == head.accum_dtype, expected.budget_bytes)[:2])
     tile = weight.new_empty(max(rows * columns for rows, columns in tiles))
     u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
     dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)

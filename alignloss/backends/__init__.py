@@ -63,12 +63,16 @@ def get(name: str) -> ModuleType:
     return _triton
 
 
+def check_name(name: str) -> None:
+    if name not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {name!r}")
+
+
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Turn the public `backend` argument into "torch" or "triton" for this device and compute dtype."""
+    check_name(name)
     if name == "torch":
         return name
-    if name not in ("auto", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {name!r}")
     if name == "auto" and device.type == "cpu":
         return "torch"
     problem = _triton_problem(device, dtype)
