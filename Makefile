@@ -1,6 +1,6 @@
 # make demo    train a real small model through alignloss and through full logits, and compare
 # make test    lint, types and the whole test suite
-# make bench   measure time, memory and error beside full logits and every peer (about half an hour on 2 cores)
+# make bench   measure time, memory and error beside full logits and every peer (about an hour on 2 cores)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,12 +39,17 @@ test: $(VENV)/dev
 BENCH := $(BIN)/python -m benchmarks run
 FEW := --rounds 3 --modes "frozen head" "DPO step" --providers alignloss "full logits" TRL
 bench: $(VENV)/bench
-	$(BENCH) --rounds 5 --measure time error --name cpu-float32-1024x32768
+	$(BENCH) --measure time error --name cpu-float32-1024x32768
 	$(BENCH) --shapes smollm2-135m --measure memory --name cpu-float32-smollm2-135m-memory
 	$(BENCH) --shapes smollm2-135m --tokens 1024 --masked 0.5 --measure step $(FEW) --name cpu-float32-smollm2-135m-step
+	$(BENCH) --shapes smollm2-135m --tokens 1024 --masked 0 0.5 0.9 --measure time $(FEW) --name cpu-float32-masks
+	$(BENCH) --shapes qwen2.5-0.5b llama-3.2-1b gemma-2-2b llama-3-8b --tokens 256 --measure time memory $(FEW) \
+		--name cpu-float32-models
 	$(BENCH) --shapes 256x8192 --tokens 512 1024 2048 --masked 0.5 --measure time memory $(FEW) --name cpu-float32-tokens
 	$(BENCH) --shapes 256x8192 --vocabulary 4096 16384 32768 --tokens 1024 --masked 0.5 --measure time memory $(FEW) \
 		--name cpu-float32-vocabulary
+	$(BENCH) --shapes 128x32768 --tokens 1024 --dtype bfloat16 --rounds 3 --modes "trainable head" "DPO step" \
+		--providers alignloss "full logits" "cross entropy" --name cpu-bfloat16-128x32768
 
 clean:
 	rm -rf $(VENV) build *.egg-info

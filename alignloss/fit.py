@@ -24,7 +24,17 @@ from .planning import Plan, plan
 __all__ = ["MODELS", "Estimate", "Model", "estimate", "most_tokens", "read_model"]
 
 MODELS: dict[str, dict[str, Any]] = json.loads(files("alignloss").joinpath("data/models.json").read_text("utf-8"))
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+# what a config.json may leave out, of the families that are estimated
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma2": {
+        "num_key_value_heads": 4, "head_dim": 256, "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIMIZER_STATES = {"adamw": 2, "adamw8bit": 2, "sgd": 0}
 
 
@@ -106,36 +116,49 @@ def read_model(name: str) -> Model:
         config = MODELS[name.lower()]
     elif path.is_file():
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            config = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     else:
         raise ValueError(f"{name!r} is neither a config.json nor one of {', '.join(MODELS)}")
-    config = config.get("text_config", config) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{name} is not the configuration of a model: it holds a {type(config).__name__}")
+    if isinstance(config.get("text_config"), dict):
+        tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+        config = config["text_config"] | tied
     family = config.get("model_type")
     if family not in _FAMILIES:
-        raise ValueError(f"the model type {family!r} is not estimated; those are: {', '.join(_FAMILIES)}")
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if not isinstance(config.get(key), int)]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}")
-    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
-    bias = bool(config.get("attention_bias", False))
+        raise ValueError(f"{name}: the model type {family!r} is not estimated; those are: {', '.join(_FAMILIES)}")
+    config = _FAMILIES[family] | config
+    hidden_size, intermediate_size, layers, heads, vocabulary = (_size(name, config, key) for key in _SIZES)
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{name}: tie_word_embeddings must be true or false, got {tied!r}")
+    bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3", "gemma2")
     return Model(
         family,
         hidden_size,
-        config["intermediate_size"],
-        config["num_hidden_layers"],
+        intermediate_size,
+        layers,
         heads,
-        config.get("num_key_value_heads") or heads,
-        config.get("head_dim") or hidden_size // heads,
-        config["vocab_size"],
-        bool(config.get("tie_word_embeddings", family == "gemma2")),
+        _size(name, config, "num_key_value_heads", heads),
+        _size(name, config, "head_dim", max(hidden_size // heads, 1)),
+        vocabulary,
+        tied,
         bias or family == "qwen2",
         bias,
-        bool(config.get("mlp_bias", False)),
+        bool(config.get("mlp_bias", False)) and family == "llama",
         config.get("final_logit_softcapping"),
     )
+
+
+def _size(name: str, config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+    return value
 
 
 class Estimate(NamedTuple):
@@ -248,10 +271,11 @@ def estimate(
 
 
 def most_tokens(model: Model, memory: int, full_logits: bool, length: int, **options: Any) -> int:
-    """The most positions, in multiples of a sequence, whose step fits `memory` bytes; 0 if none does."""
+    """The most positions, in whole pairs (sequences, if not `paired`), whose step fits `memory` bytes; 0 for none."""
+    unit = length * (2 if options.get("paired", True) else 1)
 
-    def fits(sequences: int) -> bool:
-        return estimate(model, sequences * length, length=length, **options).total(full_logits) <= memory
+    def fits(units: int) -> bool:
+        return estimate(model, units * unit, length=length, **options).total(full_logits) <= memory
 
     high = 1
     while fits(high):
@@ -260,4 +284,4 @@ def most_tokens(model: Model, memory: int, full_logits: bool, length: int, **opt
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * length
+    return low * unit

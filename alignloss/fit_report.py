@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .fit import Estimate, Model, estimate, most_tokens, read_model
+from .planning import check_number
 
 __all__ = ["report"]
 
@@ -17,6 +18,8 @@ HEADERS = ("weights", "grads", "optim.", "activ.", "loss", "total", "fits", "mos
 
 def report(name: str, tokens: int, *, gpu_memory: float, reserve: float, **options: Any) -> None:
     """Print the table of a model; memory in GiB, other options as in `estimate`."""
+    check_number("gpu_memory", gpu_memory, positive=True)
+    check_number("reserve", reserve)
     model = read_model(name)
     memory = round(gpu_memory * GIB)
     options |= {"gpu_memory": memory}
@@ -38,6 +41,8 @@ def report(name: str, tokens: int, *, gpu_memory: float, reserve: float, **optio
         table.add_row(train, "alignloss\nfull logits", *_cells(step, room), "\n".join(f"{n:,}" for n in most))
         plans["LoRA" if lora else "full"] = _loss_line(step)
     console = Console()
+    # in a narrow terminal lines wrap, where numbers would be cut
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
     console.print(table)
     for train, line in plans.items():
         console.print(f"Loss layer, {train}: {line}", highlight=False)
@@ -70,8 +75,8 @@ def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
     return (
         f"{model.parameters / 1e6:,.0f}M parameters; {options['precision']}, {options['optimizer']}, LoRA rank "
         f"{options['rank']} on every linear layer but the head; reference: {reference}. Sequences of "
-        f"{options['length']:,}, {options['labelled']:.0%} labelled, padded, fused attention. Fits: total <= memory - "
-        f"{reserve:g} GiB. With checkpoints the backward recomputes a layer, which counts where it exceeds the loss. "
-        "Gradients count as held from the micro-batch before. An estimate: the loss layer is checked against "
+        f"{options['length']:,} in pairs, {options['labelled']:.0%} labelled, padded, fused attention. Fits: total <= "
+        f"memory - {reserve:g} GiB. With checkpoints the backward recomputes a layer, which counts where it exceeds "
+        "the loss. Gradients count as held from the micro-batch before. An estimate: the loss layer is checked against "
         "measurement, activations against what autograd saves in transformers."
     )

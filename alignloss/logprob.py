@@ -4,9 +4,8 @@ Notation: N labelled tokens, H hidden size, V vocabulary, M positions, S sequenc
 """
 
 import inspect
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, ops
-from .planning import Footprint, accumulation_dtype, default_workspace, total_memory
+from .planning import DTYPES, Footprint, accumulation_dtype, check_number, default_workspace, total_memory
 
 __all__ = [
     "LogprobStats",
@@ -415,17 +414,14 @@ def check_options(
         ("temperature", temperature, True),
         ("workspace_bytes", workspace_bytes, True),
     ):
-        if number is None:
-            continue
-        if not isinstance(number, Real) or not math.isfinite(number) or (positive and number <= 0):
-            kind = "a positive number" if positive else "a finite number"
-            raise ValueError(f"{name} must be {kind}, got {number!r}")
+        if number is not None:
+            check_number(name, number, positive)
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, value in tensors.items():
-        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if value.dtype not in DTYPES:
             raise ValueError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}; dequantise the head first"
             )

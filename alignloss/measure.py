@@ -67,12 +67,24 @@ def _device_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that holds this file, marked when it has changes; None outside a checkout."""
+    """The commit of the checkout that holds this file, marked if it has changes beside results; None outside one."""
     here = Path(__file__).resolve()
     git = ["git", "-C", str(here.parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+        changed = [
+            *git,
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ":/",
+            ":(top,exclude)benchmarks/results",
+        ]
+        head, changes = (
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+            for command in ([*git, "rev-parse", "--short=12", "HEAD"], changed)
+        )
+        return head + "-dirty" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None

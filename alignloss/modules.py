@@ -4,7 +4,6 @@ loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from .logprob import (
     validates,
 )
 from .onepass import Batch, NeedsGraph, Results, train_in_one_pass
+from .planning import check_number
 
 __all__ = [
     "CPOLoss",
@@ -160,7 +160,7 @@ class PreferenceLoss(_HeadLoss):
         data = sorted(set(options) & set(self.data))
         hint = f". {data} are positional, so data of the call: put them after * to make them options" if data else ""
         _check_keywords(f"{self.fn_name} takes the options", known, options, hint)
-        _check_number("nll_weight", nll_weight)
+        check_number("nll_weight", nll_weight)
         if nll_weight and not self.paired:
             raise ValueError(
                 f"nll_weight adds the NLL of chosen sequences and {self.fn_name} is unpaired; use SFTLoss beside it"
@@ -363,9 +363,16 @@ class PreferenceLoss(_HeadLoss):
                 arguments.append(extra.get(name, self.defaults.get(name)))
         results = self.fn(*arguments, **self.options)
         expected = 3 if self.paired else 2
-        if not isinstance(results, tuple) or [getattr(r, "shape", None) for r in results] != [(count,)] * expected:
-            got = [tuple(getattr(r, "shape", "?")) for r in results] if isinstance(results, tuple) else results
-            raise ValueError(f"{self.fn_name} must return a tuple of {expected} tensors of shape ({count},), got {got}")
+        got: Any = type(results).__name__
+        if isinstance(results, tuple):
+            got = [
+                tuple(r.shape) if isinstance(r, Tensor) and r.is_floating_point() else getattr(r, "dtype", type(r))
+                for r in results
+            ]
+        if got != [(count,)] * expected:
+            raise ValueError(
+                f"{self.fn_name} must return a tuple of {expected} float tensors of shape ({count},), got {got}"
+            )
         return results
 
     def _fused_name(self) -> str | None:
@@ -435,14 +442,14 @@ def _divisor(name: str, value: Any, device: torch.device) -> float | Tensor | No
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        _check_number(name, value, positive=True)
+        check_number(name, value, positive=True)
         return float(value)
     if value.dim() or value.device != device:
         raise ValueError(
             f"{name} must be a number or a 0-d tensor on {device}; got shape {tuple(value.shape)} on {value.device}"
         )
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_number(name, value.item(), positive=True)
+        check_number(name, value.item(), positive=True)
     return value.detach()
 
 
@@ -560,14 +567,9 @@ class SFTLoss(_HeadLoss):
         return Results(loss, -sums, sums, torch.zeros_like(sums), loss)
 
 
-def _check_number(name: str, value: Any, positive: bool = False) -> None:
-    if not isinstance(value, Real) or not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name} must be a {'positive' if positive else 'finite'} number, got {value!r}")
-
-
 def _check_range(**options: float) -> None:
     for name, value in options.items():
-        _check_number(name, value)
+        check_number(name, value)
         low, high = (0.0, 0.5) if name == "label_smoothing" else (0.0, float("inf"))
         if not (low <= value < high) or (name == "beta" and value == 0):
             interval = "(0, inf)" if name == "beta" else f"[{low}, {high})"

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, ops
 from .backends import STATE_ROWS
@@ -102,7 +101,7 @@ def train_in_one_pass(
         return None
     if rows <= projection.footprint.capacity(several=False, workspace_bytes=projection.workspace_bytes):
         found: list[Results] = []
-        loss = _one_pass(projection, [index], [_share(evaluate, batch, None, found)])
+        loss = _one_pass(projection, [index], [_share(evaluate, batch, None, found)], groups=1)
         return found[0]._replace(loss=loss)
     return _in_groups(projection, batch, evaluate)
 
@@ -174,11 +173,7 @@ def _in_groups(projection: Projection, batch: Batch, evaluate: Callable[[Tensor,
         numbers.append(chosen)
         indices.append(torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]))
         shares.append(_share(evaluate, batch.select(units, chosen, parts), parts, found))
-    loss = _one_pass(projection, indices[: len(groups)], shares[: len(groups)])
-    if rest:
-        scored = projection._replace(token_index=indices[-1], validate=False).score()[0]
-        loss = loss + shares[-1](scored)
-    return _merged(loss, found, numbers)
+    return _merged(_one_pass(projection, indices, shares, len(groups)), found, numbers)
 
 
 def _merged(loss: Tensor, found: list[Results], numbers: list[list[int]]) -> Results:
@@ -196,6 +191,7 @@ def _one_pass(
     projection: Projection,
     indices: Sequence[Tensor | None],  # scored positions of each group; None: every position
     shares: Sequence[Callable[[Tensor], Tensor]],  # of each group, its share of the loss from log-probabilities (M,)
+    groups: int,  # whose tiles are held; those of what is left are recomputed
 ) -> Tensor:
     """The sum of the groups' shares, 0-d, differentiable with respect to hidden, weight and bias."""
     if projection.validate:
@@ -206,7 +202,7 @@ def _one_pass(
             len(projection.weight),
         )
     tensors = (projection.hidden, projection.weight, projection.bias)
-    return _OnePass.apply(*tensors, projection, indices, shares)
+    return _OnePass.apply(*tensors, projection, indices, shares, groups)
 
 
 class _OnePass(torch.autograd.Function):
@@ -219,6 +215,7 @@ class _OnePass(torch.autograd.Function):
         projection: Projection,
         indices: Sequence[Tensor | None],
         shares: Sequence[Callable[[Tensor], Tensor]],
+        groups: int,
     ) -> Tensor:
         projection = projection._replace(hidden=hidden, weight=weight, bias=bias)
         ctx.needs = ctx.needs_input_grad[1:3]
@@ -233,22 +230,31 @@ class _OnePass(torch.autograd.Function):
             losses.append(share.detach())
             return slopes[-1]
 
-        gradient, state, dlogp = _pass(projection, indices, ctx.needs, differentiate)
+        gradient, state, dlogp = _pass(projection, indices, groups, ctx.needs, differentiate)
         dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
         ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
         # without its tensors, which autograd has to guard
         ctx.options = projection[4:]
-        ctx.gradient = gradient
+        ctx.gradient, ctx.groups = gradient, groups
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _OnePass.gradients(ctx, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            anchor = torch.ones((), device=upstream.device, requires_grad=True)
+            gradients = _OnlyFirstDerivatives.apply(anchor, *gradients)
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """dhidden, dweight and dbias."""
         hidden, weight, bias, labels, state, dlogp, dlogps, *indices = ctx.saved_tensors
         projection = Projection(hidden, weight, bias, labels, *ctx.options)
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            gradient, *_ = _pass(projection, indices, ctx.needs, lambda i, logps: dlogps)
+            gradient, *_ = _pass(projection, indices, ctx.groups, ctx.needs, lambda i, logps: dlogps)
         upstream = upstream.to(dlogps.dtype)
         index = None if indices[0] is None else torch.cat(indices)
         dhidden, *_ = ops.linear_logprob_bwd(
@@ -258,12 +264,23 @@ class _OnePass(torch.autograd.Function):
         )  # fmt: skip
         with ops.device_guard(labels):
             dweight, dbias = gradient.times(upstream)
-        return dhidden, dweight, None if dbias is None or bias is None else dbias.to(bias.dtype), None, None, None
+        return dhidden, dweight, None if dbias is None or bias is None else dbias.to(bias.dtype)
+
+
+class _OnlyFirstDerivatives(torch.autograd.Function):
+    """Gradients that raise an error where they would be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+
+    backward = staticmethod(ops.no_double_backward)
 
 
 def _pass(
     projection: Projection,
     indices: Sequence[Tensor | None],
+    groups: int,  # the first ones, whose tiles are held
     needs: tuple[bool, bool],  # dweight, dbias
     differentiate: Callable[[int, Tensor], Tensor],  # group, log-probabilities (M,) -> their gradient (M,)
 ) -> tuple[ops.HeadGradient, Tensor, Tensor]:
@@ -275,15 +292,22 @@ def _pass(
         new, rows = problems[0].empty, sum(problem.rows for problem in problems)
         state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)
         gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=len(problems) > 1)
-        largest = max(problem.rows for problem in problems)
+        largest = max(problem.rows for problem in problems[:groups])
         tiles = new(largest * len(weight), dtype=problems[0].gemm_dtype)
+        left = projection.workspace_bytes - problems[0].footprint.accumulator_bytes(several=len(problems) > 1)
         start = 0
         for i, problem in enumerate(problems):
             part = slice(start, start := start + problem.rows)
-            held, logps = ops.Held(problem, tiles), new(labels.numel())
+            logps = new(labels.numel())
             if indices[i] is not None:
                 logps.zero_()
             outputs = [logps, *[None] * len(backends.STATS)]
-            ops.walk_forward(problem, state[:, part], outputs, 0, dlogp[part], None, projection.workspace_bytes, held)
-            gradient.add(problem, held, state[:, part], differentiate(i, logps))
+            if i < groups:
+                held = ops.Held(problem, tiles)
+                ops.walk_forward(problem, state[:, part], outputs, 0, dlogp[part], None, left, held)
+                gradient.add_held(problem, held, state[:, part], differentiate(i, logps))
+            else:
+                del held, tiles
+                ops.walk_forward(problem, state[:, part], outputs, 0, dlogp[part], None, left)
+                gradient.add_recomputed(problem, state[:, part], differentiate(i, logps), left)
     return gradient, state, dlogp

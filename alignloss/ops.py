@@ -29,6 +29,7 @@ __all__ = [
     "Problem",
     "linear_logprob_bwd",
     "linear_logprob_fwd",
+    "no_double_backward",
     "preference",
     "preference_backward",
     "sequence_offsets",
@@ -266,7 +267,7 @@ class Held:
 
 
 class HeadGradient:
-    """dweight and dbias of a loss with upstream gradient 1, added up over groups of rows whose tiles are held."""
+    """dweight and dbias of a loss with upstream gradient 1, added up over groups of rows."""
 
     def __init__(self, weight: Tensor, need_dweight: bool, need_dbias: bool, problem: Problem, several: bool) -> None:
         accum = problem.accum_dtype
@@ -278,15 +279,14 @@ class HeadGradient:
         self.unit: Tensor | None = None
         self.begun = 0
 
-    def add(self, problem: Problem, held: Held, state: Tensor, dlogps: Tensor) -> None:
+    def add_held(self, problem: Problem, held: Held, state: Tensor, dlogps: Tensor) -> None:
         """Add the part of a group, overwriting its tiles by the gradient of their logits."""
-        primitives, empty = problem.primitives, problem.empty(0)
-        everything = slice(0, problem.rows)
-        weighed = _Rows(problem, state, dlogps, None, empty, empty, empty)
+        primitives = problem.primitives
+        weighed = _Rows(problem, state, dlogps)
         if torch.float16 in (problem.gemm_dtype, self.dweight.dtype):
             self.unit = weighed.find_unit()
         scaled = problem.empty(problem.rows, problem.width, dtype=problem.gemm_dtype)
-        weighed.weigh(everything, problem.row_buffer(problem.rows), scaled)
+        weighed.weigh(slice(0, problem.rows), problem.row_buffer(problem.rows), scaled)
         narrow = self.dweight.dim() == 2 and self.dweight.dtype != problem.accum_dtype
         partial = problem.empty(held.columns, problem.width) if narrow else None
         for first in range(0, problem.vocabulary, held.columns):
@@ -302,6 +302,11 @@ class HeadGradient:
             if self.dbias.numel():
                 db = self.dbias[None, first:last]
                 _addmm(db, weighed.coefficient[None].to(dz.dtype), dz, db, beta=self.begun)
+        self.begun = 1
+
+    def add_recomputed(self, problem: Problem, state: Tensor, dlogps: Tensor, workspace_bytes: int) -> None:
+        """Add the part of rows whose tiles are not held, after groups whose tiles were: in the accumulation dtype."""
+        _walk_backward(problem, _Rows(problem, state, dlogps), self.dweight, self.dbias, self.begun, workspace_bytes)
         self.begun = 1
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -351,9 +356,10 @@ def linear_logprob_bwd(
             new = dlogp.new_empty if problem.tokens.token_index is None else dlogp.new_zeros
             dhidden = new((len(labels), dlogp.shape[1]), dtype=hidden_dtype)
         rows = _Rows(problem, state, dlogps, dentropies, dlogp, dentropy, dhidden)
-        dweight, dbias = state.new_empty(0), state.new_empty(0)
+        dweight = state.new_empty(0) if weight is None or not need_dweight else torch.empty_like(weight)
+        dbias = problem.empty(problem.vocabulary if need_dbias else 0)
         if need_dweight or need_dbias:
-            dweight, dbias = _walk_backward(problem, rows, need_dweight, need_dbias, workspace_bytes)
+            _walk_backward(problem, rows, dweight, dbias, 0, workspace_bytes)
         else:
             rows.weigh(slice(0, problem.rows))
         return dhidden, dweight, dbias
@@ -367,19 +373,20 @@ class _Rows:
         problem: Problem,
         state: Tensor,  # (7, N or more)
         dlogps: Tensor,  # (M,)
-        dentropies: Tensor | None,  # (M,)
-        dlogp: Tensor,  # (N or more, H) or empty
-        dentropy: Tensor,  # (N or more, H) or empty
-        dhidden: Tensor,  # (M, H) or empty
+        dentropies: Tensor | None = None,  # (M,)
+        dlogp: Tensor | None = None,  # (N or more, H) or empty
+        dentropy: Tensor | None = None,  # (N or more, H) or empty
+        dhidden: Tensor | None = None,  # (M, H) or empty
     ) -> None:
         self.problem, self.state, self.primitives = problem, state, problem.primitives
-        self.dlogps, self.dentropies, self.dlogp, self.dentropy, self.dhidden = (
-            dlogps, dentropies, dlogp, dentropy, dhidden,
-        )  # fmt: skip
+        self.dlogps, self.dentropies = dlogps, dentropies
+        self.dlogp, self.dentropy, self.dhidden = (
+            None if t is None or t.dim() < 2 else t for t in (dlogp, dentropy, dhidden)
+        )
         self.coefficient = problem.empty(problem.rows)
         self.mix = None if dentropies is None else problem.empty(3, problem.rows)
         self.unit: Tensor | None = None
-        self.filled = 0 if dhidden.dim() == 2 else problem.rows
+        self.filled = problem.rows if self.dhidden is None else 0
 
     def find_unit(self) -> Tensor:
         """A power of two to go round a GEMM in fp16, whose range the coefficients of a scaled loss may leave."""
@@ -404,8 +411,8 @@ class _Rows:
             self.coefficient[part],
             None if self.mix is None else self.mix[:, part],
             self.unit,
-            self.dlogp[part] if fill else None,
-            self.dentropy[part] if fill and self.dentropy.dim() == 2 else None,
+            self.dlogp[part] if fill and self.dlogp is not None else None,
+            self.dentropy[part] if fill and self.dentropy is not None else None,
             self.dhidden if fill else None,
             rows,
             scaled,
@@ -413,19 +420,27 @@ class _Rows:
 
 
 def _walk_backward(
-    problem: Problem, weighed: _Rows, need_dweight: bool, need_dbias: bool, workspace_bytes: int
-) -> tuple[Tensor, Tensor]:
-    primitives, transform, weight = weighed.primitives, problem.transform, problem.weight
-    dweight = torch.empty_like(weight) if need_dweight else problem.empty(0)
-    dbias = problem.empty(problem.vocabulary) if need_dbias else problem.empty(0)
+    problem: Problem,
+    weighed: _Rows,
+    dweight: Tensor,  # (V, H), of the weight's dtype or of the accumulation, or empty (0,)
+    dbias: Tensor,  # (V,) or empty
+    begun: int,  # 0: they are filled; 1: they are added to, in the accumulation dtype
+    workspace_bytes: int,
+) -> None:
+    primitives, transform = weighed.primitives, problem.transform
+    need_dweight, need_dbias = dweight.dim() == 2, dbias.numel() > 0
     if problem.rows == 0:
-        return dweight.zero_(), dbias.zero_()
+        if not begun:
+            dweight.zero_()
+            dbias.zero_()
+        return
 
     if problem.gemm_dtype == torch.float16:
         weighed.find_unit()
 
     tiles = problem.footprint.dlogits_tiles(weighed.mix is not None)
     direct = dweight.dtype == problem.accum_dtype and dweight.is_contiguous()
+    assert not begun or (direct and weighed.unit is None)
     block, columns, _ = problem.footprint.backward(
         problem.rows, weighed.mix is not None, direct or not need_dweight, workspace_bytes
     )
@@ -440,7 +455,7 @@ def _walk_backward(
         dw = dweight[first:last] if partial is None else partial[: last - first]
         for start in range(0, problem.rows, block):
             part = slice(start, min(start + block, problem.rows))
-            count, begun = part.stop - start, int(start > 0)
+            count, beta = part.stop - start, int(start > 0) or begun
             copy = None if row_buffer is None else row_buffer[:count]
             rows, scaled = problem.hidden[part] if copy is None else copy, scaled_buffer[:count]
             if first == 0 or block < problem.rows:
@@ -457,16 +472,17 @@ def _walk_backward(
                 problem.gemm_dtype,
             )
             if need_dweight:
-                _addmm(dw, dz.T, scaled, dw, beta=begun)
+                _addmm(dw, dz.T, scaled, dw, beta=beta)
             if need_dbias:
                 coefficient = weighed.coefficient[None, part].to(problem.gemm_dtype)
                 db = dbias[None, first:last]
-                _addmm(db, coefficient, dz, db, beta=begun)
+                _addmm(db, coefficient, dz, db, beta=beta)
+        if weighed.unit is not None and need_dweight:
+            dw.mul_(weighed.unit)
         if partial is not None:
-            dweight[first:last] = (
-                partial[: last - first] if weighed.unit is None else partial[: last - first] * weighed.unit
-            )
-    return dweight, dbias if weighed.unit is None else dbias * weighed.unit
+            dweight[first:last] = dw
+    if weighed.unit is not None:
+        dbias.mul_(weighed.unit)
 
 
 @linear_logprob_fwd.register_fake
@@ -532,7 +548,7 @@ def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-
     )
 
 
-def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+def no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     raise RuntimeError(
         "alignloss does not support double backward: its gradients have no gradient of their own. "
         "Call backward() without create_graph=True, or use full logits for second derivatives."
@@ -540,7 +556,7 @@ def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
 
 
 linear_logprob_fwd.register_autograd(_backward, setup_context=_setup_context)
-linear_logprob_bwd.register_autograd(_no_double_backward)
+linear_logprob_bwd.register_autograd(no_double_backward)
 
 
 @torch.library.custom_op("alignloss::sequence_offsets", mutates_args=())
@@ -608,7 +624,7 @@ def _sequence_backward(ctx, dsums):  # type: ignore[no-untyped-def]
 
 
 sequence_sum.register_autograd(_sequence_backward, setup_context=_sequence_setup)
-sequence_scatter.register_autograd(_no_double_backward)
+sequence_scatter.register_autograd(no_double_backward)
 
 
 @torch.library.custom_op("alignloss::preference", mutates_args=())
@@ -714,4 +730,4 @@ def _preference_backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
 
 
 preference.register_autograd(_preference_backward, setup_context=_preference_setup)
-preference_backward.register_autograd(_no_double_backward)
+preference_backward.register_autograd(no_double_backward)

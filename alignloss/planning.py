@@ -3,8 +3,11 @@
 Notation: N scored tokens of M positions, H hidden, V vocabulary; a GEMM is 2 N V H FLOPs.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,10 +15,18 @@ from . import backends
 from .backends import STATE_ROWS
 from .kernels import blocks
 
-__all__ = ["Footprint", "Plan", "default_workspace", "fill_groups", "full_logits_bytes", "plan"]
+__all__ = [
+    "DTYPES", "Footprint", "Plan", "accumulation_dtype", "check_number", "default_workspace", "fill_groups",
+    "full_logits_bytes", "gemm_dtype", "plan", "total_memory",
+]  # fmt: skip
 
 MIB = 1 << 20
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_number(name: str, value: Any, positive: bool = False) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be a {'positive' if positive else 'finite'} number, got {value!r}")
 
 
 def default_workspace(device_type: str, total_memory: int) -> int:
@@ -137,15 +148,25 @@ class Footprint(NamedTuple):
     def held_columns(self, rows: int) -> int:
         """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
         if self.device_type != "cuda":
-            return min(self.vocabulary, max(256, min(2048, MIB // rows // 128 * 128)))
+            return min(self.vocabulary, max(256, min(2048, MIB // max(rows, 1) // 128 * 128)))
         return min(self.vocabulary, 16384)
+
+    def weigh_bytes(self, rows: int) -> int:
+        """What a backward takes to weigh the rows of dhidden."""
+        at_once = min(rows, max(16, backends.WEIGHED_AT_ONCE // self.width)) * (self.backend == "torch")
+        return at_once * self.width * self.accum_dtype.itemsize
+
+    def accumulator_bytes(self, several: bool) -> int:
+        """Workspace of the dweight that `several` groups of one pass share, where the gradient itself is too narrow."""
+        narrow = self.weight_dtype != self.accum_dtype
+        return self.accum_dtype.itemsize * self.vocabulary * self.width * (several and narrow)
 
     def one_pass_bytes(self, rows: int, several: bool, columns: int) -> int:
         """Workspace of one pass whose largest group has so many tokens; `several` groups share an accumulator."""
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         direct = self.weight_dtype == self.accum_dtype
         held = rows * (self.vocabulary * gemm + accum * -(-self.vocabulary // columns))
-        held += accum * self.vocabulary * self.width * (several and not direct)
+        held += self.accumulator_bytes(several)
         cell = accum * (self.fold_tiles(0, 1) + (self.narrow_bytes > 0)) + self.narrow_bytes
         first = rows * (columns * cell + self.width * (2 * accum + gemm * self.copies_rows))
         first += columns * self.width * gemm * self.casts_weight
@@ -256,7 +277,7 @@ def plan(
     *,
     train_hidden: bool = True,
     train_head: bool = False,
-    pair_tokens: int | Sequence[int] | None = None,
+    pair_tokens: int | Iterable[int] | None = None,
     positions: int | None = None,  # M
     bias: bool = False,
     softcap: float | None = None,
@@ -288,104 +309,172 @@ def plan(
 
     Returns:
         Plan, whose str() is a summary. FLOPs count the GEMMs alone. Bytes count tensors; what a GEMM library takes for
-        itself is not in them.
+        itself is not in them. A reference projected by a loss module (`ref_hidden`) is a call of its own, with
+        `train_hidden=False`. A frozen weight under a trained bias takes one GEMM less than `train_head` says.
 
     Raises:
         ValueError: for numbers that are not positive, pairs that do not sum to `tokens`, unknown names.
     """
-    positions = tokens if positions is None else positions
-    for name, number in (("tokens", tokens), ("hidden_size", hidden_size), ("vocabulary", vocabulary)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a positive integer, got {number!r}")
+    tokens, hidden_size, vocabulary = (
+        _whole(name, number)
+        for name, number in (("tokens", tokens), ("hidden_size", hidden_size), ("vocabulary", vocabulary))
+    )
+    positions = tokens if positions is None else _whole("positions", positions)
     if positions < tokens:
         raise ValueError(f"positions counts labelled and other tokens, so at least tokens={tokens}; got {positions}")
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes must be a positive number, got {workspace_bytes}")
+    for name, flag in (("train_hidden", train_hidden), ("train_head", train_head), ("bias", bias)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")
+    for name, number in (
+        ("softcap", softcap), ("workspace_bytes", workspace_bytes), ("device_memory", device_memory),
+    ):  # fmt: skip
+        if number is not None:
+            check_number(name, number, positive=True)
     backends.check_name(backend)
-    for name, kind_of in (("dtype", dtype), ("weight_dtype", weight_dtype)):
-        if kind_of not in (*_DTYPES, None):
+    stored = dtype if weight_dtype is None else weight_dtype
+    for name, kind_of in (("dtype", dtype), ("weight_dtype", stored)):
+        if kind_of not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {kind_of}")
-    pairs = _pairs(tokens, pair_tokens)
+    if stored != dtype and torch.float64 in (stored, dtype):
+        raise ValueError(f"autocast never casts from or to float64; got dtype {dtype}, weight_dtype {stored}")
+    pairs = None if pair_tokens is None else _pairs(tokens, pair_tokens)
     kind, total = _device(device, device_memory)
     if backend == "auto" or dtype == torch.float64:
         backend = "torch" if kind == "cpu" or dtype == torch.float64 else "triton"
-    stored, budget = weight_dtype or dtype, workspace_bytes or default_workspace(kind, total)
+    budget = default_workspace(kind, total) if workspace_bytes is None else int(workspace_bytes)
     head = Footprint(
         vocabulary, hidden_size, dtype, stored, stored, positions > tokens, softcap is not None, kind, backend
     )
-    accum, direct, save = head.accum_dtype.itemsize, stored == head.accum_dtype, int(train_hidden)
+    accum, save = head.accum_dtype.itemsize, int(train_hidden)
 
-    groups, rest = arrange(head, pairs, budget) if train_hidden and train_head else ([], [])
-    regime = 3 if groups else 4 if train_head else 2 if train_hidden else 1
-    recomputed = {3: sum(pairs[unit] for unit in rest), 4: tokens}.get(regime, 0)
+    one_pass = train_hidden and train_head and pairs is not None
+    arranged = _arrange(head, tokens, pairs, budget) if one_pass and pairs is not None else _Arranged(0, 0, tokens)
+    regime = 3 if arranged.groups else 4 if train_head else 2 if train_hidden else 1
+    recomputed = arranged.recomputed if regime > 2 else 0
     gemms = {1: 1.0, 2: 2.0, 3: 3 + recomputed / tokens, 4: 3.0 + save}[regime]
+    forward, backward = _workspace(head, tokens, regime, save, arranged, budget)
 
-    index = 8 * tokens * head.indexed
-    saved = index + (accum * STATE_ROWS * tokens + tokens * hidden_size * dtype.itemsize * save) * (regime > 1)
+    index, state = 8 * tokens * head.indexed, accum * STATE_ROWS * tokens
+    saved = index + (state + tokens * hidden_size * dtype.itemsize * save) * (regime > 1)
     dweight = vocabulary * (hidden_size * stored.itemsize + accum * bias) * train_head
     gradients = positions * hidden_size * stored.itemsize * save + dweight
-    early = backward = 0  # gradients that the forward makes, and workspace of the backward
-    if regime == 3:
-        largest = max(sum(pairs[unit] for unit in group) for group in groups)
-        forward = head.one_pass_bytes(largest, len(groups) > 1, head.held_columns(largest))
-        if len(groups) > 1 and not direct:
-            backward = accum * vocabulary * hidden_size
-        else:
-            early = dweight
-    elif regime == 1 and backend == "triton" and not head.casts_weight:
-        # the fused kernel holds partial statistics instead of a tile
-        partials = tokens * blocks.partial_bytes_per_row(vocabulary, blocks.FULL_EPILOGUE_BLOCK_V, extras=False)
-        forward = tokens * hidden_size * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials)
-    else:
-        forward = head.forward(tokens, 0, save, budget).bytes
-    if recomputed:
-        # beside pairs in one pass, the gradients of both parts are held until they are added
-        backward += head.backward(recomputed, False, direct, budget).bytes + dweight * (regime == 3)
+    # one pass without a wider accumulator makes the gradient of the head itself in the forward
+    early = dweight if regime == 3 and not backward else 0
     results = accum * positions  # log-probabilities; their gradients
-    peak = max(saved + results + index + early + forward, saved + (2 * results + gradients + backward) * (regime > 1))
+    peak = saved + results + index + early + forward + state * (regime == 1)
+    if regime > 1:
+        peak = max(peak, saved + 2 * results + gradients + head.weigh_bytes(tokens) * save + backward)
     return Plan(
-        tokens, regime, len(groups), recomputed, gemms, round(gemms * 2 * tokens * vocabulary * hidden_size), budget,
-        max(forward, backward), saved, gradients, peak,
-        _least_budget(head, pairs) if train_hidden and train_head and pairs else None,
+        tokens, regime, arranged.groups, recomputed, gemms, round(gemms * 2 * tokens * vocabulary * hidden_size),
+        budget, max(forward, backward), saved, gradients, peak,
+        _least_budget(head, tokens, pairs) if one_pass and pairs is not None else None,
         full_logits_bytes(positions, vocabulary, dtype, regime > 1),
     )  # fmt: skip
 
 
-def arrange(head: Footprint, counts: Sequence[int], workspace_bytes: int) -> tuple[list[list[int]], list[int]]:
-    """Units of `counts` tokens in groups that one pass can hold, and those that have to be recomputed."""
-    if sum(counts) <= head.capacity(several=False, workspace_bytes=workspace_bytes):
-        return ([list(range(len(counts)))] if counts else []), []
-    return fill_groups(counts, head.capacity(several=True, workspace_bytes=workspace_bytes))
+class _Arranged(NamedTuple):
+    """How the pairs of a step go through one pass."""
+
+    groups: int
+    largest: int  # tokens of the largest group
+    recomputed: int  # tokens of pairs that fit no group
 
 
-def _least_budget(head: Footprint, counts: Sequence[int]) -> int:
+def _workspace(
+    head: Footprint, tokens: int, regime: int, save: int, arranged: _Arranged, budget: int
+) -> tuple[int, int]:
+    """Bytes of workspace in the forward and in the backward."""
+    if regime == 3:
+        several = arranged.groups > 1 or arranged.recomputed > 0
+        shared = head.accumulator_bytes(several)
+        forward = head.one_pass_bytes(arranged.largest, several, head.held_columns(arranged.largest))
+        if arranged.recomputed:
+            tiles = (
+                head.forward(arranged.recomputed, 0, save, budget - shared),
+                head.backward(arranged.recomputed, False, True, budget - shared),
+            )
+            forward = max(forward, *(shared + tile.bytes for tile in tiles))
+        return forward, shared
+    if regime == 1 and head.backend == "triton" and not head.casts_weight:
+        # the fused kernel holds partial statistics instead of a tile
+        partials = tokens * blocks.partial_bytes_per_row(head.vocabulary, blocks.FULL_EPILOGUE_BLOCK_V, extras=False)
+        return tokens * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
+    forward = head.forward(tokens, 0, save, budget).bytes
+    direct = head.weight_dtype == head.accum_dtype
+    return forward, head.backward(tokens, False, direct, budget).bytes if regime == 4 else 0
+
+
+def _arrange(head: Footprint, tokens: int, pairs: int | list[int], workspace_bytes: int) -> _Arranged:
+    if tokens <= head.capacity(several=False, workspace_bytes=workspace_bytes):
+        return _Arranged(1, tokens, 0)
+    most = head.capacity(several=True, workspace_bytes=workspace_bytes)
+    if isinstance(pairs, int):
+        return _evenly(tokens, pairs, most)
+    groups, rest = fill_groups(pairs, most) if most else ([], [])
+    largest = max((sum(pairs[unit] for unit in group) for group in groups), default=0)
+    return _Arranged(len(groups), largest, sum(pairs[unit] for unit in rest) if groups else tokens)
+
+
+def _evenly(tokens: int, pair: int, most: int) -> _Arranged:
+    """`fill_groups` for pairs of one size and what remains, without a list of them."""
+    whole, remainder = divmod(tokens, pair)
+    if pair > most:
+        kept = remainder if remainder <= most else 0
+        return _Arranged(int(kept > 0), kept, tokens - kept)
+    per_group = most // pair
+    groups = -(-whole // per_group)
+    full, last = per_group * pair, (whole - (groups - 1) * per_group) * pair
+    largest = full if groups > 1 else last
+    if groups > 1 and full + remainder <= most:
+        largest = full + remainder
+    elif last + remainder <= most:
+        largest = max(largest, last + remainder)
+    elif remainder:
+        groups += 1
+    return _Arranged(groups, largest, 0)
+
+
+def _least_budget(head: Footprint, tokens: int, pairs: int | list[int]) -> int:
     """The least workspace with which every unit goes through one pass, in one group or in several."""
     columns = head.held_columns(1)
-    one = head.one_pass_bytes(sum(counts), False, columns)
-    several = head.one_pass_bytes(max(counts), True, columns)
+    one = head.one_pass_bytes(tokens, False, columns)
+    several = head.one_pass_bytes(pairs if isinstance(pairs, int) else max(pairs), True, columns)
     return one if head.dtype == torch.float16 else min(one, several)
 
 
-def _pairs(tokens: int, pair_tokens: int | Sequence[int] | None) -> list[int]:
-    if pair_tokens is None:
-        return []
-    if isinstance(pair_tokens, int):
-        if pair_tokens < 1:
-            raise ValueError(f"pair_tokens must be positive, got {pair_tokens}")
-        whole, remainder = divmod(tokens, pair_tokens)
-        return [pair_tokens] * whole + [remainder] * (remainder > 0)
-    if sum(pair_tokens) != tokens:
-        raise ValueError(f"pair_tokens must sum to tokens={tokens}, got {sum(pair_tokens)}")
-    return list(pair_tokens)
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be {'a positive integer' if least else 'an integer, at least 0'}, got {value!r}")
+    return number
+
+
+def _pairs(tokens: int, pair_tokens: Any) -> int | list[int]:
+    if isinstance(pair_tokens, Iterable) and not isinstance(pair_tokens, str) and getattr(pair_tokens, "ndim", 1) > 0:
+        pairs = [_whole("each of pair_tokens", count, least=0) for count in pair_tokens]
+        if sum(pairs) != tokens:
+            raise ValueError(f"pair_tokens must sum to tokens={tokens}, got {sum(pairs)}")
+        return pairs
+    pair = _whole("pair_tokens", pair_tokens)
+    if pair > tokens:
+        raise ValueError(f"pair_tokens, of one pair, must be at most tokens={tokens}; got {pair}")
+    return pair
 
 
 def _device(device: str | torch.device | None, device_memory: int | None) -> tuple[str, int]:
     """The type of a device and its total memory in bytes."""
-    chosen = torch.device(device or ("cuda" if device_memory or torch.cuda.is_available() else "cpu"))
-    if chosen.type not in ("cpu", "cuda"):
+    if device is None:
+        device = "cuda" if device_memory or torch.cuda.is_available() else "cpu"
+    kind = str(device).partition(":")[0]
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    if device_memory is not None or chosen.type == "cpu":
-        return chosen.type, device_memory or 0
-    if not torch.cuda.is_available():
+    if device_memory is not None:
+        if kind == "cpu":
+            raise ValueError(f"device_memory is that of a GPU; leave it out for device='cpu', got {device_memory}")
+        return kind, int(device_memory)
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no GPU here whose memory could be read; give device_memory in bytes")
-    return chosen.type, total_memory(chosen)
+    return kind, total_memory(torch.device(device))

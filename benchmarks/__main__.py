@@ -8,11 +8,14 @@ import argparse
 import json
 import shlex
 import sys
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from alignloss.fit import MODELS
 
 from .cases import Case, case
 from .measure import available, measure_error, measure_memory, measure_step, measure_time, peaks
@@ -48,7 +51,8 @@ def main() -> None:
         measure(arguments)
     elif arguments.command == "plot":
         for path in arguments.files:
-            plot(path)
+            if not plot(path):
+                print(f"{path}: nothing to draw, neither tokens nor vocabulary vary")
     else:
         described, provider, modes = arguments.what
         print(json.dumps(peaks(Case(*described), provider, modes)))
@@ -59,10 +63,14 @@ def measure(arguments: argparse.Namespace) -> None:
     runs: dict[bool, list[tuple[str, str]]] = {}  # with a softcap or without
     path = arguments.out / f"{arguments.name}.json"
     command = "python -m benchmarks " + shlex.join(sys.argv[1:])
-    for shape, vocabulary, tokens, masked in product(
-        arguments.shapes, arguments.vocabulary, arguments.tokens, arguments.masked
-    ):
-        chosen = case(shape, vocabulary, tokens=tokens, masked=masked, dtype=arguments.dtype, device=arguments.device)
+    cases = [
+        case(shape, vocabulary, tokens=tokens, masked=masked, dtype=arguments.dtype, device=arguments.device)
+        for shape, vocabulary, tokens, masked in product(
+            arguments.shapes, arguments.vocabulary, arguments.tokens, arguments.masked
+        )
+    ]
+    check(arguments)
+    for chosen in cases:
         softcap = chosen.softcap is not None
         if softcap not in runs:
             runs[softcap] = available(chosen, arguments.providers, arguments.modes)
@@ -75,10 +83,32 @@ def measure(arguments: argparse.Namespace) -> None:
             if "step" in arguments.measure
             else [],
         )
+        if not rows:
+            print(f"{chosen}: nothing of this was to be measured, or ran")
+            continue
         show(chosen, rows)
         results.append((chosen, rows))
         record(path, command, results)  # after each case: a run that is cut short keeps what it has
-    plot(path)
+    if results:
+        plot(path)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse at the start what would fail after minutes of measuring."""
+    if arguments.rounds < 1:
+        raise SystemExit(f"rounds are at least 1; got {arguments.rounds}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here; leave out --device cuda")
+    if "step" in arguments.measure:
+        unknown = [shape for shape in arguments.shapes if shape not in MODELS]
+        if unknown or arguments.vocabulary != [None]:
+            raise SystemExit(f"a whole step needs shapes of models, out of {', '.join(MODELS)}; got {unknown}")
+        if find_spec("transformers") is None:
+            raise SystemExit("a whole step needs transformers, which is not installed")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out is the folder of the results: {error}") from None
 
 
 if __name__ == "__main__":

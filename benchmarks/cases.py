@@ -43,9 +43,14 @@ def case(shape: str, vocabulary: int | None = None, **options) -> Case:
         except ValueError:
             raise SystemExit(f"a shape is HxV or one of {', '.join(MODELS)}; got {shape!r}") from None
         found = Case(shape, hidden, size, None, **options)
-    if found.tokens % SEQUENCES:
+    found = found if vocabulary is None else found._replace(vocabulary=vocabulary)
+    if min(found.hidden, found.vocabulary) < 1:
+        raise SystemExit(f"H and V are at least 1; got {found.hidden} and {found.vocabulary}")
+    if found.tokens < 1 or found.tokens % SEQUENCES:
         raise SystemExit(f"tokens are those of {SEQUENCES} sequences of one length; got {found.tokens}")
-    return found if vocabulary is None else found._replace(vocabulary=vocabulary)
+    if not 0 <= found.masked < 1:
+        raise SystemExit(f"masked is the fraction of positions without a label, in [0, 1); got {found.masked}")
+    return found
 
 
 class Inputs(NamedTuple):

@@ -14,15 +14,22 @@ usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
 parts="install tests time masks small memory" minutes=9 wheels="" toy=""
+known=$parts
 while [ $# -gt 0 ]; do
+    [ "$1" = --toy ] && toy=1 && shift && continue
+    [ $# -ge 2 ] || usage
     case $1 in
-        --wheels) wheels=$2; shift 2 ;;
-        --parts) parts=$2; shift 2 ;;
-        --minutes) minutes=$2; shift 2 ;;
-        --toy) toy=1; shift ;;
+        --wheels) wheels=$2 ;;
+        --parts) parts=$2 ;;
+        --minutes) minutes=$2 ;;
         *) usage ;;
     esac
+    shift 2
 done
+for name in $parts; do
+    case " $known " in *" $name "*) ;; *) echo "no part $name; they are: $known"; exit 2 ;; esac
+done
+case $minutes in ''|*[!0-9]*) echo "--minutes takes a whole number, got $minutes"; exit 2 ;; esac
 python=${PYTHON:-python3}
 end=$((SECONDS + minutes * 60))
 failed=""
@@ -48,7 +55,7 @@ install_all() {
 export -f pip_install install_all
 export python wheels
 
-bench() { local name=$1; shift; echo "$python" -m benchmarks run --out "$out" --name "$name" "$@"; }
+bench=("$python" -m benchmarks run --out "$out")
 if [ -n "$toy" ]; then
     export TRITON_INTERPRET=1
     tests="tests/test_gpu.py tests/test_losses.py"
@@ -71,10 +78,10 @@ part install 40 bash -c install_all
 # shellcheck disable=SC2086  # the cases are lists of words
 {
     part tests 150 "$python" -m pytest -q -W default -p no:cacheprovider --color=no $tests
-    part time 150 $(bench $kind-time $time_cases --measure time error) ${names[@]+"${names[@]}"}
-    part masks 60 $(bench $kind-masks $mask_cases --measure time) ${names[@]+"${names[@]}"}
-    part small 45 $(bench $kind-small $small_cases --measure time error) ${names[@]+"${names[@]}"}
-    part memory 110 $(bench $kind-memory $memory_cases --measure memory) ${names[@]+"${names[@]}"}
+    part time 150 "${bench[@]}" --name $kind-time $time_cases --measure time error ${names[@]+"${names[@]}"}
+    part masks 60 "${bench[@]}" --name $kind-masks $mask_cases --measure time ${names[@]+"${names[@]}"}
+    part small 45 "${bench[@]}" --name $kind-small $small_cases --measure time error ${names[@]+"${names[@]}"}
+    part memory 110 "${bench[@]}" --name $kind-memory $memory_cases --measure memory ${names[@]+"${names[@]}"}
 }
 if [ -n "$failed" ]; then echo "== not finished:$failed"; exit 1; fi
 echo "== everything finished after $SECONDS s"

@@ -110,12 +110,12 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
 def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[Row]:
     """Seconds of forward and backward, interleaved, the medians over rounds; ratios are of one round each."""
     inputs = make_inputs(case)
-    modes = list(dict.fromkeys(mode for _, mode in pairs))
     work: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
-    for mode in modes:
+    for mode in dict.fromkeys(mode for _, mode in pairs):
+        # those of a mode one after the other: a ratio is of neighbours in time
         work[BARE, mode] = _timed_gemms(case, bare_gemms(case, inputs, mode))
-    for name, mode in pairs:
-        work[name, mode] = _timed_step(case, PROVIDERS[name], inputs, mode)
+        for name in (name for name, its_mode in pairs if its_mode == mode):
+            work[name, mode] = _timed_step(case, PROVIDERS[name], inputs, mode)
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in work}
     failed: dict[tuple[str, str], str] = {}
     for i in range(rounds + 1):
@@ -189,8 +189,6 @@ def measure_step(case: Case, names: list[str], rounds: int) -> list[Row]:
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    if case.shape not in MODELS:
-        raise SystemExit(f"a whole step needs the shape of a model, one of {', '.join(MODELS)}; got {case.shape}")
     settings = MODELS[case.shape]
     config = CONFIG_MAPPING[settings["model_type"]](**settings, use_cache=False)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)

@@ -75,6 +75,15 @@ def full_logits(inputs: Inputs) -> Tensor:
     return logps_of_logits(*flat(inputs), inputs.softcap)
 
 
+def cross_entropy(inputs: Inputs) -> Tensor:
+    """Full logits in the dtype of the inputs, which are never widened: the least that they can take."""
+    hidden, weight, labels = flat(inputs)
+    logits = hidden @ weight.T
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    return -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
 @cache
 def compiled() -> Callable[..., Tensor]:
     return torch.compile(logps_of_logits)
@@ -136,6 +145,7 @@ PROVIDERS = {
     "alignloss": Provider(fused_logps, fused_dpo),
     "full logits": Provider(full_logits),
     "compiled logits": Provider(compiled_logits),
+    "cross entropy": Provider(cross_entropy),
     "TRL": Provider(trl),
     "Liger": Provider(None, liger_dpo),
     "CCE": Provider(cce),

@@ -33,6 +33,8 @@ COLUMNS = {
     "dhidden_error": ("error\ndhidden", ".1e", 1),
     "dweight_error": ("error\ndweight", ".1e", 1),
 }
+# of a plot: key of a row, factor, label
+METRICS = (("seconds", 1e3, "forward and backward, ms"), ("workspace_bytes", 1 / MIB, "workspace, MiB"))
 
 
 def table(case: Case, rows: list[dict[str, Any]]) -> Table:
@@ -87,12 +89,17 @@ def record(path: Path, command: str, results: list[tuple[Case, list[dict[str, An
     print(f"wrote {path}")
 
 
-def plot(path: Path) -> None:
-    """Time and memory against tokens, or against vocabulary, whichever the file varies; a panel for each mode."""
-    document = json.loads(path.read_text())
-    rows = [row for row in document["rows"] if "failed" not in row]
+def plot(path: Path) -> list[Path]:
+    """Draw time and memory against tokens, or against vocabulary, whichever the file varies; a panel for each mode."""
+    drawn = []
+    try:
+        document = json.loads(path.read_text())
+        rows = [row for row in document["rows"] if "failed" not in row]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is no file that `run` wrote: {error!r}") from None
+    rows = [row for row in rows if any(key in row for key, *_ in METRICS) and row["mode"] in MODES]
     for against, other in (("tokens", "vocabulary"), ("vocabulary", "tokens")):
-        fixed = rows[0][other]
+        fixed = rows[0][other] if rows else None
         chosen = [row for row in rows if row[other] == fixed]
         if len({row[against] for row in chosen}) > 1:
             figure = _figure(chosen, against)
@@ -101,16 +108,17 @@ def plot(path: Path) -> None:
             target = path.with_name(f"{path.stem}-{against}.png")
             figure.savefig(target, dpi=110)
             print(f"wrote {target}")
+            drawn.append(target)
+    return drawn
 
 
 def _figure(rows: list[dict[str, Any]], against: str) -> Figure:
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    metrics = (("seconds", 1e3, "forward and backward, ms"), ("workspace_bytes", 1 / MIB, "workspace, MiB"))
+    names = list(dict.fromkeys([BARE, *(row["provider"] for row in rows)]))
     figure = Figure(figsize=(3.4 * len(modes), 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     lines: dict[str, Any] = {}
-    for panels, (key, factor, label) in zip(figure.subplots(2, len(modes), squeeze=False), metrics, strict=True):
+    for panels, (key, factor, label) in zip(figure.subplots(2, len(modes), squeeze=False), METRICS, strict=True):
         for axes, mode in zip(panels, modes, strict=True):
             for i, name in enumerate(names):
                 found = [row for row in rows if (row["provider"], row["mode"]) == (name, mode) and key in row]

@@ -69,7 +69,13 @@ def test_time_and_memory_are_plotted(measured):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--shapes", "gpt-5"], "HxV or one of smollm2-135m"), (["--tokens", "63"], "8 sequences of one length; got 63")],
+    [
+        (["--shapes", "gpt-5"], "HxV or one of smollm2-135m"),
+        (["--tokens", "63"], "8 sequences of one length; got 63"),
+        (["--masked", "1.0"], "in [0, 1); got 1.0"),
+        (["--rounds", "0"], "rounds are at least 1"),
+        (["--measure", "step", "--shapes", "32x256"], "needs shapes of models"),
+    ],
 )
 def test_bad_input_is_explained(arguments, message, tmp_path):
     done = benchmarks("run", "--out", str(tmp_path), *arguments)
@@ -77,8 +83,19 @@ def test_bad_input_is_explained(arguments, message, tmp_path):
     assert message in done.stderr
 
 
+def test_a_run_of_one_measure_is_plotted_and_one_of_nothing_says_so(tmp_path):
+    common = ["run", "--shapes", "32x256", "--tokens", "64", "128", "--device", "cpu", "--providers", "alignloss"]
+    done = benchmarks(*common, "--measure", "memory", "--modes", "forward", "--out", str(tmp_path))
+    assert done.returncode == 0 and (tmp_path / "latest-tokens.png").exists(), done.stderr
+    done = benchmarks(*common, "--measure", "error", "--modes", "frozen head", "--out", str(tmp_path))
+    assert done.returncode == 0 and "nothing of this was to be measured" in done.stdout
+    (tmp_path / "other.json").write_text("{}")
+    done = benchmarks("plot", str(tmp_path / "other.json"))
+    assert done.returncode == 1 and "is no file that `run` wrote" in done.stderr
+
+
 def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
+    source, out = tmp_path / "source", tmp_path / "results of it"
     for name in ("alignloss", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -100,5 +117,7 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
         "toy-memory.json",
     }
     assert list(packages.glob("*alignloss*"))
-    usage = subprocess.run(["bash", str(source / "benchmarks" / "gpu.sh")], capture_output=True, text=True)
-    assert usage.returncode == 2 and "--wheels DIR" in usage.stdout
+    for arguments, message in (([], "--wheels DIR"), (["--parts", "tset"], "no part tset"), (["--parts"], "--wheels")):
+        command = ["bash", str(source / "benchmarks" / "gpu.sh"), *([str(out)] if arguments else []), *arguments]
+        usage = subprocess.run(command, capture_output=True, text=True)
+        assert usage.returncode == 2 and message in usage.stdout

@@ -20,9 +20,9 @@ def passes(monkeypatch):
     counts = []
     original = onepass._one_pass
 
-    def spy(projection, indices, shares):
-        counts.append((len(indices), sum(len(projection.labels if i is None else i) for i in indices)))
-        return original(projection, indices, shares)
+    def spy(projection, indices, shares, groups):
+        counts.append((groups, sum(len(projection.labels if i is None else i) for i in indices[:groups])))
+        return original(projection, indices, shares, groups)
 
     monkeypatch.setattr(onepass, "_one_pass", spy)
     return counts
@@ -141,6 +141,16 @@ def test_gradcheck_and_a_second_backward(workspace, passes):
     for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(b, -2 * a)
     assert {groups == 1 for groups, _ in passes} == {workspace == ONE}
+
+
+@pytest.mark.parametrize("workspace", [ONE, SEVERAL, SOME, 1])
+def test_double_backward_is_refused(workspace):
+    hidden, weight, _, labels = ragged(2 * B, T)
+    h, w = leaf(hidden), leaf(weight)
+    loss = alignloss.SFTLoss(workspace_bytes=workspace)(h, w, labels).loss
+    (dhidden,) = torch.autograd.grad(loss, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dhidden.square().sum().backward()
 
 
 def test_gradients_accumulate_over_micro_batches(passes):

@@ -1,5 +1,7 @@
 """`plan` says beforehand what a step does: its GEMMs as the profiler counts them, its peak as the allocator does."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -100,14 +102,48 @@ def test_the_least_budget_of_one_pass_is_exact():
         assert short.recomputed_tokens > 0
 
 
-def test_some_pairs_in_one_pass_and_others_recomputed():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_pairs_in_one_pass_and_others_recomputed(dtype):
     # 200 tokens of 8,192 float32 logits are 6.25 MiB, 1,448 are 45 MiB
-    mixed = plan(
-        N, H, V, train_head=True, pair_tokens=[1448, 200, 200, 200], dtype=torch.float32, device="cpu",
-        workspace_bytes=16 * MIB,
-    )  # fmt: skip
-    assert (mixed.regime, mixed.groups, mixed.recomputed_tokens) == (3, 2, 1448)
+    lengths, workspace = [1448, 200, 200, 200], 24 * MIB
+    mixed = plan(N, H, V, train_head=True, pair_tokens=lengths, dtype=dtype, device="cpu", workspace_bytes=workspace)
+    assert (mixed.regime, mixed.recomputed_tokens) == (3, 1448)
     assert mixed.gemms == 3 + 1448 / N
+    hidden, weight = (torch.randn(n, H).to(dtype).requires_grad_() for n in (N, V))
+    labels, offsets = torch.randint(0, V, (N,)), torch.tensor([0, *lengths]).cumsum(0)
+    loss_fn = alignloss.SFTLoss(workspace_bytes=workspace)
+    peak = peak_bytes(lambda: loss_fn(hidden, weight, labels, cu_seqlens=offsets).loss.backward())
+    assert peak == pytest.approx(mixed.peak_bytes, rel=0.1)
+    assert mixed.workspace_bytes <= mixed.budget_bytes == workspace
+
+
+@pytest.mark.parametrize(("dtype", "trained"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
+def test_peak_of_many_tokens_and_a_small_head(dtype, trained):
+    tokens, width, vocabulary = 16384, 256, 2048
+    hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,))
+
+    def step():
+        logps = alignloss.linear_logprob(hidden.requires_grad_(trained), weight, labels)
+        if trained:
+            logps.sum().backward()
+
+    expected = plan(tokens, width, vocabulary, train_hidden=trained, dtype=dtype, device="cpu")
+    assert peak_bytes(step) == pytest.approx(expected.peak_bytes, rel=0.1)
+
+
+def test_an_empty_pair_beside_one_that_is_too_long():
+    shape = {"train_head": True, "dtype": torch.float32, "device": "cpu", "workspace_bytes": 20_000}
+    assert plan(120, 8, 300, pair_tokens=[120, 0], **shape).recomputed_tokens == 120
+
+
+def test_pairs_of_one_size_are_arranged_as_a_list_of_them():
+    shape = {"train_head": True, "dtype": torch.bfloat16, "device": "cpu"}
+    for pair, workspace in product((100, 300, 512, 600, 1000, N), (24 * MIB, 32 * MIB, 48 * MIB, 64 * MIB)):
+        whole, remainder = divmod(N, pair)
+        pairs = iter([pair] * whole + [remainder] * (remainder > 0))
+        one = plan(N, H, V, pair_tokens=pair, workspace_bytes=workspace, **shape)
+        assert one == plan(N, H, V, pair_tokens=pairs, workspace_bytes=workspace, **shape)
 
 
 def test_budgets_of_gpus_follow_from_their_total_memory():
@@ -132,7 +168,15 @@ def test_the_summary_says_what_runs():
         ({"vocabulary": 2.0}, "vocabulary must be a positive integer"),
         ({"positions": 9}, "at least tokens=10; got 9"),
         ({"pair_tokens": [4, 4]}, "must sum to tokens=10, got 8"),
-        ({"pair_tokens": 0}, "pair_tokens must be positive, got 0"),
+        ({"pair_tokens": 0}, "pair_tokens must be a positive integer, got 0"),
+        ({"pair_tokens": 11}, "must be at most tokens=10; got 11"),
+        ({"pair_tokens": [13, -3]}, "each of pair_tokens must be an integer, at least 0, got -3"),
+        ({"pair_tokens": "10"}, "pair_tokens must be a positive integer, got '10'"),
+        ({"train_head": 2}, "train_head must be True or False, got 2"),
+        ({"softcap": 0}, "softcap must be a positive number, got 0"),
+        ({"workspace_bytes": float("nan")}, "workspace_bytes must be a positive number, got nan"),
+        ({"device_memory": 80 << 30}, "device_memory is that of a GPU"),
+        ({"dtype": torch.float64, "weight_dtype": torch.float32}, "never casts from or to float64"),
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive number, got 0"),
         ({"device": "mps"}, "device must be 'cpu' or 'cuda', got 'mps'"),
         ({"device": "cuda"}, "give device_memory in bytes"),

@@ -5,7 +5,7 @@ import torch
 from reference import error, inputs, leaf, token_logps
 
 import alignloss
-from alignloss import losses
+from alignloss import losses, ops, planning
 
 BACKENDS = ["torch", "triton"]
 
@@ -227,10 +227,21 @@ def test_modules_that_cannot_be_built(build, message):
         build()
 
 
-def test_a_loss_function_that_reduces():
+def imaginary(chosen_logps, rejected_logps):
+    return chosen_logps * 1j, chosen_logps, rejected_logps
+
+
+def a_list(chosen_logps, rejected_logps):
+    return [chosen_logps, chosen_logps, rejected_logps]
+
+
+@pytest.mark.parametrize(
+    ("fn", "got"), [(wrong_shape, r"\[\(\), \(2,\)"), (imaginary, r"\[torch.complex"), (a_list, "list")]
+)
+def test_a_loss_function_that_returns_something_else(fn, got):
     hidden, weight, _, labels = small()
-    with pytest.raises(ValueError, match=r"3 tensors of shape \(2,\)"):
-        alignloss.PreferenceLoss(wrong_shape)(hidden, weight, labels)
+    with pytest.raises(ValueError, match=rf"must return a tuple of 3 float tensors of shape \(2,\), got {got}"):
+        alignloss.PreferenceLoss(fn)(hidden, weight, labels)
 
 
 def test_a_second_backward_and_another_upstream_gradient_are_exact():
@@ -257,6 +268,25 @@ def test_double_backward_is_refused(trained):
     (grad,) = torch.autograd.grad(logps, tensors[trained], upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
+
+
+def test_a_scaled_loss_in_fp16_with_a_float32_head_where_gemms_take_16_bits(monkeypatch):
+    # the arithmetic of a GPU: 16-bit operands, float32 products
+    def addmm(base, a, b, out, beta=1, alpha=1):
+        product = alpha * (a.to(out.dtype) @ b.to(out.dtype))
+        out.copy_(product if beta == 0 else beta * base + product)
+
+    for module in (ops, planning):
+        monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
+    monkeypatch.setattr(ops, "_addmm", addmm)
+    hidden, weight, _, labels = inputs(3, 6)
+    exact, mine = ([leaf(hidden, dtype), leaf(weight, dtype)] for dtype in (torch.float64, torch.float32))
+    (token_logps(*exact, labels).sum() * 65536).backward()
+    with torch.autocast("cpu", torch.float16):
+        logps = alignloss.linear_logprob(*mine, labels)
+    (logps.sum() * 65536).backward()
+    for ours, theirs in zip(mine, exact, strict=True):
+        assert error(ours.grad, theirs.grad) <= 2e-3
 
 
 def test_no_grad_computes_no_gradient():

@@ -22,6 +22,9 @@ SUM_EE = 5  # sum of exp(z - m)^2 over v != y
 TOP = 6  # largest z over v != y
 STATE_ROWS = 7
 
+# entries of a product of rows, in the accumulation dtype, that _torch makes at once
+WEIGHED_AT_ONCE = 1 << 18
+
 # what the caller asks for beyond log-probabilities, as bits of one int
 STATS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 LSE, ENTROPY, MEAN_LOGITS, IS_TOP1, LOG_SUM_SQ = (1 << i for i in range(len(STATS)))

@@ -19,6 +19,7 @@ from . import (
     SUM_ZE,
     TARGET,
     TOP,
+    WEIGHED_AT_ONCE,
     Tokens,
     Transform,
 )
@@ -238,7 +239,7 @@ def weigh(
         torch.mul(tokens.hidden[part] if rows is None else rows, coefficient[:, None], out=scaled)
     if dhidden is None or dlogp is None:
         return
-    block = max(16, (1 << 20) // dlogp.shape[1])  # the product is wider than its operands
+    block = max(16, WEIGHED_AT_ONCE // dlogp.shape[1])  # the product is wider than its operands
     for start in range(0, dlogp.shape[0], block):
         some = slice(start, start + block)
         d = dlogp[some] * (rest * g)[some, None]
