@@ -249,14 +249,7 @@ class PreferenceLoss(_HeadLoss):
             except ValueError as error:
                 raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
         elif ref_logps is not None:
-            if not isinstance(ref_logps, Tensor):
-                raise ValueError(f"ref_logps must be a torch.Tensor ({sequences},), got {type(ref_logps).__name__}")
-            ref = ref_logps if ref_logps.dim() == 0 else _column("ref_logps", ref_logps, sequences, device)
-            if ref.requires_grad or ref.dim() == 0 or not ref.is_floating_point():
-                raise ValueError(
-                    f"ref_logps must be ({sequences},) floating point without gradient, sums made under "
-                    f"torch.no_grad(); got {tuple(ref.shape)} {ref.dtype}, requires_grad={ref.requires_grad}"
-                )
+            ref = _given_reference(ref_logps, sequences, device)
 
         batch = Batch(
             None if token_weights is None else token_weights.detach().reshape(-1),
@@ -432,6 +425,18 @@ def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, hidden on {device}; move one of them")
     return value
+
+
+def _given_reference(ref_logps: Any, sequences: int, device: torch.device) -> Tensor:
+    if not isinstance(ref_logps, Tensor):
+        raise ValueError(f"ref_logps must be a torch.Tensor ({sequences},), got {type(ref_logps).__name__}")
+    ref = ref_logps if ref_logps.dim() == 0 else _column("ref_logps", ref_logps, sequences, device)
+    if ref.requires_grad or ref.dim() == 0 or not ref.is_floating_point():
+        raise ValueError(
+            f"ref_logps must be ({sequences},) floating point without gradient, sums made under torch.no_grad(); "
+            f"got {tuple(ref.shape)} {ref.dtype}, requires_grad={ref.requires_grad}"
+        )
+    return ref
 
 
 def _widened(value: Any) -> Any:

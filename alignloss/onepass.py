@@ -3,8 +3,9 @@
 For a group of whole sequences whose logits fit the workspace: the tiles stay in memory as exponentials while U and the
 statistics accumulate as in regime 2; then the loss of the group, a plain torch function of its log-probabilities, gives
 one coefficient per token by autograd; then every tile becomes the gradient of its logits in place, and adds its part
-to dweight. That gradient belongs to a loss with upstream gradient 1; the backward multiplies it by the real one and
-hands its buffers over, so that a second backward (retain_graph=True) has to make the pass again.
+to dweight. Sequences that fit no group come last: their tiles are computed a second time and add to the same dweight,
+4 GEMMs. That gradient belongs to a loss with upstream gradient 1; the backward multiplies it by the real one and hands
+its buffers over, so that a second backward (retain_graph=True) has to make the pass again.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,8 +87,8 @@ def train_in_one_pass(
 ) -> Results | None:
     """The results of a step that trains hidden states and head, in one pass; None where that does not apply.
 
-    Pairs (sequences, if unpaired) go into groups whose tiles fit the workspace. What fits no group is recomputed in the
-    backward instead, within the same step. Raises NeedsGraph.
+    Pairs (sequences, if unpaired) go into groups whose tiles fit the workspace; those that fit no group are a last one,
+    whose tiles are recomputed. Raises NeedsGraph.
     """
     hidden, weight, bias = projection.hidden, projection.weight, projection.bias
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)

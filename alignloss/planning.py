@@ -232,7 +232,7 @@ class Plan(NamedTuple):
     tokens: int  # N
     regime: int  # 1 nothing trains, 2 hidden states alone, 3 one pass, 4 the backward recomputes
     groups: int  # of whole pairs in regime 3; 0 in the others
-    recomputed_tokens: int  # tokens that the backward recomputes: of regime 4, or of pairs that fit no group
+    recomputed_tokens: int  # whose logits are computed twice: all in regime 4, in regime 3 of pairs that fit no group
     gemms: float  # in units of 2 N V H FLOPs
     flops: int
     budget_bytes: int  # the workspace that may be used

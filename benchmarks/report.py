@@ -99,11 +99,12 @@ def plot(path: Path) -> list[Path]:
         raise SystemExit(f"{path} is no file that `run` wrote: {error!r}") from None
     rows = [row for row in rows if any(key in row for key, *_ in METRICS) and row["mode"] in MODES]
     for against, other in (("tokens", "vocabulary"), ("vocabulary", "tokens")):
-        fixed = rows[0][other] if rows else None
-        chosen = [row for row in rows if row[other] == fixed]
+        same = ("shape", "masked", other)
+        chosen = [row for row in rows if all(row[key] == rows[0][key] for key in same)]
         if len({row[against] for row in chosen}) > 1:
             figure = _figure(chosen, against)
-            title = f"{rows[0]['shape']}, {rows[0]['dtype']}, {other} {fixed:,}, {rows[0]['masked']:.0%} masked"
+            first = rows[0]
+            title = f"{first['shape']}, {first['dtype']}, {other} {first[other]:,}, {first['masked']:.0%} masked"
             figure.suptitle(f"{title}; {document['device']}, commit {document['commit']}", fontsize=9)
             target = path.with_name(f"{path.stem}-{against}.png")
             figure.savefig(target, dpi=110)
