@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from . import amx
+
 __all__ = ["environment", "peak_bytes"]
 
 
@@ -63,7 +65,7 @@ def _device_name() -> str:
         cpu = next(line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}" + ", AMX" * amx.available()
 
 
 def _commit() -> str | None:

@@ -288,7 +288,7 @@ def _pass(
     """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
     hidden, weight, labels = projection.hidden, projection.weight, projection.labels
     options = projection.compute_dtype, projection.ignore_index, projection.transform, projection.backend
-    with torch.autocast(hidden.device.type, enabled=False), ops.device_guard(hidden):
+    with ops.computing(hidden, projection.compute_dtype):
         problems = [ops.Problem(hidden, weight, projection.bias, labels, index, False, *options) for index in indices]
         new, rows = problems[0].empty, sum(problem.rows for problem in problems)
         state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)

@@ -16,10 +16,13 @@ With the target y left out of every sum, q_v = exp(z_v - m) / s over v != y, and
 so every gradient is a well-scaled matrix with one factor g (1 - p_y) per row, which is applied in fp32 to rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from . import backends
+from . import amx, backends
 from .backends import ENTROPY, REF, STATE_ROWS, STATS, Tokens, Transform
 from .planning import Footprint, accumulation_dtype, gemm_dtype
 
@@ -27,6 +30,7 @@ __all__ = [
     "HeadGradient",
     "Held",
     "Problem",
+    "computing",
     "linear_logprob_bwd",
     "linear_logprob_fwd",
     "no_double_backward",
@@ -150,7 +154,7 @@ def linear_logprob_fwd(
     """(logps, *stats, state, dlogp, dentropy); what was not asked for is empty."""
     if validate:
         check_values(labels, token_index, ignore_index, weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False), device_guard(hidden):
+    with computing(hidden, compute_dtype):
         transform = Transform.of(logit_scale, softcap, temperature)
         problem = Problem(
             hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform, backend
@@ -169,6 +173,14 @@ def linear_logprob_fwd(
         dlogp, dentropy = (t if t.dim() == 2 else None for t in saved)
         walk_forward(problem, state, given, stats, dlogp, dentropy, workspace_bytes)
         return (*outputs, state, *saved)  # type: ignore[return-value]
+
+
+@contextmanager
+def computing(tensor: Tensor, dtype: torch.dtype) -> Iterator[None]:
+    """What every walk runs under: no autocast, the device of `tensor`, the products that suit the dtype."""
+    kind = tensor.device.type
+    with torch.autocast(kind, enabled=False), device_guard(tensor), amx.bf16_products(dtype, kind):
+        yield
 
 
 def device_guard(tensor: Tensor) -> torch.cuda.device:
@@ -345,7 +357,7 @@ def linear_logprob_bwd(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias); what was not asked for is empty."""
-    with torch.autocast(dlogps.device.type, enabled=False), device_guard(dlogps):
+    with computing(dlogps, compute_dtype):
         transform = Transform.of(logit_scale, softcap, temperature)
         problem = Problem(
             hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, transform, backend

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import alignloss
+from alignloss import amx
 from alignloss.fit import MODELS
 from alignloss.measure import peak_bytes
 from alignloss.planning import Footprint, Plan
@@ -90,6 +91,7 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
     dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)
 
+    @amx.bf16_products(dtype, case.device)
     def run() -> None:
         for (block, columns), (logits, derivative, head_gradient) in zip(tiles, passes, strict=True):
             for start in range(0, case.labelled, block):
