@@ -161,6 +161,10 @@ def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[
 def _timed_step(case: Case, provider: Provider, inputs: Inputs, mode: str) -> Callable[[], tuple[float, float]]:
     def run() -> tuple[float, float]:
         require(inputs, mode)
+        # pages of the gradients, just used and freed, for every provider, whatever ran before it: the first touch of a
+        # page that a virtual machine had handed back costs more than to compute what goes there
+        _ = [torch.zeros_like(t).add_(1) for t in (inputs.hidden, inputs.weight) if t.requires_grad]
+        del _
         synchronize(case.device)
         start = time.perf_counter()
         output = forward(provider, inputs, mode)
