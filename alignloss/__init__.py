@@ -3,7 +3,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import losses
-from .kto import MismatchedPairs, kto_kl, mismatched_pairs
+from .baselines import RunningShift, kto_kl
+from .batches import CompletionBatch, mismatched_pairs, self_play_pairs
+from .kl import linear_kl
 from .logprob import (
     LogprobStats,
     SequenceLogprob,
@@ -17,12 +19,16 @@ from .modules import (
     DPOLoss,
     IPOLoss,
     KTOLoss,
-    PairedOutput,
+    MixtureLoss,
+    ORPOLoss,
     PreferenceLoss,
     SFTLoss,
-    UnpairedOutput,
+    SimPOLoss,
 )
+from .outputs import PairedOutput, ScoredTokens, UnpairedOutput
 from .planning import Plan, plan
+from .reference import update_reference
+from .weights import ld_dpo_token_weights, sampo_token_weights, wpo_pair_weights
 
 try:
     __version__ = version("alignloss")
@@ -31,23 +37,34 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 __all__ = [
     "CPOLoss",
+    "CompletionBatch",
     "DPOLoss",
     "IPOLoss",
     "KTOLoss",
     "LogprobStats",
-    "MismatchedPairs",
+    "MixtureLoss",
+    "ORPOLoss",
     "PairedOutput",
     "Plan",
     "PreferenceLoss",
+    "RunningShift",
     "SFTLoss",
+    "ScoredTokens",
     "SequenceLogprob",
+    "SimPOLoss",
     "UnpairedOutput",
     "kto_kl",
+    "ld_dpo_token_weights",
+    "linear_kl",
     "linear_logprob",
     "linear_logprob_stats",
     "losses",
     "mismatched_pairs",
     "next_token_labels",
     "plan",
+    "sampo_token_weights",
+    "self_play_pairs",
     "sequence_logprob",
+    "update_reference",
+    "wpo_pair_weights",
 ]

@@ -128,10 +128,8 @@ def linear_logprob_stats(
         differentiable, the others are not. An entropy to be differentiated costs a third GEMM in the forward: ask for
         it under `torch.no_grad()` if it is only logged.
     """
-    if not isinstance(stats, Sequence) or isinstance(stats, str) or any(name not in backends.STATS for name in stats):
-        raise ValueError(f"stats takes a sequence of names out of {backends.STATS}, got {stats!r}")
     check_known("linear_logprob_stats", options)
-    bits = sum(1 << i for i, name in enumerate(backends.STATS) if name in stats)
+    bits = stat_bits(stats, backends.STATS)
     outputs = project(hidden, weight, labels, bias, **options).score(bits)
     fields = {
         name: (value if name == "entropy" else value.detach()).view(labels.shape)
@@ -231,6 +229,13 @@ def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool |
     return offsets, cu_seqlens.shape[0] - 1
 
 
+def stat_bits(stats: Sequence[str], known: Sequence[str]) -> int:
+    """Names out of `known`, themselves out of `backends.STATS`, as bits."""
+    if not isinstance(stats, Sequence) or isinstance(stats, str) or any(name not in known for name in stats):
+        raise ValueError(f"stats takes a sequence of names out of {tuple(known)}, got {stats!r}")
+    return sum(1 << i for i, name in enumerate(backends.STATS) if name in stats)
+
+
 def check_known(what: str, options: dict[str, Any]) -> None:
     unknown = sorted(set(options) - PROJECTION_OPTIONS)
     if unknown:
@@ -302,10 +307,10 @@ class Projection(NamedTuple):
     def transform(self) -> backends.Transform:
         return backends.Transform.of(self.logit_scale, self.softcap, self.temperature)
 
-    def score(self, stats: int = 0) -> tuple[Tensor, ...]:
+    def score(self, stats: int = 0, differentiate_entropy: bool = True) -> tuple[Tensor, ...]:
         """logps and stats of each token, (M,) or empty."""
         save = int(torch.is_grad_enabled() and self.hidden.requires_grad)
-        if save and stats & backends.ENTROPY:
+        if save and stats & backends.ENTROPY and differentiate_entropy:
             save = 2
         *arguments, backend, workspace_bytes, validate, _ = self
         outputs = ops.linear_logprob_fwd(*arguments, stats, save, backend, workspace_bytes, validate)

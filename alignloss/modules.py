@@ -4,9 +4,10 @@ loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from . import backends, losses, ops
 from .logprob import (
     PROJECTION_OPTIONS,
+    Projection,
     check_like,
     check_options,
     flat_token_weights,
@@ -21,9 +23,11 @@ from .logprob import (
     project,
     sequence_logprob,
     sequence_offsets,
+    stat_bits,
     validates,
 )
 from .onepass import Batch, NeedsGraph, Results, train_in_one_pass
+from .outputs import STATS, PairedOutput, ScoredTokens, UnpairedOutput
 from .planning import check_number
 
 __all__ = [
@@ -31,10 +35,11 @@ __all__ = [
     "DPOLoss",
     "IPOLoss",
     "KTOLoss",
-    "PairedOutput",
+    "MixtureLoss",
+    "ORPOLoss",
     "PreferenceLoss",
     "SFTLoss",
-    "UnpairedOutput",
+    "SimPOLoss",
 ]
 
 _COLUMNS = ("logps", "ref_logps", "lengths")
@@ -47,27 +52,25 @@ _FILLED_PAIRED: dict[str, tuple[str, int | None]] = {
 }
 # losses with a kernel that sums the tokens and computes loss, rewards and coefficients in one launch
 _FUSED = ((losses.dpo_loss, "dpo"), (losses.ipo_loss, "ipo"), (losses.kto_loss, "kto"), (losses.cpo_loss, "cpo"))
-
-
-class PairedOutput(NamedTuple):
-    """Result of a paired loss. Only `loss` is differentiable; log-probabilities are sums in nats."""
-
-    loss: Tensor  # 0-d
-    losses: Tensor  # (B,) as the function returned them, before pair_weights
-    chosen_logps: Tensor  # (B,)
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,)
-    rejected_rewards: Tensor  # (B,)
-    nll_loss: Tensor  # 0-d, NLL per chosen token, before nll_weight
-
-
-class UnpairedOutput(NamedTuple):
-    """Result of an unpaired loss. Only `loss` is differentiable; log-probabilities are sums in nats."""
-
-    loss: Tensor  # 0-d
-    losses: Tensor  # (B,) as the function returned them, before pair_weights
-    logps: Tensor  # (B,)
-    rewards: Tensor  # (B,)
+# options of our losses: (lower bound, whether it is allowed, upper bound, whether it is allowed)
+_RANGES: dict[str, tuple[float, bool, float, bool]] = {
+    "alpha": (-math.inf, False, math.inf, False),
+    "beta": (0, False, math.inf, False),
+    "delta": (0, True, math.inf, False),
+    "desirable_weight": (0, True, math.inf, False),
+    "epsilon": (0, False, 0.5, False),
+    "gamma": (-math.inf, False, math.inf, False),
+    "kl_weight": (0, True, math.inf, False),
+    "label_smoothing": (0, True, 0.5, False),
+    "length_weight": (0, True, math.inf, False),
+    "nll_weight": (-math.inf, False, math.inf, False),
+    "offset_weight": (0, True, math.inf, False),
+    "penalty_weight": (0, True, math.inf, False),
+    "rejected_scale": (0, False, 1, True),
+    "reward_bound": (0, False, math.inf, False),
+    "tau": (0, False, 1, True),
+    "undesirable_weight": (0, True, math.inf, False),
+}
 
 
 class _HeadLoss(nn.Module):
@@ -98,6 +101,31 @@ class _HeadLoss(nn.Module):
             "validate": validate,
         }
 
+    def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
+        """The loss of a batch from its token log-probabilities (M,)."""
+        raise NotImplementedError
+
+    def _run(
+        self, projection: Projection, batch: Batch, stats: Sequence[str], one_pass: bool = True
+    ) -> tuple[Results, ScoredTokens]:
+        """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
+        bits, results = stat_bits(stats, STATS), None
+        outputs: list[Tensor | None] = [
+            projection.labels.new_zeros(projection.labels.shape, dtype=torch.bool if name == "is_top1" else dtype)
+            if bits >> i & 1
+            else None
+            for dtype in [projection.result_dtype]
+            for i, name in enumerate(backends.STATS)
+        ]
+        if one_pass:
+            results = train_in_one_pass(projection, batch, self._evaluate, outputs)
+        if results is None:
+            logps, *values = projection.score(bits, differentiate_entropy=False)
+            results = self._evaluate(logps, batch)
+            outputs = [value.detach() if bits >> i & 1 else None for i, value in enumerate(values)]
+        named = {name: outputs[backends.STATS.index(name)] for name in STATS}
+        return results, ScoredTokens(projection.labels, batch.offsets, batch.sequences, self.ignore_index, **named)
+
     def extra_repr(self) -> str:
         defaults = inspect.signature(_HeadLoss.__init__).parameters
         changed = {name: value for name, value in self.head_options.items() if value != defaults[name].default}
@@ -111,32 +139,41 @@ class PreferenceLoss(_HeadLoss):
     """Any preference loss as a module over hidden states, a user's own included.
 
     Args:
-        fn: a plain torch function on (B,) tensors. Its positional parameters are data: the library fills `chosen_logps,
-            rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths` (a paired loss), or
-            `logps, ref_logps, lengths` (an unpaired one), and any other name is a keyword of the module's call. Its
-            keyword-only parameters are options, given here. It returns (losses, chosen_rewards, rejected_rewards), or
-            (losses, rewards), each (B,), unreduced. Log-probabilities come to it in float64.
-        nll_weight: weight of the NLL (nats) per chosen token that is added to a paired loss.
+        fn: the name of one of `losses.LOSSES`, or a plain torch function on (B,) tensors. Its positional parameters are
+            data: the library fills `chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
+            chosen_lengths, rejected_lengths` (a paired loss), or `logps, ref_logps, lengths` (an unpaired one), and any
+            other name is a keyword of the module's call. Its keyword-only parameters are options, given here. It
+            returns (losses, chosen_rewards, rejected_rewards), or (losses, rewards), each (B,), unreduced.
+            Log-probabilities come to it in float64.
+        nll_weight: weight of the NLL (nats) per chosen token that is added to a paired loss. Where `fn` has an option
+            of this name (`irpo_loss`), it is that option.
         couples_batch: declares that an element of `losses` depends on more than its own pair. Without it a step that
             trains the head may call `fn` on one group of pairs after the other, as they fit the workspace (3 GEMMs);
-            with it, always on the whole batch (4 GEMMs).
+            with it, always on the whole batch (4 GEMMs). Our own losses that need it (`losses.COUPLED`) have it.
         options: the options of `fn`, and of the projection as in `linear_logprob`: ignore_index, logit_scale, softcap,
             temperature, backend, workspace_bytes, validate.
 
     Raises:
-        ValueError: for an option that `fn` lacks, a missing one, or a signature that is neither paired nor unpaired.
+        ValueError: for an option that `fn` lacks, a missing one, one of ours out of its range, an unknown name, or a
+            signature that is neither paired nor unpaired.
     """
 
     def __init__(
         self,
-        fn: Callable[..., tuple[Tensor, ...]],
+        fn: Callable[..., tuple[Tensor, ...]] | str,
         *,
-        nll_weight: float = 0.0,
+        nll_weight: float | None = None,
         couples_batch: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**{name: options.pop(name) for name in _HEAD_OPTIONS & set(options)})
-        self.fn, self.nll_weight, self.couples_batch, self.options = fn, nll_weight, couples_batch, options
+        if isinstance(fn, str):
+            if fn not in losses.LOSSES:
+                raise ValueError(f"the losses by name are {sorted(losses.LOSSES)}; got {fn!r}")
+            fn = losses.LOSSES[fn]
+        if not callable(fn):
+            raise ValueError(f"fn must be the name of a loss or a function, got {type(fn).__name__}")
+        self.fn, self.couples_batch, self.options = fn, couples_batch or any(fn is f for f in losses.COUPLED), options
         self._needs_graph = False  # the loss differentiates something beside the log-probabilities
         self.fn_name = getattr(fn, "__name__", repr(fn))
         parameters = inspect.signature(fn).parameters.values()
@@ -153,14 +190,20 @@ class PreferenceLoss(_HeadLoss):
         self.defaults = {p.name: p.default for p in positional if p.default is not p.empty}
         self.needs_reference = any(self.filled[n][0] == "ref_logps" for n in self.names if n in self.filled)
         known = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+        optional = {p.name for p in parameters if p.default is None}
         taken = set(self.data) & {*foreign, *inspect.signature(self.forward).parameters}
-        taken |= set(known) & {*_HEAD_OPTIONS, "fn", "nll_weight", "couples_batch"}
+        taken |= set(known) & {*_HEAD_OPTIONS, "fn", "couples_batch"}
         if taken:
             raise ValueError(f"parameters of {self.fn_name} have reserved names, {sorted(taken)}; rename them")
         data = sorted(set(options) & set(self.data))
         hint = f". {data} are positional, so data of the call: put them after * to make them options" if data else ""
+        if "nll_weight" in known and nll_weight is not None:
+            options["nll_weight"], nll_weight = nll_weight, None
         _check_keywords(f"{self.fn_name} takes the options", known, options, hint)
-        check_number("nll_weight", nll_weight)
+        if any(fn is ours for ours in losses.LOSSES.values()):
+            _check_ranges({n: v for n, v in options.items() if v is not None or n not in optional})
+        self.nll_weight = 0.0 if nll_weight is None else nll_weight
+        check_number("nll_weight", self.nll_weight)
         if nll_weight and not self.paired:
             raise ValueError(
                 f"nll_weight adds the NLL of chosen sequences and {self.fn_name} is unpaired; use SFTLoss beside it"
@@ -189,6 +232,7 @@ class PreferenceLoss(_HeadLoss):
         nll_labels: Tensor | None = None,  # the shape of labels
         num_sequences: float | Tensor | None = None,
         num_tokens: float | Tensor | None = None,
+        stats: Sequence[str] = (),
         **data: Any,
     ) -> Any:
         """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
@@ -205,6 +249,8 @@ class PreferenceLoss(_HeadLoss):
             nll_labels: where the NLL of the chosen sequences runs; by default at labels.
             num_sequences, num_tokens: what sum(losses) and the NLL are divided by; by default this call's pairs
                 (sequences if unpaired) and chosen NLL tokens. Give totals of all micro-batches for accumulation.
+            stats: statistics of the scored tokens for `metrics()` of the result, any of "entropy", "mean_logits",
+                "is_top1"; each costs a reduction over the logits as they pass, and has no gradient.
             data: the other positional parameters of the loss function, each (B,) or 0-d.
 
         Returns:
@@ -265,19 +311,24 @@ class PreferenceLoss(_HeadLoss):
             num_tokens,
             projection.backend,
         )
-        results = None
-        if not (self.couples_batch or self._needs_graph or any(value.requires_grad for value in extra.values())):
-            try:
-                results = train_in_one_pass(projection, batch, self._evaluate)
-            except NeedsGraph:
-                self._needs_graph = True
-        loss, values, sums, rewards, nll_loss = results or self._evaluate(projection.score()[0], batch)
+        one_pass = not (self.couples_batch or self._needs_graph or any(v.requires_grad for v in extra.values()))
+        try:
+            results, scored = self._run(projection, batch, stats, one_pass)
+        except NeedsGraph:
+            self._needs_graph = True
+            results, scored = self._run(projection, batch, stats, one_pass=False)
+        loss, values, sums, rewards, nll_loss = results
         dtype = projection.result_dtype
         values, sums, rewards, nll_loss = (t.detach().to(dtype) for t in (values, sums, rewards, nll_loss))
         if not self.paired:
-            return UnpairedOutput(loss.to(dtype), values, sums, rewards)
-        halves = (sums[:count], sums[count:], rewards[:count], rewards[count:])
-        return PairedOutput(loss.to(dtype), values, *halves, nll_loss)
+            unpaired = UnpairedOutput(loss.to(dtype), values, sums, rewards)
+            unpaired.scored, unpaired.desirable, unpaired.kl = scored, extra.get("desirable"), extra.get("kl")
+            return unpaired
+        paired = PairedOutput(
+            loss.to(dtype), values, sums[:count], sums[count:], rewards[:count], rewards[count:], nll_loss
+        )
+        paired.scored = scored
+        return paired
 
     def _check_reference(self, given: set[str]) -> None:
         name = type(self).__name__
@@ -354,7 +405,10 @@ class PreferenceLoss(_HeadLoss):
                 arguments.append(values[halves[half]])
             else:
                 arguments.append(extra.get(name, self.defaults.get(name)))
-        results = self.fn(*arguments, **self.options)
+        return self.checked(self.fn(*arguments, **self.options), count)
+
+    def checked(self, results: Any, count: int) -> tuple[Tensor, ...]:
+        """What the loss function returned, if it is of the right form."""
         expected = 3 if self.paired else 2
         got: Any = type(results).__name__
         if isinstance(results, tuple):
@@ -465,7 +519,6 @@ class DPOLoss(PreferenceLoss):
     """
 
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0, **options: Any) -> None:
-        _check_range(beta=beta, label_smoothing=label_smoothing)
         super().__init__(losses.dpo_loss, beta=beta, label_smoothing=label_smoothing, **options)
 
 
@@ -473,7 +526,6 @@ class IPOLoss(PreferenceLoss):
     """`losses.ipo_loss` as a module: (h - 1 / (2 beta))^2 on log-ratios per token. Arguments as in `PreferenceLoss`."""
 
     def __init__(self, *, beta: float = 0.1, **options: Any) -> None:
-        _check_range(beta=beta)
         super().__init__(losses.ipo_loss, beta=beta, **options)
 
 
@@ -487,7 +539,6 @@ class KTOLoss(PreferenceLoss):
     def __init__(
         self, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, **options: Any
     ) -> None:
-        _check_range(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
         super().__init__(
             losses.kto_loss,
             beta=beta,
@@ -507,8 +558,96 @@ class CPOLoss(PreferenceLoss):
     def __init__(
         self, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0, **options: Any
     ) -> None:
-        _check_range(beta=beta, label_smoothing=label_smoothing)
         super().__init__(losses.cpo_loss, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight, **options)
+
+
+class ORPOLoss(PreferenceLoss):
+    """`losses.orpo_loss` with the NLL of the chosen tokens: -beta log sigmoid(log odds ratio) + nll_weight NLL.
+
+    Hong et al. 2024 (arXiv:2403.07691), eq. 6, with lambda = beta. The paper's NLL runs over prompt and response: give
+    `nll_labels` for that. Reference-free. Other arguments as in `PreferenceLoss`.
+    """
+
+    def __init__(self, *, beta: float = 0.1, nll_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(losses.orpo_loss, beta=beta, nll_weight=nll_weight, **options)
+
+
+class SimPOLoss(PreferenceLoss):
+    """`losses.simpo_loss` as a module: -log sigmoid(r_chosen - r_rejected - gamma), r = beta log pi / |y|.
+
+    Reference-free; CPO-SimPO with `nll_weight`. Other arguments as in `PreferenceLoss`.
+    """
+
+    def __init__(self, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0, **options: Any) -> None:
+        super().__init__(losses.simpo_loss, beta=beta, gamma=gamma, label_smoothing=label_smoothing, **options)
+
+
+class MixtureLoss(PreferenceLoss):
+    """sum_i w_i loss_i of several losses, in one pass over the hidden states.
+
+    MPO (Wang et al. 2024, arXiv:2411.10442) is `MixtureLoss([DPOLoss(beta=0.1), PreferenceLoss("bco_pair", beta=0.1)],
+    weights=[0.8, 0.2], nll_weight=1.0)`. The call takes what any of the losses takes; a datum that two of them name is
+    the same for both. `losses` of the result is the weighted sum, the rewards are those of the first loss.
+
+    Args:
+        modules: `PreferenceLoss`es, all paired or all unpaired, whose own `nll_weight` counts w_i times. The options of
+            the projection belong to the mixture, not to them.
+        weights: w_i, a number for each.
+        nll_weight, options: as in `PreferenceLoss`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[PreferenceLoss],
+        weights: Sequence[float],
+        *,
+        nll_weight: float = 0.0,
+        couples_batch: bool = False,
+        **options: Any,
+    ) -> None:
+        modules, weights = list(modules), list(weights)
+        if not modules or len(modules) != len(weights):
+            raise ValueError(f"a mixture takes a weight for each loss; got {len(modules)} and {len(weights)}")
+        for module, weight in zip(modules, weights, strict=True):
+            if not isinstance(module, PreferenceLoss) or module.paired != modules[0].paired:
+                raise ValueError(
+                    "a mixture takes PreferenceLosses, all paired or all unpaired; "
+                    f"got {[type(m).__name__ for m in modules]}. The NLL of the chosen sequences is nll_weight"
+                )
+            if _HeadLoss.extra_repr(module):
+                raise ValueError(f"give {_HeadLoss.extra_repr(module)} to the mixture, not to {type(module).__name__}")
+            check_number("a weight", weight)
+        check_number("nll_weight", nll_weight)
+        nll_weight += sum(weight * module.nll_weight for module, weight in zip(modules, weights, strict=True))
+        couples_batch = couples_batch or any(module.couples_batch for module in modules)
+        super().__init__(_mixture(modules, weights), nll_weight=nll_weight, couples_batch=couples_batch, **options)
+        self.mixed, self.weights = nn.ModuleList(modules), weights
+
+
+def _mixture(modules: list[PreferenceLoss], weights: list[float]) -> Callable[..., tuple[Tensor, ...]]:
+    """The weighted sum of losses as one loss function, whose data are those of all of them."""
+    required = {name for module in modules for name in module.names if name not in module.defaults}
+    names = dict.fromkeys(name for module in modules for name in module.names)
+    order = sorted(names, key=lambda name: name not in required)
+
+    def mixture(*values: Any) -> tuple[Tensor, ...]:
+        given, results = dict(zip(order, values, strict=True)), []
+        count = len(given["chosen_logps" if modules[0].paired else "logps"])
+        for module in modules:
+            arguments = (module.defaults.get(n) if given[n] is None else given[n] for n in module.names)
+            results.append(module.checked(module.fn(*arguments, **module.options), count))
+        total = sum(weight * result[0] for weight, result in zip(weights, results, strict=True))
+        assert isinstance(total, Tensor)
+        return total, *results[0][1:]
+
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    parameters = [inspect.Parameter(name, kind, default=empty if name in required else None) for name in order]
+    mixture.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    mixture.__name__ = "mixture of " + ", ".join(module.fn_name for module in modules)
+    return mixture
 
 
 class SFTLoss(_HeadLoss):
@@ -529,6 +668,7 @@ class SFTLoss(_HeadLoss):
         token_index: Tensor | None = None,  # (N,)
         token_weights: Tensor | None = None,  # the shape of labels
         num_tokens: float | Tensor | None = None,
+        stats: Sequence[str] = (),
         **unknown: Any,
     ) -> UnpairedOutput:
         """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
@@ -557,10 +697,11 @@ class SFTLoss(_HeadLoss):
             num_tokens=divisor,
             backend=projection.backend,
         )
-        results = train_in_one_pass(projection, batch, self._evaluate)
-        loss, losses, logps, rewards, _ = results or self._evaluate(projection.score()[0], batch)
+        (loss, values, logps, rewards, _), scored = self._run(projection, batch, stats)
         dtype = projection.result_dtype
-        return UnpairedOutput(*(t.to(dtype) for t in (loss, losses.detach(), logps.detach(), rewards)))
+        output = UnpairedOutput(*(t.to(dtype) for t in (loss, values.detach(), logps.detach(), rewards)))
+        output.scored = scored
+        return output
 
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
         weights = flat_token_weights(batch.token_weights, batch.labels, self.ignore_index)
@@ -568,14 +709,17 @@ class SFTLoss(_HeadLoss):
         num_tokens = batch.num_tokens
         if num_tokens is None:
             num_tokens = batch.nll_tokens(self.ignore_index)
-        loss = -sums.sum() / num_tokens
-        return Results(loss, -sums, sums, torch.zeros_like(sums), loss)
+        values, rewards = losses.sft_loss(sums)
+        loss = values.sum() / num_tokens
+        return Results(loss, values, sums, rewards, loss)
 
 
-def _check_range(**options: float) -> None:
+def _check_ranges(options: dict[str, Any]) -> None:
     for name, value in options.items():
+        if name not in _RANGES:
+            continue
         check_number(name, value)
-        low, high = (0.0, 0.5) if name == "label_smoothing" else (0.0, float("inf"))
-        if not (low <= value < high) or (name == "beta" and value == 0):
-            interval = "(0, inf)" if name == "beta" else f"[{low}, {high})"
+        low, with_low, high, with_high = _RANGES[name]
+        if not (low <= value <= high) or (value == low and not with_low) or (value == high and not with_high):
+            interval = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
             raise ValueError(f"{name} must lie in {interval}, got {value}")

@@ -83,7 +83,10 @@ class NeedsGraph(Exception):
 
 
 def train_in_one_pass(
-    projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results]
+    projection: Projection,
+    batch: Batch,
+    evaluate: Callable[[Tensor, Batch], Results],
+    stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS that is asked for; filled
 ) -> Results | None:
     """The results of a step that trains hidden states and head, in one pass; None where that does not apply.
 
@@ -100,11 +103,16 @@ def train_in_one_pass(
     rows = projection.labels.numel() if index is None else index.numel()
     if rows == 0:
         return None
-    if rows <= projection.footprint.capacity(several=False, workspace_bytes=projection.workspace_bytes):
+    if rows <= projection.footprint.capacity(False, projection.workspace_bytes, asked(stats)):
         found: list[Results] = []
-        loss = _one_pass(projection, [index], [_share(evaluate, batch, None, found)], groups=1)
+        loss = _one_pass(projection, [index], [_share(evaluate, batch, None, found)], 1, stats)
         return found[0]._replace(loss=loss)
-    return _in_groups(projection, batch, evaluate)
+    return _in_groups(projection, batch, evaluate, stats)
+
+
+def asked(stats: Sequence[Tensor | None]) -> int:
+    """Bits of the statistics of backends.STATS that have a place to go."""
+    return sum(1 << i for i, values in enumerate(stats) if values is not None)
 
 
 def _share(
@@ -136,10 +144,15 @@ def _leaves(value: Tensor) -> set[Tensor]:
     return leaves
 
 
-def _in_groups(projection: Projection, batch: Batch, evaluate: Callable[[Tensor, Batch], Results]) -> Results | None:
+def _in_groups(
+    projection: Projection,
+    batch: Batch,
+    evaluate: Callable[[Tensor, Batch], Results],
+    stats: Sequence[Tensor | None],
+) -> Results | None:
     tokens, index = projection.labels.numel(), projection.token_index
     ignore_index = projection.ignore_index
-    most = projection.footprint.capacity(several=True, workspace_bytes=projection.workspace_bytes)
+    most = projection.footprint.capacity(True, projection.workspace_bytes, asked(stats))
     if most == 0:
         return None
     per_sequence = labelled_tokens(projection.labels, batch.offsets, batch.sequences, ignore_index).tolist()
@@ -174,7 +187,7 @@ def _in_groups(projection: Projection, batch: Batch, evaluate: Callable[[Tensor,
         numbers.append(chosen)
         indices.append(torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]))
         shares.append(_share(evaluate, batch.select(units, chosen, parts), parts, found))
-    return _merged(_one_pass(projection, indices, shares, len(groups)), found, numbers)
+    return _merged(_one_pass(projection, indices, shares, len(groups), stats), found, numbers)
 
 
 def _merged(loss: Tensor, found: list[Results], numbers: list[list[int]]) -> Results:
@@ -193,6 +206,7 @@ def _one_pass(
     indices: Sequence[Tensor | None],  # scored positions of each group; None: every position
     shares: Sequence[Callable[[Tensor], Tensor]],  # of each group, its share of the loss from log-probabilities (M,)
     groups: int,  # whose tiles are held; those of what is left are recomputed
+    stats: Sequence[Tensor | None],  # (M,) of each of backends.STATS; filled
 ) -> Tensor:
     """The sum of the groups' shares, 0-d, differentiable with respect to hidden, weight and bias."""
     if projection.validate:
@@ -203,7 +217,7 @@ def _one_pass(
             len(projection.weight),
         )
     tensors = (projection.hidden, projection.weight, projection.bias)
-    return _OnePass.apply(*tensors, projection, indices, shares, groups)
+    return _OnePass.apply(*tensors, projection, indices, shares, groups, stats)
 
 
 class _OnePass(torch.autograd.Function):
@@ -217,6 +231,7 @@ class _OnePass(torch.autograd.Function):
         indices: Sequence[Tensor | None],
         shares: Sequence[Callable[[Tensor], Tensor]],
         groups: int,
+        stats: Sequence[Tensor | None],
     ) -> Tensor:
         projection = projection._replace(hidden=hidden, weight=weight, bias=bias)
         ctx.needs = ctx.needs_input_grad[1:3]
@@ -231,7 +246,7 @@ class _OnePass(torch.autograd.Function):
             losses.append(share.detach())
             return slopes[-1]
 
-        gradient, state, dlogp = _pass(projection, indices, groups, ctx.needs, differentiate)
+        gradient, state, dlogp = _pass(projection, indices, groups, ctx.needs, differentiate, stats)
         dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
         ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
         # without its tensors, which autograd has to guard
@@ -246,7 +261,7 @@ class _OnePass(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             anchor = torch.ones((), device=upstream.device, requires_grad=True)
             gradients = _OnlyFirstDerivatives.apply(anchor, *gradients)
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 5
 
     @staticmethod
     def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -284,10 +299,12 @@ def _pass(
     groups: int,  # the first ones, whose tiles are held
     needs: tuple[bool, bool],  # dweight, dbias
     differentiate: Callable[[int, Tensor], Tensor],  # group, log-probabilities (M,) -> their gradient (M,)
+    stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS; filled
 ) -> tuple[ops.HeadGradient, Tensor, Tensor]:
     """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
     hidden, weight, labels = projection.hidden, projection.weight, projection.labels
     options = projection.compute_dtype, projection.ignore_index, projection.transform, projection.backend
+    wanted = list(stats) or [None] * len(backends.STATS)
     with ops.computing(hidden, projection.compute_dtype):
         problems = [ops.Problem(hidden, weight, projection.bias, labels, index, False, *options) for index in indices]
         new, rows = problems[0].empty, sum(problem.rows for problem in problems)
@@ -302,13 +319,13 @@ def _pass(
             logps = new(labels.numel())
             if indices[i] is not None:
                 logps.zero_()
-            outputs = [logps, *[None] * len(backends.STATS)]
+            outputs = [logps, *wanted]
             if i < groups:
                 held = ops.Held(problem, tiles)
-                ops.walk_forward(problem, state[:, part], outputs, 0, dlogp[part], None, left, held)
+                ops.walk_forward(problem, state[:, part], outputs, asked(stats), dlogp[part], None, left, held)
                 gradient.add_held(problem, held, state[:, part], differentiate(i, logps))
             else:
                 del held, tiles
-                ops.walk_forward(problem, state[:, part], outputs, 0, dlogp[part], None, left)
+                ops.walk_forward(problem, state[:, part], outputs, asked(stats), dlogp[part], None, left)
                 gradient.add_recomputed(problem, state[:, part], differentiate(i, logps), left)
     return gradient, state, dlogp

@@ -97,14 +97,14 @@ class Problem:
     def logits_tile(self, rows: Tensor, weight: Tensor, first: int, out: Tensor) -> Tensor:
         """x = (h W_slice^T + b) * linear in the accumulation dtype."""
         if self.bias is None:
-            _addmm(out, rows, weight.T, out, beta=0, alpha=self.transform.linear)
+            addmm(out, rows, weight.T, out, beta=0, alpha=self.transform.linear)
         else:
             bias = self.bias[first : first + weight.shape[0]]
-            _addmm(bias.expand_as(out), rows, weight.T, out, beta=1, alpha=self.transform.linear)
+            addmm(bias.expand_as(out), rows, weight.T, out, beta=1, alpha=self.transform.linear)
         return out
 
 
-def _addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alpha: float = 1) -> None:
+def addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alpha: float = 1) -> None:
     """out = beta base + alpha a b, accumulated and returned in the dtype of `out`, which may be wider than a and b."""
     if a.dtype == out.dtype:
         torch.addmm(base, a, b, beta=beta, alpha=alpha, out=out)
@@ -252,9 +252,9 @@ def walk_forward(
                 if held is not None:
                     held.keep(first, exps, sums[REF])
                 if u is not None:
-                    _addmm(u, exps, weight, u, beta=int(begun))
+                    addmm(u, exps, weight, u, beta=int(begun))
                 if u2 is not None:
-                    _addmm(u2, z_exps, weight, u2, beta=int(begun))
+                    addmm(u2, z_exps, weight, u2, beta=int(begun))
         derivatives = (None if t is None else t[part] for t in (dlogp, dentropy))
         primitives.finish(problem.tokens, part, labels, sums, u, u2, problem.weight, transform, outputs, *derivatives)
 
@@ -308,12 +308,12 @@ class HeadGradient:
             primitives.held_dlogits(dz, reference, state, problem.labels, first, problem.transform)
             if self.dweight.dim() == 2:
                 dw = self.dweight[first:last] if partial is None else partial[: last - first]
-                _addmm(dw, dz.T, scaled, dw, beta=self.begun)
+                addmm(dw, dz.T, scaled, dw, beta=self.begun)
                 if partial is not None:
                     self.dweight[first:last] = dw
             if self.dbias.numel():
                 db = self.dbias[None, first:last]
-                _addmm(db, weighed.coefficient[None].to(dz.dtype), dz, db, beta=self.begun)
+                addmm(db, weighed.coefficient[None].to(dz.dtype), dz, db, beta=self.begun)
         self.begun = 1
 
     def add_recomputed(self, problem: Problem, state: Tensor, dlogps: Tensor, workspace_bytes: int) -> None:
@@ -484,11 +484,11 @@ def _walk_backward(
                 problem.gemm_dtype,
             )
             if need_dweight:
-                _addmm(dw, dz.T, scaled, dw, beta=beta)
+                addmm(dw, dz.T, scaled, dw, beta=beta)
             if need_dbias:
                 coefficient = weighed.coefficient[None, part].to(problem.gemm_dtype)
                 db = dbias[None, first:last]
-                _addmm(db, coefficient, dz, db, beta=beta)
+                addmm(db, coefficient, dz, db, beta=beta)
         if weighed.unit is not None and need_dweight:
             dw.mul_(weighed.unit)
         if partial is not None:

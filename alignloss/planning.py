@@ -107,7 +107,7 @@ class Footprint(NamedTuple):
     def forward(self, rows: int, stats: int, save: int, workspace_bytes: int) -> Tile:
         """The tile of a forward that saves so many derivatives of N = `rows` tokens."""
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
-        return self._tile(
+        return self.tile(
             rows,
             self.width * (save * accum + self.copies_rows * gemm + (save > 0) * accum),
             self.width * gemm * self.casts_weight,
@@ -118,7 +118,7 @@ class Footprint(NamedTuple):
     def backward(self, rows: int, entropy: bool, direct: bool, workspace_bytes: int) -> Tile:
         """The tile of a backward that recomputes; `direct`: dweight needs no slice in the accumulation dtype."""
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
-        return self._tile(
+        return self.tile(
             rows,
             self.width * (gemm * (1 + self.copies_rows) + accum),
             self.width * (gemm * self.casts_weight + accum * (not direct)),
@@ -126,7 +126,7 @@ class Footprint(NamedTuple):
             workspace_bytes,
         )
 
-    def _tile(
+    def tile(
         self,
         rows: int,
         row_bytes: int,  # buffers per row of a block
@@ -161,20 +161,20 @@ class Footprint(NamedTuple):
         narrow = self.weight_dtype != self.accum_dtype
         return self.accum_dtype.itemsize * self.vocabulary * self.width * (several and narrow)
 
-    def one_pass_bytes(self, rows: int, several: bool, columns: int) -> int:
+    def one_pass_bytes(self, rows: int, several: bool, columns: int, stats: int = 0) -> int:
         """Workspace of one pass whose largest group has so many tokens; `several` groups share an accumulator."""
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         direct = self.weight_dtype == self.accum_dtype
         held = rows * (self.vocabulary * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
-        cell = accum * (self.fold_tiles(0, 1) + (self.narrow_bytes > 0)) + self.narrow_bytes
+        cell = accum * (self.fold_tiles(stats, 1) + (self.narrow_bytes > 0)) + self.narrow_bytes
         first = rows * (columns * cell + self.width * (2 * accum + gemm * self.copies_rows))
         first += columns * self.width * gemm * self.casts_weight
         second = rows * self.width * gemm * (1 + self.copies_rows)
         second += columns * self.width * accum * (not direct and not several)
         return held + max(first, second)
 
-    def capacity(self, several: bool, workspace_bytes: int) -> int:
+    def capacity(self, several: bool, workspace_bytes: int, stats: int = 0) -> int:
         """How many tokens a group of one pass may hold, if there are `several` groups or one; 0 for none."""
         if several and self.dtype == torch.float16:
             return 0  # sums of several groups would need one scale
@@ -182,7 +182,7 @@ class Footprint(NamedTuple):
         low, high = 0, workspace_bytes // (self.vocabulary * self.gemm_dtype.itemsize)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.one_pass_bytes(middle, several, columns) <= workspace_bytes:
+            if self.one_pass_bytes(middle, several, columns, stats) <= workspace_bytes:
                 low = middle
             else:
                 high = middle - 1

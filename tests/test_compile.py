@@ -42,6 +42,22 @@ def test_dpo_with_a_mask():
     compare(lambda h, w: loss(h, w, labels, ref_logps=REF).loss, hidden, weight, backend="aot_eager")
 
 
+def test_a_whole_result_and_its_metrics():
+    hidden, weight, _, labels = inputs(4, 7, dtype=torch.float32)
+    loss = alignloss.DPOLoss(beta=0.3)
+
+    def run(h):
+        out = loss(h, weight, labels, ref_logps=REF, stats=("entropy",))
+        return out, out.metrics()
+
+    (out, inside), (expected, metrics) = (
+        f(hidden) for f in (torch.compile(run, fullgraph=True, backend="aot_eager"), run)
+    )
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(inside, metrics)
+    torch.testing.assert_close(out.metrics(), metrics)
+
+
 def test_nothing_to_differentiate():
     hidden, weight, _, labels = inputs(4, 7, dtype=torch.float32)
     compiled = torch.compile(

@@ -20,9 +20,9 @@ def passes(monkeypatch):
     counts = []
     original = onepass._one_pass
 
-    def spy(projection, indices, shares, groups):
+    def spy(projection, indices, shares, groups, stats):
         counts.append((groups, sum(len(projection.labels if i is None else i) for i in indices[:groups])))
-        return original(projection, indices, shares, groups)
+        return original(projection, indices, shares, groups, stats)
 
     monkeypatch.setattr(onepass, "_one_pass", spy)
     return counts

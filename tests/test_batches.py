@@ -1,9 +1,7 @@
-"""KTO's baseline: mismatched pairs, and the KL estimate over one process and over two."""
+"""Batches from prompts and completions: mismatched pairs for KTO, pairs of self-play for SPIN."""
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import alignloss
 
@@ -35,23 +33,15 @@ def test_a_pair_cannot_be_mismatched_with_itself():
         alignloss.mismatched_pairs(torch.ones(2, 4), torch.ones(2, 4), torch.ones(2, 3), 0)
 
 
-def test_kto_kl_is_the_mean_log_ratio_clamped_and_detached():
-    kl = alignloss.kto_kl(torch.tensor([-3.0, -5.0], requires_grad=True), torch.tensor([-4.0, -7.0]))
-    assert kl.item() == 1.5
-    assert not kl.requires_grad
-    assert alignloss.kto_kl(torch.tensor([-5.0]), torch.tensor([-4.0])).item() == 0
-    with pytest.raises(ValueError, match=r"both be \(B,\)"):
-        alignloss.kto_kl(torch.zeros(2), torch.zeros(3))
-
-
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    policy, reference = torch.tensor([-3.0, -5.0, -1.0]), torch.tensor([-4.0, -7.0, -1.5])
-    mine = slice(0, 1) if rank == 0 else slice(1, 3)  # uneven shares: the mean is over samples, not over processes
-    kl = alignloss.kto_kl(policy[mine], reference[mine], group=dist.group.WORLD)
-    torch.testing.assert_close(kl, torch.tensor((1 + 2 + 0.5) / 3))
-    dist.destroy_process_group()
-
-
-def test_kto_kl_over_two_processes(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+def test_self_play_pairs_reject_what_the_model_wrote():
+    t = torch.tensor
+    batch = alignloss.self_play_pairs([t([1, 2]), t([3])], [t([21]), t([22, 23])], [t([31, 32, 33]), t([34])], 0)
+    assert batch.input_ids.tolist() == [[1, 2, 21, 0, 0], [3, 22, 23, 0, 0], [1, 2, 31, 32, 33], [3, 34, 0, 0, 0]]
+    assert torch.equal(batch.attention_mask, (batch.input_ids != 0).long())
+    assert torch.equal(batch.completion_mask, (batch.input_ids > 20).long())
+    labels = alignloss.next_token_labels(batch.input_ids, batch.completion_mask)
+    assert labels[0].tolist() == [-100, 21, -100, -100, -100]
+    with pytest.raises(ValueError, match="as many, at least one; got 1, 1 and 0"):
+        alignloss.self_play_pairs([t([1])], [t([2])], [], 0)
+    with pytest.raises(ValueError, match="1-d integer"):
+        alignloss.self_play_pairs([t([1])], [t([2.0])], [t([3])], 0)

@@ -1,0 +1,88 @@
+"""Batches put together from prompts and completions, right-padded. They run on the host: call them in the collator."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CompletionBatch", "mismatched_pairs", "self_play_pairs"]
+
+
+class CompletionBatch(NamedTuple):
+    """Sequences of a prompt and a completion, right-padded, (S, T) each, int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+
+
+def mismatched_pairs(
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T) nonzero at real tokens
+    completion_mask: Tensor,  # (B, T) nonzero at completion tokens
+    pad_token_id: int,
+) -> CompletionBatch:
+    """Put completion i - 1 (the last for i = 0) after prompt i: samples for KTO's estimate of KL(policy || reference).
+
+    Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1. Neighbouring rows must have different prompts, or a pair
+    is matched after all. Padding may be on either side; the result is padded on the right. Runs on the host: call it in
+    the collator.
+
+    Raises:
+        ValueError: for fewer than two sequences (a pair would match itself), or shapes that differ.
+    """
+    for name, value in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
+        if not isinstance(input_ids, Tensor) or not isinstance(value, Tensor):
+            raise ValueError(f"input_ids and {name} must be torch.Tensors, got {type(input_ids)} and {type(value)}")
+    if not isinstance(pad_token_id, int):
+        raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}; any token id serves")
+    shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
+    if len(shapes) != 1 or input_ids.dim() != 2:
+        raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T), got {shapes}")
+    count = input_ids.shape[0]
+    if count < 2:
+        raise ValueError(f"mismatched pairs need at least 2 sequences, got {count}; raise the batch size")
+    real, completion = attention_mask.bool(), completion_mask.bool() & attention_mask.bool()
+    prompts = [ids[keep] for ids, keep in zip(input_ids, real & ~completion, strict=True)]
+    completions = [ids[keep] for ids, keep in zip(input_ids, completion, strict=True)]
+    return _joined([(prompts[i], completions[i - 1]) for i in range(count)], pad_token_id)
+
+
+def self_play_pairs(
+    prompts: Sequence[Tensor],  # B of (P_i,)
+    completions: Sequence[Tensor],  # B of (C_i,)
+    samples: Sequence[Tensor],  # B of (S_i,)
+    pad_token_id: int,
+) -> CompletionBatch:
+    """SPIN: pairs whose chosen sequences are the data's and whose rejected ones the model wrote itself.
+
+    Chen et al. 2024 (arXiv:2401.01335): `samples[i]` is what the model of the last iteration, the reference, generated
+    after `prompts[i]`; the loss is `dpo_loss`, eq. 4.7. A sample equal to its completion gives a pair without gradient.
+
+    Raises:
+        ValueError: for lists of different lengths, or token ids that are not 1-d integers.
+    """
+    if not len(prompts) == len(completions) == len(samples) or not len(prompts):
+        raise ValueError(
+            "prompts, completions and samples must be as many, at least one; "
+            f"got {len(prompts)}, {len(completions)} and {len(samples)}"
+        )
+    for tokens in (*prompts, *completions, *samples):
+        if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
+            raise ValueError(f"token ids must be 1-d integer tensors, got {getattr(tokens, 'shape', type(tokens))}")
+    rows = [*zip(prompts, completions, strict=True), *zip(prompts, samples, strict=True)]
+    return _joined(rows, pad_token_id)
+
+
+def _joined(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> CompletionBatch:
+    """Completions after their prompts."""
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64, device=rows[0][0].device)
+    attention_mask, completion_mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, (prompt, completion) in enumerate(rows):
+        start, stop = len(prompt), len(prompt) + len(completion)
+        ids[i, :stop] = torch.cat([prompt, completion])
+        attention_mask[i, :stop] = 1
+        completion_mask[i, start:stop] = 1
+    return CompletionBatch(ids, attention_mask, completion_mask)

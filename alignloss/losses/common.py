@@ -1,0 +1,38 @@
+"""What several losses are made of."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["MAX_EXPONENT", "Paired", "Unpaired", "bounded_exp", "log_odds", "logistic"]
+
+Paired = tuple[Tensor, Tensor, Tensor]  # losses, chosen_rewards, rejected_rewards
+Unpaired = tuple[Tensor, Tensor]  # losses, rewards
+
+MAX_EXPONENT = 80.0  # e^80 and its gradient times a few powers of ten stay within float32
+
+
+def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m)."""
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins)
+    if label_smoothing:  # not 0 * inf, where the rejected sequence is impossible
+        losses = losses - label_smoothing * F.logsigmoid(-margins)
+    return losses
+
+
+def bounded_exp(exponents: Tensor) -> Tensor:
+    """exp(x), constant beyond `MAX_EXPONENT`."""
+    return exponents.clamp(max=MAX_EXPONENT).exp()
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    """log(p / (1 - p)) from log p <= 0, of full relative precision at both ends; finite, and constant, at p = 1."""
+    below = logps < 0
+    x = torch.where(below, logps, -torch.finfo(torch.float32).tiny)
+    near_one = x > -0.6931471805599453  # p > 1/2: log(1 - p) by expm1, else by log1p; each side sees only its own x
+    log_rest = torch.where(
+        near_one,
+        (-torch.expm1(torch.where(near_one, x, -0.5))).log(),
+        torch.log1p(-torch.where(near_one, -1.0, x).exp()),
+    )
+    return x - log_rest

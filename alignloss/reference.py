@@ -1,0 +1,31 @@
+"""A reference that follows the policy."""
+
+import torch
+from torch import nn
+
+__all__ = ["update_reference"]
+
+
+@torch.no_grad()
+def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0) -> None:
+    """TR-DPO: move every parameter of the reference towards the model's, ref = mix model + (1 - mix) ref, in place.
+
+    Gorbatovski et al. 2024 (arXiv:2404.09656), whose alpha is `mix` in (0, 1]: 1 is the hard update, a copy. Call it
+    every tau optimizer steps; log-probabilities of the reference that were cached before are those of the old one.
+
+    Raises:
+        ValueError: where names or shapes of the parameters differ, as between a model and one with adapters.
+    """
+    if not 0 < mix <= 1:
+        raise ValueError(f"mix must lie in (0, 1], got {mix!r}")
+    ours, theirs = dict(reference.named_parameters()), dict(model.named_parameters())
+    different = sorted(
+        name for name in {*ours, *theirs} if name not in ours or name not in theirs or
+        ours[name].shape != theirs[name].shape
+    )  # fmt: skip
+    if different:
+        raise ValueError(
+            f"reference and model must have the same parameters; {len(different)} differ, e.g. {different[:3]}"
+        )
+    for name, parameter in ours.items():
+        parameter.lerp_(theirs[name].to(parameter), mix)

@@ -1,0 +1,104 @@
+"""Weights of tokens and pairs: losses that differ from DPO by what counts, not by a formula."""
+
+import torch
+from torch import Tensor
+
+from .logprob import LogprobStats, labelled_tokens, sequence_offsets
+from .ops import sequence_sum
+
+__all__ = ["ld_dpo_token_weights", "sampo_token_weights", "wpo_pair_weights"]
+
+
+def ld_dpo_token_weights(
+    labels: Tensor,  # (2B, T), or packed (tokens,) or (1, tokens)
+    *,
+    tail_weight: float,
+    cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    ignore_index: int = -100,
+) -> Tensor:
+    """`token_weights` of LD-DPO, for labels aligned with hidden: 1 up to the shorter length of a pair, then less.
+
+    Liu et al. 2024 (arXiv:2409.06411), whose alpha is `tail_weight` in [0, 1]: the log-probabilities of labelled tokens
+    beyond min(|y_chosen|, |y_rejected|) count by it. The first half of the sequences are the chosen ones.
+
+    Returns:
+        The shape of labels, float32; 0 at ignored positions.
+    """
+    if not 0 <= tail_weight <= 1:
+        raise ValueError(f"tail_weight must lie in [0, 1], got {tail_weight!r}")
+    rank, shorter = _ranks(labels, cu_seqlens, ignore_index)
+    weights = torch.where(rank < shorter, 1.0, float(tail_weight))
+    return weights.masked_fill(labels == ignore_index, 0).to(torch.float32)
+
+
+def sampo_token_weights(
+    labels: Tensor,  # (2B, T), or packed (tokens,) or (1, tokens)
+    *,
+    cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    ignore_index: int = -100,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`token_weights` of SamPO, for labels aligned with hidden: as many tokens of either sequence of a pair, at random.
+
+    Lu et al. 2024 (arXiv:2406.10957): min(|y_chosen|, |y_rejected|) labelled tokens of each sequence keep weight 1,
+    drawn without replacement. Policy and reference take the same ones: compute `ref_logps` by `sequence_logprob` with
+    these weights, or give `ref_hidden`.
+
+    Returns:
+        The shape of labels, float32, of 0 and 1.
+    """
+    noise = torch.rand(labels.shape, generator=generator, device=labels.device, dtype=torch.float64)
+    rank, shorter = _ranks(labels, cu_seqlens, ignore_index, noise)
+    return ((rank < shorter) & (labels != ignore_index)).to(torch.float32)
+
+
+def _ranks(
+    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of each position, its rank among the labelled tokens of its sequence, by `order` or from left to right, and the
+    shorter length of its pair; both of the shape of labels."""
+    offsets, sequences = sequence_offsets(labels, cu_seqlens, None)
+    if sequences % 2:
+        raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
+    counts = labelled_tokens(labels, offsets, sequences, ignore_index)
+    shorter = torch.minimum(*counts.view(2, -1)).repeat(2)
+    flat, position = labels.reshape(-1), torch.arange(labels.numel(), device=labels.device)
+    if offsets is None:
+        sequence = position // max(labels.shape[1], 1)
+    else:
+        sequence = torch.searchsorted(offsets[1:], position, right=True).clamp(max=max(sequences - 1, 0))
+    keys = position if order is None else order.reshape(-1).argsort().argsort()
+    # one sort: by sequence, in it the labelled before the others, then by key; ranks count from a sequence's first
+    total = max(len(flat), 1)
+    sorting = ((2 * sequence + (flat == ignore_index)) * total + keys).argsort()
+    first = torch.searchsorted(sequence[sorting].contiguous(), torch.arange(sequences, device=flat.device))
+    rank = torch.empty_like(position)
+    rank[sorting] = position - first[sequence[sorting]] if sequences else position
+    return rank.view(labels.shape), shorter[sequence].view(labels.shape)
+
+
+def wpo_pair_weights(
+    stats: LogprobStats,
+    labels: Tensor,  # (2B, T), or packed (tokens,) or (1, tokens)
+    *,
+    cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    ignore_index: int = -100,
+) -> Tensor:
+    """`pair_weights` of WPO: how likely the policy itself is to write the two sequences, on average per token.
+
+    Zhou et al. 2024 (arXiv:2406.11827), eq. 2 with the alignment by the sampled policy: the product over both sequences
+    of exp(mean over tokens of log p_y - log sum_v p_v^2). `stats` are those of the policy, from
+    `linear_logprob_stats(..., stats=("log_sum_sq_probs",))` under `torch.no_grad()`.
+
+    Returns:
+        (B,), detached.
+    """
+    if stats.log_sum_sq_probs is None:
+        raise ValueError('WPO needs log_sum_sq_probs: ask linear_logprob_stats for stats=("log_sum_sq_probs",)')
+    offsets, sequences = sequence_offsets(labels, cu_seqlens, None)
+    if sequences % 2:
+        raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
+    values = (stats.logps - stats.log_sum_sq_probs).detach().masked_fill(labels == ignore_index, 0).reshape(-1)
+    sums = sequence_sum(values, offsets, sequences, None, "torch")
+    means = sums / labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)
+    return means.view(2, -1).sum(0).exp().to(stats.logps.dtype)

@@ -1,0 +1,121 @@
+"""`metrics()` of the results: the same in every regime, and only what was asked for."""
+
+import pytest
+import torch
+from reference import inputs, leaf, statistics, token_logps
+
+import alignloss
+
+B, T = 3, 9
+STATS = ("entropy", "mean_logits", "is_top1")
+BACKENDS = ["torch", "triton"]
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight"], ids=lambda t: t or "nothing")
+@pytest.mark.parametrize("workspace", [None, 9_000, 2_000], ids=["one group", "groups", "recomputed"])
+def test_paired(backend, trained, workspace):
+    hidden, weight, _, labels = inputs(2 * B, T)
+    ref = torch.full((2 * B,), -20.0, dtype=torch.float64)
+    h, w = (leaf(t, torch.float32, n in trained) for t, n in ((hidden, "hidden"), (weight, "weight")))
+    module = alignloss.DPOLoss(beta=0.3, backend=backend, workspace_bytes=workspace)
+    out = module(h, w, labels, ref_logps=ref, stats=STATS)
+    metrics = out.metrics()
+    assert not any(value.requires_grad or value.dim() for value in metrics.values())
+    labelled, exact = labels != -100, statistics(hidden, weight, labels)
+    sums, lengths = token_logps(hidden, weight, labels).sum(1), labelled.sum(1).double()
+    rewards = 0.3 * (sums - ref)
+    means = sums / lengths
+    odds = means - torch.log1p(-means.exp())
+    odds = odds[:B] - odds[B:]
+    expected = {
+        "rewards/chosen": rewards[:B].mean(),
+        "rewards/rejected": rewards[B:].mean(),
+        "rewards/margins": (rewards[:B] - rewards[B:]).mean(),
+        "rewards/accuracies": (rewards[:B] > rewards[B:]).double().mean(),
+        "logps/chosen": sums[:B].mean(),
+        "logps/rejected": sums[B:].mean(),
+        "lengths/chosen": lengths[:B].mean(),
+        "lengths/rejected": lengths[B:].mean(),
+        "nll_loss": -sums[:B].sum() / lengths[:B].sum(),
+        "log_odds_chosen": odds.mean(),
+        "log_odds_ratio": torch.nn.functional.logsigmoid(odds).mean(),
+        "entropy": exact["entropy"][labelled].mean(),
+        "logits/chosen": exact["mean_logits"][:B][labelled[:B]].mean(),
+        "logits/rejected": exact["mean_logits"][B:][labelled[B:]].mean(),
+        "mean_token_accuracy": exact["is_top1"][:B][labelled[:B]].double().mean(),
+    }
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        close(metrics[name], value)
+
+
+def test_nothing_extra_is_computed_unless_asked_for():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    extra = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}
+    assert not extra & set(alignloss.CPOLoss()(hidden, weight, labels).metrics())
+    out = alignloss.CPOLoss()(hidden, weight, labels, stats=("entropy",))
+    assert extra & set(out.metrics()) == {"entropy"}
+    with pytest.raises(ValueError, match="stats takes a sequence of names out of"):
+        alignloss.CPOLoss()(hidden, weight, labels, stats=("lse",))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_asking_changes_no_gradient(trained):
+    hidden, weight, _, labels = inputs(2 * B, T)
+    results = []
+    for stats in ((), STATS):
+        h, w = leaf(hidden), leaf(weight, requires_grad=trained)
+        alignloss.CPOLoss()(h, w, labels, stats=stats).loss.backward()
+        results.append((h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True) if a is not None)
+
+
+def test_unpaired_and_kto():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    ref = torch.full((2 * B,), -20.0, dtype=torch.float64)
+    desirable = torch.tensor([True, False, True, True, False, True])
+    out = alignloss.KTOLoss(beta=0.3)(
+        hidden, weight, labels, ref_logps=ref, desirable=desirable, kl=torch.tensor(0.4), stats=STATS
+    )
+    metrics, exact, labelled = out.metrics(), statistics(hidden, weight, labels), labels != -100
+    sums = token_logps(hidden, weight, labels).sum(1)
+    for group, rows in (("chosen", desirable), ("rejected", ~desirable)):
+        close(metrics[f"rewards/{group}"], 0.3 * (sums - ref)[rows].mean())
+        close(metrics[f"logps/{group}"], sums[rows].mean())
+        close(metrics[f"logits/{group}"], exact["mean_logits"][rows][labelled[rows]].mean())
+    close(metrics["rewards/margins"], metrics["rewards/chosen"] - metrics["rewards/rejected"])
+    close(metrics["entropy"], exact["entropy"][labelled].mean())
+    close(metrics["mean_token_accuracy"], exact["is_top1"][labelled].double().mean())
+    close(metrics["kl"], 0.4)
+    close(metrics["lengths"], labelled.sum(1).double().mean())
+
+    only = alignloss.KTOLoss()(hidden, weight, labels, ref_logps=ref, desirable=torch.tensor(True), kl=0.0).metrics()
+    assert only["rewards/rejected"].isnan()
+    sft = alignloss.SFTLoss()(hidden, weight, labels).metrics()
+    close(sft["logps"], sums.mean())
+    assert set(sft) == {"lengths", "logps", "rewards"}
+
+
+def test_packed_equals_padded():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    offsets = torch.arange(2 * B + 1) * T
+    padded = alignloss.CPOLoss()(hidden, weight, labels, stats=STATS).metrics()
+    packed = alignloss.CPOLoss()(
+        hidden.view(2 * B * T, -1), weight, labels.view(-1), cu_seqlens=offsets, stats=STATS
+    ).metrics()
+    torch.testing.assert_close(packed, padded)
+
+
+def test_a_result_rebuilt_from_its_fields_still_has_what_they_give():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    out = alignloss.CPOLoss()(hidden, weight, labels)
+    rebuilt = alignloss.PairedOutput(*out)
+    assert len(out) == 7
+    assert out.metrics().keys() - rebuilt.metrics().keys() == {
+        "lengths/chosen", "lengths/rejected", "log_odds_chosen", "log_odds_ratio",
+    }  # fmt: skip
