@@ -32,7 +32,7 @@ def check_number(name: str, value: Any, positive: bool = False) -> None:
 def default_workspace(device_type: str, total_memory: int) -> int:
     """Workspace in bytes when the caller names none: a function of the device's total memory, never of its free one."""
     if device_type != "cuda":
-        return 128 * MIB
+        return 160 * MIB
     return max(64 * MIB, min(512 * MIB, total_memory // 256))
 
 
