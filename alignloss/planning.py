@@ -138,7 +138,7 @@ class Footprint(NamedTuple):
         most_rows, most_columns = 8192, self.vocabulary
         if self.device_type != "cuda":
             # a tile that stays in the cache between the passes over it; more rows where every block casts the weight
-            most_rows, most_columns = (1024 if column_bytes else 512), 2048
+            most_rows, most_columns = (2048 if column_bytes else 512), 2048
         block = _even_parts(rows, max(16, min(most_rows, workspace_bytes // 4 // max(row_bytes, 1))), 16)
         free = workspace_bytes - block * row_bytes
         most = max(16, min(most_columns, free // (block * cell_bytes + column_bytes)))
