@@ -23,10 +23,6 @@ $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e '.[dev]'
 	touch $@
 
-$(VENV)/bench: $(VENV)/dev
-	$(PIP) -e '.[bench]'
-	touch $@
-
 demo: $(VENV)/demo
 	$(BIN)/alignloss demo
 
@@ -38,7 +34,7 @@ test: $(VENV)/dev
 
 BENCH := $(BIN)/python -m benchmarks run
 FEW := --rounds 3 --modes "frozen head" "DPO step" --providers alignloss "full logits" TRL
-bench: $(VENV)/bench
+bench: $(VENV)/dev
 	$(BENCH) --measure time error --name cpu-float32-1024x32768
 	$(BENCH) --shapes smollm2-135m --measure memory --name cpu-float32-smollm2-135m-memory
 	$(BENCH) --shapes smollm2-135m --tokens 1024 --masked 0.5 --measure step $(FEW) --name cpu-float32-smollm2-135m-step
