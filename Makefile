@@ -1,6 +1,6 @@
 # make demo    train a real small model through alignloss and through full logits, and compare
 # make test    lint, types and the whole test suite
-# make bench   measure time, memory and error beside full logits and every peer (about an hour on 2 cores)
+# make bench   measure time, memory and error beside full logits and every peer (half an hour to an hour on 2 cores)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends import Transform
+from .backends._torch import sech2
 from .logprob import check_known, project
 from .ops import Problem
 from .planning import accumulation_dtype
@@ -62,9 +63,9 @@ def linear_kl(
     policy = project(hidden, weight, labels, bias, **(options | {"backend": "torch"}))
     with torch.no_grad():
         try:
-            reference = project(
-                ref_hidden, ref_weight, labels, ref_bias, **(options | {"backend": "torch", "validate": False})
-            )
+            # the positions are looked up and checked already
+            found = {"backend": "torch", "validate": False, "token_index": policy.token_index}
+            reference = project(ref_hidden, ref_weight, labels, ref_bias, **(options | found))
         except ValueError as error:
             raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
     if (
@@ -136,7 +137,7 @@ class _Heads:
         for (problem, _), r, w, tile in zip(self.both, rows, weights, tiles[:2], strict=True):
             problem.logits_tile(r, w, first, tile)
         if slope and cap is not None:
-            torch.cosh(tiles[0], out=tiles[2]).square_().reciprocal_()
+            sech2(tiles[0], out=tiles[2])
         if cap is not None:
             for tile in tiles[:2]:
                 tile.tanh_().mul_(cap)

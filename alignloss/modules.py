@@ -110,21 +110,23 @@ class _HeadLoss(nn.Module):
     ) -> tuple[Results, ScoredTokens]:
         """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
         bits, results = stat_bits(stats, STATS), None
-        outputs: list[Tensor | None] = [
-            projection.labels.new_zeros(projection.labels.shape, dtype=torch.bool if name == "is_top1" else dtype)
-            if bits >> i & 1
-            else None
-            for dtype in [projection.result_dtype]
-            for i, name in enumerate(backends.STATS)
-        ]
+        values: Sequence[Tensor | None] = ()
         if one_pass:
-            results = train_in_one_pass(projection, batch, self._evaluate, outputs)
+            kinds = {name: torch.bool if name == "is_top1" else projection.result_dtype for name in stats}
+            values = [
+                batch.labels.new_zeros(batch.labels.shape, dtype=kinds[name]) if name in kinds else None
+                for name in backends.STATS
+            ]
+            results = train_in_one_pass(projection, batch, self._evaluate, values)
         if results is None:
             logps, *values = projection.score(bits, differentiate_entropy=False)
             results = self._evaluate(logps, batch)
-            outputs = [value.detach() if bits >> i & 1 else None for i, value in enumerate(values)]
-        named = {name: outputs[backends.STATS.index(name)] for name in STATS}
-        return results, ScoredTokens(projection.labels, batch.offsets, batch.sequences, self.ignore_index, **named)
+        asked = {
+            name: value.detach()
+            for name, value in zip(backends.STATS, values, strict=True)
+            if value is not None and name in stats
+        }
+        return results, ScoredTokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index, **asked)
 
     def extra_repr(self) -> str:
         defaults = inspect.signature(_HeadLoss.__init__).parameters
@@ -625,6 +627,9 @@ class MixtureLoss(PreferenceLoss):
         couples_batch = couples_batch or any(module.couples_batch for module in modules)
         super().__init__(_mixture(modules, weights), nll_weight=nll_weight, couples_batch=couples_batch, **options)
         self.mixed, self.weights = nn.ModuleList(modules), weights
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weights={self.weights}"
 
 
 def _mixture(modules: list[PreferenceLoss], weights: list[float]) -> Callable[..., tuple[Tensor, ...]]:

@@ -61,7 +61,7 @@ def _ranks(
     if sequences % 2:
         raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
     counts = labelled_tokens(labels, offsets, sequences, ignore_index)
-    shorter = torch.minimum(*counts.view(2, -1)).repeat(2)
+    shorter = torch.minimum(*counts.view(2, sequences // 2)).repeat(2)
     flat, position = labels.reshape(-1), torch.arange(labels.numel(), device=labels.device)
     if offsets is None:
         sequence = position // max(labels.shape[1], 1)
@@ -86,8 +86,8 @@ def wpo_pair_weights(
 ) -> Tensor:
     """`pair_weights` of WPO: how likely the policy itself is to write the two sequences, on average per token.
 
-    Zhou et al. 2024 (arXiv:2406.11827), eq. 2 with the alignment by the sampled policy: the product over both sequences
-    of exp(mean over tokens of log p_y - log sum_v p_v^2). `stats` are those of the policy, from
+    Zhou et al. 2024 (arXiv:2406.11827), eq. 2, with its sampled alignment: the product over both sequences of
+    exp(mean over tokens of log p_y - log sum_v p_v^2). `stats` are those of the policy, from
     `linear_logprob_stats(..., stats=("log_sum_sq_probs",))` under `torch.no_grad()`.
 
     Returns:
@@ -101,4 +101,4 @@ def wpo_pair_weights(
     values = (stats.logps - stats.log_sum_sq_probs).detach().masked_fill(labels == ignore_index, 0).reshape(-1)
     sums = sequence_sum(values, offsets, sequences, None, "torch")
     means = sums / labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)
-    return means.view(2, -1).sum(0).exp().to(stats.logps.dtype)
+    return means.view(2, sequences // 2).sum(0).exp().to(stats.logps.dtype)

@@ -48,6 +48,26 @@ def test_errors_at_most_twice_those_of_plain_torch(H, V, dtype):
     assert float((ours[0] - exact[0]).abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_divergence_of_two_heads_errs_at_most_twice_as_plain_torch(dtype):
+    hidden, weight, labels = problem(dtype=dtype)
+    ref_hidden, ref_weight, _ = (t.detach() for t in problem(dtype=dtype))
+    upstream = torch.randn(labels.shape)
+
+    def full(cast):
+        h, w = (t.detach().to(cast).requires_grad_() for t in (hidden, weight))
+        wide = torch.promote_types(cast, torch.float32)
+        log_p = torch.log_softmax((h @ w.T).to(wide), -1)
+        log_q = torch.log_softmax((ref_hidden.to(cast) @ ref_weight.to(cast).T).to(wide), -1)
+        values = torch.where(labels == -100, 0, (log_q.exp() * (log_q - log_p)).sum(-1))
+        return values.detach(), *torch.autograd.grad(values, (h, w), upstream.to(values.dtype))
+
+    kl = alignloss.linear_kl(hidden, weight, ref_hidden, ref_weight, labels)
+    ours = kl.detach(), *torch.autograd.grad(kl, (hidden, weight), upstream)
+    for got, plain, truth in zip(ours, full(dtype), full(torch.float64), strict=True):
+        assert error(got, truth) <= 2 * error(plain, truth)
+
+
 @pytest.mark.parametrize("workspace", [None, 8 * MIB])
 def test_a_step_against_float64_in_one_pass_and_recomputed(workspace):
     hidden, weight, labels = problem(dtype=torch.float32)

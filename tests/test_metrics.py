@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import inputs, leaf, statistics, token_logps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
 
@@ -99,6 +100,40 @@ def test_unpaired_and_kto():
     sft = alignloss.SFTLoss()(hidden, weight, labels).metrics()
     close(sft["logps"], sums.mean())
     assert set(sft) == {"lengths", "logps", "rewards"}
+
+
+def test_prompts_that_the_nll_runs_over_are_not_counted():
+    hidden, weight, _, full_labels = inputs(2 * B, T, masked=0.0)
+    labels = full_labels.clone()
+    labels[:, :4] = -100
+    h, w = leaf(hidden), leaf(weight)
+    got = alignloss.ORPOLoss()(h, w, labels, nll_labels=full_labels, stats=STATS).metrics()
+    expected = alignloss.ORPOLoss()(h, w, labels, stats=STATS).metrics()
+    assert got.pop("nll_loss") != expected.pop("nll_loss")
+    torch.testing.assert_close(got, expected)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_on_the_host():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    paired = alignloss.CPOLoss()(hidden, weight, labels, stats=STATS)
+    kto = alignloss.KTOLoss()(
+        hidden, weight, labels, ref_logps=torch.zeros(2 * B), desirable=torch.tensor(True), kl=0.0, stats=STATS
+    )
+    with Operators() as seen:
+        paired.metrics()
+        kto.metrics()
+    assert seen.names
+    assert not seen.names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
 
 
 def test_packed_equals_padded():

@@ -22,6 +22,7 @@ def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_length():
     assert got.tolist() == [*expected[0], *expected[1]]
     with pytest.raises(ValueError, match=r"tail_weight must lie in \[0, 1\]"):
         alignloss.ld_dpo_token_weights(LABELS, tail_weight=2)
+    assert alignloss.ld_dpo_token_weights(LABELS[:0], tail_weight=0.5).shape == (0, 6)
     with pytest.raises(ValueError, match="2B sequences, chosen then rejected; got 1"):
         alignloss.ld_dpo_token_weights(LABELS[:1], tail_weight=0.5)
 
@@ -29,7 +30,7 @@ def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_length():
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_sampo_keeps_as_many_tokens_of_either_sequence(layout):
     drawn = torch.zeros(12)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(LABELS.device).manual_seed(0)
     for _ in range(300):
         if layout == "padded":
             weights = alignloss.sampo_token_weights(LABELS, generator=generator)
@@ -54,5 +55,7 @@ def test_wpo_is_the_likelihood_of_the_pair_under_the_policy():
     flat = alignloss.LogprobStats(stats.logps.view(-1), log_sum_sq_probs=stats.log_sum_sq_probs.view(-1))
     got = alignloss.wpo_pair_weights(flat, labels.view(-1), cu_seqlens=torch.arange(5) * 9)
     torch.testing.assert_close(got, expected)
+    none = alignloss.LogprobStats(stats.logps[:0], log_sum_sq_probs=stats.logps[:0])
+    assert alignloss.wpo_pair_weights(none, labels[:0]).shape == (0,)
     with pytest.raises(ValueError, match="ask linear_logprob_stats"):
         alignloss.wpo_pair_weights(alignloss.linear_logprob_stats(hidden, weight, labels), labels)

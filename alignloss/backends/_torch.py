@@ -72,7 +72,7 @@ def fold(
     slope = None
     if transform.cap is not None:
         if save:
-            slope = _sech2(tile, out=scratch[0])
+            slope = sech2(tile, out=scratch[0])
         tile.tanh_().mul_(transform.cap)
     if stats & MEAN_LOGITS:
         state[SUM_Z] += tile.sum(1)
@@ -187,7 +187,7 @@ def _derivative(
     """
     target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
     if transform.cap is not None:
-        target.mul_(_sech2(state[TARGET])[:, None])
+        target.mul_(sech2(state[TARGET])[:, None])
     inverse = torch.where(state[SUM] > 0, 1 / state[SUM], 0)[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
@@ -272,7 +272,7 @@ def dlogits(
     index, inside = _target_column(tile, labels, first)
     slope = None
     if transform.cap is not None:
-        slope = _sech2(tile, out=scratch[0])
+        slope = sech2(tile, out=scratch[0])
         tile.tanh_().mul_(transform.cap)
     tile.sub_(state[REF, :, None])
     negative_inverse = torch.where(state[SUM] > 0, -1 / state[SUM], 0)
@@ -282,7 +282,7 @@ def dlogits(
         at_target = mix[2]
         tilt = torch.mul(tile.clamp(min=_LOWEST), mix[1, :, None], out=scratch[-1]).add_(mix[0, :, None])
     if transform.cap is not None:
-        at_target = at_target * _sech2(state[TARGET])
+        at_target = at_target * sech2(state[TARGET])
     tile.exp_().mul_(negative_inverse[:, None])
     if tilt is not None:
         tile.mul_(tilt)
@@ -303,7 +303,7 @@ def held_dlogits(
     index, inside = _target_column(tile, labels, first)
     factor = torch.where(state[SUM] > 0, -(reference - state[REF]).exp() / state[SUM], 0)
     tile.mul_(factor[:, None])
-    at_target = torch.ones_like(factor) if transform.cap is None else _sech2(state[TARGET])
+    at_target = torch.ones_like(factor) if transform.cap is None else sech2(state[TARGET])
     tile.scatter_(1, index, torch.where(inside, at_target[:, None].to(tile.dtype), tile.gather(1, index)))
 
 
@@ -360,7 +360,7 @@ def _target_column(tile: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Te
     return column.clamp(0, tile.shape[1] - 1), inside
 
 
-def _sech2(x: Tensor, out: Tensor | None = None) -> Tensor:
+def sech2(x: Tensor, out: Tensor | None = None) -> Tensor:
     # 1 / cosh^2, not 1 - tanh^2: no cancellation where tanh saturates
     return torch.cosh(x, out=out).square_().reciprocal_()
 

@@ -1,10 +1,12 @@
 """What several losses are made of."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MAX_EXPONENT", "Paired", "Unpaired", "bounded_exp", "log_odds", "logistic"]
+__all__ = ["MAX_EXPONENT", "Paired", "Unpaired", "bounded_exp", "deformed_log", "log_odds", "logistic"]
 
 Paired = tuple[Tensor, Tensor, Tensor]  # losses, chosen_rewards, rejected_rewards
 Unpaired = tuple[Tensor, Tensor]  # losses, rewards
@@ -25,11 +27,18 @@ def bounded_exp(exponents: Tensor) -> Tensor:
     return exponents.clamp(max=MAX_EXPONENT).exp()
 
 
+def deformed_log(logs: Tensor, alpha: float) -> Tensor:
+    """(1 - u^-alpha) / alpha from log u, and its limit log u at alpha = 0; constant where -alpha log u is beyond 80."""
+    if alpha == 0:
+        return logs
+    return -torch.expm1((-alpha * logs).clamp(max=MAX_EXPONENT)) / alpha
+
+
 def log_odds(logps: Tensor) -> Tensor:
     """log(p / (1 - p)) from log p <= 0, of full relative precision at both ends; finite, and constant, at p = 1."""
     below = logps < 0
     x = torch.where(below, logps, -torch.finfo(torch.float32).tiny)
-    near_one = x > -0.6931471805599453  # p > 1/2: log(1 - p) by expm1, else by log1p; each side sees only its own x
+    near_one = x > -math.log(2)  # p > 1/2: log(1 - p) by expm1, else by log1p; each side sees only its own x
     log_rest = torch.where(
         near_one,
         (-torch.expm1(torch.where(near_one, x, -0.5))).log(),

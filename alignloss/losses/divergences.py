@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import bounded_exp
+from .common import bounded_exp, deformed_log
 
 __all__ = ["Divergence", "alpha_divergence", "forward_kl", "js_divergence", "reverse_kl"]
 
@@ -33,9 +33,7 @@ def js_divergence(logratios: Tensor) -> Tensor:
 def alpha_divergence(logratios: Tensor, *, divergence_alpha: float) -> Tensor:
     """f'(u) = (1 - u^-a) / a with a = `divergence_alpha`: 0 is the limit, reverse KL, and 1 forward KL.
 
-    As in the paper. TRL 1.16's `f_alpha_divergence_coef` is 1 - a; before 1.0 it was a. The exponent -a log u is
+    As in the paper. TRL 1.16's `f_alpha_divergence_coef` is 1 - a; in older versions it was a. The exponent -a log u is
     clamped at 80, and there is no gradient beyond.
     """
-    if divergence_alpha == 0:
-        return logratios
-    return (1 - bounded_exp(-divergence_alpha * logratios)) / divergence_alpha
+    return deformed_log(logratios, divergence_alpha)

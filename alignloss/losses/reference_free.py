@@ -1,10 +1,9 @@
 """Paired losses without a reference. Rewards are what the loss compares: beta log pi, per token where it says so."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import MAX_EXPONENT, Paired, log_odds, logistic
+from .common import Paired, deformed_log, log_odds, logistic
 
 __all__ = [
     "alphapo_loss", "cpo_hinge_loss", "cpo_ipo_loss", "cpo_loss", "orpo_loss", "simper_loss", "simpo_loss", "slic_loss",
@@ -98,12 +97,8 @@ def alphapo_loss(
     Gupta et al. 2025 (arXiv:2501.03884). `alpha` = 0 is the limit, SimPO. For `alpha` > 0 and p -> 0 the reward
     overflows: -alpha log p is clamped at 80, and there is no gradient beyond.
     """
-    if alpha == 0:
-        return simpo_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, beta=beta, gamma=gamma)
-    chosen_rewards, rejected_rewards = (
-        -beta / alpha * torch.expm1((-alpha * logps / lengths).clamp(max=MAX_EXPONENT))
-        for logps, lengths in ((chosen_logps, chosen_lengths), (rejected_logps, rejected_lengths))
-    )
+    chosen_rewards = beta * deformed_log(chosen_logps / chosen_lengths, alpha)
+    rejected_rewards = beta * deformed_log(rejected_logps / rejected_lengths, alpha)
     losses = logistic(chosen_rewards - rejected_rewards - gamma)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
