@@ -1,7 +1,9 @@
 """What unpaired losses compare rewards with: KTO's estimate of the KL divergence, BCO's shift."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .planning import check_number
 
 __all__ = ["RunningShift", "kto_kl"]
 
@@ -27,7 +29,7 @@ def kto_kl(
     return (total[0] / total[1].clamp(min=1)).clamp(min=0).to(kl_logps.dtype)
 
 
-class RunningShift(nn.Module):
+class RunningShift:
     """BCO's shift delta: the mean of the mean rewards of desirable and of undesirable sequences, over the steps so far.
 
     Jung et al. 2024 (arXiv:2404.04656). Give `delta` to the loss and its rewards to `update`:
@@ -38,41 +40,56 @@ class RunningShift(nn.Module):
     Args:
         momentum: what remains of the older rewards at each update, in [0, 1): an exponential average, unbiased from the
             first step on. None, the default, counts every reward alike.
+        device: where it is kept, that of the hidden states.
 
-    Sums and counts are buffers, (2,) float64, undesirable first, and are saved with a state_dict.
+    It has `state_dict` and `load_state_dict`, like an optimizer, and is no module: sums and counts stay float64.
     """
 
-    sums: Tensor
-    counts: Tensor
-
-    def __init__(self, momentum: float | None = None) -> None:
-        super().__init__()
-        if momentum is not None and not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be None or lie in [0, 1), got {momentum!r}")
+    def __init__(self, momentum: float | None = None, *, device: torch.device | str | None = None) -> None:
+        if momentum is not None:
+            check_number("momentum", momentum)
+            if not 0 <= momentum < 1:
+                raise ValueError(f"momentum must be None or lie in [0, 1), got {momentum!r}")
         self.momentum = momentum
-        self.register_buffer("sums", torch.zeros(2, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(2, dtype=torch.float64))
+        self.totals = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums and counts, undesirable first
 
     @property
     def delta(self) -> Tensor:
         """The shift, 0-d float64: the mean of the two means, the only one while one kind has not been seen, or 0."""
-        seen = self.counts > 0
-        means = torch.where(seen, self.sums / torch.where(seen, self.counts, 1), 0)
+        sums, counts = self.totals
+        seen = counts > 0
+        means = torch.where(seen, sums / torch.where(seen, counts, 1), 0)
         return means.sum() / seen.sum().clamp(min=1)
 
     @torch.no_grad()
     def update(
         self,
         rewards: Tensor,  # (B,)
-        desirable: Tensor,  # (B,) or 0-d, bool or 0 and 1
+        desirable: Tensor | bool,  # (B,) or 0-d, bool or 0 and 1
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        """Add the rewards of a step; with `group`, those of all its processes."""
-        good = desirable.to(self.sums.device, torch.float64).expand(rewards.shape)
-        kinds = torch.stack([1 - good, good])
-        new = torch.stack([(kinds * rewards.to(self.sums)).sum(1), kinds.sum(1)])
+        """Add the rewards of a step, those that are finite; with `group`, those of all its processes.
+
+        Raises:
+            ValueError: for shapes that differ and, on a CPU, for `desirable` that is neither 0 nor 1.
+        """
+        good = torch.as_tensor(desirable, device=self.totals.device)
+        if not isinstance(rewards, Tensor) or rewards.dim() != 1 or good.shape not in ((), rewards.shape):
+            raise ValueError(
+                f"rewards must be a tensor (B,) and desirable (B,) or 0-d, got {getattr(rewards, 'shape', rewards)} "
+                f"and {tuple(good.shape)}"
+            )
+        if good.device.type == "cpu" and not bool(((good == 0) | (good == 1)).all()):
+            raise ValueError(f"desirable must be bool, or 0 and 1; got {good.unique().tolist()[:8]}")
+        rewards = rewards.to(self.totals)
+        kinds = torch.stack([good == 0, good == 1]).view(2, -1) & rewards.isfinite()
+        new = torch.stack([torch.where(kinds, rewards, 0).sum(1), kinds.double().sum(1)])
         if group is not None:
             torch.distributed.all_reduce(new, group=group)
-        keep = 1.0 if self.momentum is None else self.momentum
-        self.sums.mul_(keep).add_(new[0])
-        self.counts.mul_(keep).add_(new[1])
+        self.totals.mul_(1.0 if self.momentum is None else self.momentum).add_(new)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"totals": self.totals}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.totals.copy_(state["totals"])

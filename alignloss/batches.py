@@ -1,5 +1,6 @@
 """Batches put together from prompts and completions, right-padded. They run on the host: call them in the collator."""
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,8 +36,6 @@ def mismatched_pairs(
     for name, value in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
         if not isinstance(input_ids, Tensor) or not isinstance(value, Tensor):
             raise ValueError(f"input_ids and {name} must be torch.Tensors, got {type(input_ids)} and {type(value)}")
-    if not isinstance(pad_token_id, int):
-        raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}; any token id serves")
     shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
     if len(shapes) != 1 or input_ids.dim() != 2:
         raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T), got {shapes}")
@@ -77,6 +76,10 @@ def self_play_pairs(
 
 def _joined(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> CompletionBatch:
     """Completions after their prompts."""
+    try:
+        pad_token_id = operator.index(pad_token_id)
+    except TypeError:
+        raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}; any token id serves") from None
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64, device=rows[0][0].device)
     attention_mask, completion_mask = torch.zeros_like(ids), torch.zeros_like(ids)

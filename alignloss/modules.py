@@ -5,7 +5,8 @@ loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -64,7 +65,7 @@ _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "label_smoothing": (0, True, 0.5, False),
     "length_weight": (0, True, math.inf, False),
     "nll_weight": (-math.inf, False, math.inf, False),
-    "offset_weight": (0, True, math.inf, False),
+    "offset_weight": (0, False, math.inf, False),
     "penalty_weight": (0, True, math.inf, False),
     "rejected_scale": (0, False, 1, True),
     "reward_bound": (0, False, math.inf, False),
@@ -175,9 +176,11 @@ class PreferenceLoss(_HeadLoss):
             fn = losses.LOSSES[fn]
         if not callable(fn):
             raise ValueError(f"fn must be the name of a loss or a function, got {type(fn).__name__}")
-        self.fn, self.couples_batch, self.options = fn, couples_batch or any(fn is f for f in losses.COUPLED), options
+        function = _unwrapped(fn)
+        self.couples_batch = couples_batch or any(function is coupled for coupled in losses.COUPLED)
+        self.fn, self.options = fn, options
         self._needs_graph = False  # the loss differentiates something beside the log-probabilities
-        self.fn_name = getattr(fn, "__name__", repr(fn))
+        self.fn_name = getattr(function, "__name__", repr(fn))
         parameters = inspect.signature(fn).parameters.values()
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.names = [p.name for p in positional]
@@ -202,8 +205,9 @@ class PreferenceLoss(_HeadLoss):
         if "nll_weight" in known and nll_weight is not None:
             options["nll_weight"], nll_weight = nll_weight, None
         _check_keywords(f"{self.fn_name} takes the options", known, options, hint)
-        if any(fn is ours for ours in losses.LOSSES.values()):
-            _check_ranges({n: v for n, v in options.items() if v is not None or n not in optional})
+        if any(function is ours for ours in losses.LOSSES.values()):
+            bound = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | options
+            _check_ranges({n: v for n, v in bound.items() if v is not None or n not in optional})
         self.nll_weight = 0.0 if nll_weight is None else nll_weight
         check_number("nll_weight", self.nll_weight)
         if nll_weight and not self.paired:
@@ -247,7 +251,8 @@ class PreferenceLoss(_HeadLoss):
                 with this module's logit_scale, softcap and temperature.
             cu_seqlens: offsets of packed sequences.
             token_weights: factors on the tokens in the sums of policy and reference (not in the NLL), detached.
-            pair_weights: factors on `losses`, detached. A pair of weight 0 leaves the sum, not the count.
+            pair_weights: factors on `losses`, detached. A pair of weight 0 leaves the sum, not the count; under a loss
+                that couples the batch it still takes part in the losses of the others.
             nll_labels: where the NLL of the chosen sequences runs; by default at labels.
             num_sequences, num_tokens: what sum(losses) and the NLL are divided by; by default this call's pairs
                 (sequences if unpaired) and chosen NLL tokens. Give totals of all micro-batches for accumulation.
@@ -262,8 +267,7 @@ class PreferenceLoss(_HeadLoss):
             ValueError: for anything missing, unknown, of the wrong shape, or that the loss would ignore.
         """
         _check_keywords(f"{type(self).__name__} takes the data", self.data, data)
-        reference = {"ref_logps": ref_logps, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
-        self._check_reference({name for name, value in reference.items() if value is not None})
+        self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
         if not self.nll_weight and (nll_labels is not None or num_tokens is not None):
             raise ValueError(f"{type(self).__name__} has nll_weight=0: nll_labels and num_tokens would be ignored")
         offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate)
@@ -332,8 +336,8 @@ class PreferenceLoss(_HeadLoss):
         paired.scored = scored
         return paired
 
-    def _check_reference(self, given: set[str]) -> None:
-        name = type(self).__name__
+    def _check_reference(self, **reference: Tensor | None) -> None:
+        name, given = type(self).__name__, {name for name, value in reference.items() if value is not None}
         if given and not self.needs_reference:
             raise ValueError(f"{name} is reference-free and would ignore {sorted(given)}; leave them out")
         projected = {"ref_hidden", "ref_weight"}
@@ -371,12 +375,12 @@ class PreferenceLoss(_HeadLoss):
             weights = preferred.double() if weights is None else weights * preferred
         sums = ops.sequence_sum(tokens, offsets, sequences, weights, batch.backend)
         logps, factors = sums, batch.pair_weights
-        if factors is not None:
-            # no gradient into dropped pairs, whose loss need not be finite
+        if factors is not None and not self.couples_batch:
+            # no gradient into dropped pairs, whose loss need not be finite; the losses of others may need them
             dropped = (factors == 0).expand(count).repeat(2 if self.paired else 1)
             logps = torch.where(dropped, sums.detach(), sums)
         lengths = labelled_tokens(labels, offsets, sequences, self.ignore_index).clamp(min=1)
-        columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths}
+        columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths.double()}
         losses, *rewards = self._call(columns, {name: _widened(value) for name, value in batch.data.items()}, count)
         weighted = losses if factors is None else torch.where(factors == 0, 0, losses * factors)
         loss = weighted.sum() / (max(count, 1) if batch.num_sequences is None else batch.num_sequences)
@@ -407,10 +411,13 @@ class PreferenceLoss(_HeadLoss):
                 arguments.append(values[halves[half]])
             else:
                 arguments.append(extra.get(name, self.defaults.get(name)))
-        return self.checked(self.fn(*arguments, **self.options), count)
+        return self.evaluated(arguments, count)
 
-    def checked(self, results: Any, count: int) -> tuple[Tensor, ...]:
-        """What the loss function returned, if it is of the right form."""
+    def evaluated(self, arguments: list[Any], count: int) -> tuple[Tensor, ...]:
+        """What the loss function returns, if it is of the right form."""
+        # it may work in place: not on what the NLL, the results, another loss or the caller hold
+        copies = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+        results: Any = self.fn(*copies, **self.options)
         expected = 3 if self.paired else 2
         got: Any = type(results).__name__
         if isinstance(results, tuple):
@@ -478,6 +485,8 @@ def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
         value = torch.full((), float(value), device=device, dtype=torch.float64)
     if value.dim() and value.shape != (count,):
         raise ValueError(f"{name} must be ({count},), in the order of the batch, or 0-d; got {tuple(value.shape)}")
+    if value.is_complex():
+        raise ValueError(f"{name} must be real, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, hidden on {device}; move one of them")
     return value
@@ -496,7 +505,13 @@ def _given_reference(ref_logps: Any, sequences: int, device: torch.device) -> Te
 
 
 def _widened(value: Any) -> Any:
-    return value.double() if value is not None and value.is_floating_point() else value
+    """In float64: integers too, whose differences may wrap and whose products with a number are float32."""
+    return value if value is None or value.dtype == torch.bool else value.double()
+
+
+def _unwrapped(fn: Any) -> Any:
+    """The function in a partial."""
+    return _unwrapped(fn.func) if isinstance(fn, partial) else fn
 
 
 def _divisor(name: str, value: Any, device: torch.device) -> float | Tensor | None:
@@ -610,6 +625,8 @@ class MixtureLoss(PreferenceLoss):
         couples_batch: bool = False,
         **options: Any,
     ) -> None:
+        if not isinstance(modules, Iterable) or not isinstance(weights, Iterable):
+            raise ValueError(f"a mixture takes a list of losses and one of weights; got {modules!r} and {weights!r}")
         modules, weights = list(modules), list(weights)
         if not modules or len(modules) != len(weights):
             raise ValueError(f"a mixture takes a weight for each loss; got {len(modules)} and {len(weights)}")
@@ -625,34 +642,36 @@ class MixtureLoss(PreferenceLoss):
         check_number("nll_weight", nll_weight)
         nll_weight += sum(weight * module.nll_weight for module, weight in zip(modules, weights, strict=True))
         couples_batch = couples_batch or any(module.couples_batch for module in modules)
-        super().__init__(_mixture(modules, weights), nll_weight=nll_weight, couples_batch=couples_batch, **options)
+        super().__init__(_Mixture(modules, weights), nll_weight=nll_weight, couples_batch=couples_batch, **options)
         self.mixed, self.weights = nn.ModuleList(modules), weights
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weights={self.weights}"
 
 
-def _mixture(modules: list[PreferenceLoss], weights: list[float]) -> Callable[..., tuple[Tensor, ...]]:
+class _Mixture:
     """The weighted sum of losses as one loss function, whose data are those of all of them."""
-    required = {name for module in modules for name in module.names if name not in module.defaults}
-    names = dict.fromkeys(name for module in modules for name in module.names)
-    order = sorted(names, key=lambda name: name not in required)
 
-    def mixture(*values: Any) -> tuple[Tensor, ...]:
-        given, results = dict(zip(order, values, strict=True)), []
-        count = len(given["chosen_logps" if modules[0].paired else "logps"])
-        for module in modules:
-            arguments = (module.defaults.get(n) if given[n] is None else given[n] for n in module.names)
-            results.append(module.checked(module.fn(*arguments, **module.options), count))
-        total = sum(weight * result[0] for weight, result in zip(weights, results, strict=True))
+    def __init__(self, modules: list[PreferenceLoss], weights: list[float]) -> None:
+        self.modules, self.weights = modules, weights
+        self.__name__ = "mixture of " + ", ".join(module.fn_name for module in modules)
+        required = {name for module in modules for name in module.names if name not in module.defaults}
+        names = dict.fromkeys(name for module in modules for name in module.names)
+        self.names = sorted(names, key=lambda name: name not in required)
+        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, kind, default=empty if name in required else None) for name in self.names]
+        )
+
+    def __call__(self, *values: Any) -> tuple[Tensor, ...]:
+        given, results = dict(zip(self.names, values, strict=True)), []
+        count = len(given["chosen_logps" if self.modules[0].paired else "logps"])
+        for module in self.modules:
+            arguments = [module.defaults.get(n) if given[n] is None else given[n] for n in module.names]
+            results.append(module.evaluated(arguments, count))
+        total = sum(weight * result[0] for weight, result in zip(self.weights, results, strict=True))
         assert isinstance(total, Tensor)
         return total, *results[0][1:]
-
-    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-    parameters = [inspect.Parameter(name, kind, default=empty if name in required else None) for name in order]
-    mixture.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    mixture.__name__ = "mixture of " + ", ".join(module.fn_name for module in modules)
-    return mixture
 
 
 class SFTLoss(_HeadLoss):
@@ -720,6 +739,8 @@ class SFTLoss(_HeadLoss):
 
 
 def _check_ranges(options: dict[str, Any]) -> None:
+    if "divergence" in options:
+        _check_divergence(options["divergence"])
     for name, value in options.items():
         if name not in _RANGES:
             continue
@@ -728,3 +749,19 @@ def _check_ranges(options: dict[str, Any]) -> None:
         if not (low <= value <= high) or (value == low and not with_low) or (value == high and not with_high):
             interval = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
             raise ValueError(f"{name} must lie in {interval}, got {value}")
+
+
+def _check_divergence(divergence: Any) -> None:
+    problem = "is not callable"
+    if callable(divergence):
+        try:
+            value = divergence(torch.zeros(2))
+            if isinstance(value, Tensor) and value.shape == (2,) and bool(value.isfinite().all()):
+                return
+            problem = f"gives {value} for log u = [0, 0]"
+        except Exception as error:
+            problem = f"fails: {error}"
+    raise ValueError(
+        "divergence must be a function from log u (B,) to f'(u) (B,), e.g. losses.js_divergence or "
+        f"functools.partial(losses.alpha_divergence, divergence_alpha=0.5); {divergence!r} {problem}"
+    )

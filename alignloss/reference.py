@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .planning import check_number
+
 __all__ = ["update_reference"]
 
 
@@ -12,10 +14,16 @@ def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0
 
     Gorbatovski et al. 2024 (arXiv:2404.09656), whose alpha is `mix` in (0, 1]: 1 is the hard update, a copy. Call it
     every tau optimizer steps; log-probabilities of the reference that were cached before are those of the old one.
+    Buffers stay. In bf16 a parameter does not move by less than 1/256 of itself: keep a reference that moves by a small
+    `mix` in float32.
 
     Raises:
         ValueError: where names or shapes of the parameters differ, as between a model and one with adapters.
     """
+    for name, value in (("reference", reference), ("model", model)):
+        if not isinstance(value, nn.Module):
+            raise ValueError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+    check_number("mix", mix)
     if not 0 < mix <= 1:
         raise ValueError(f"mix must lie in (0, 1], got {mix!r}")
     ours, theirs = dict(reference.named_parameters()), dict(model.named_parameters())

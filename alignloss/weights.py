@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .logprob import LogprobStats, labelled_tokens, sequence_offsets
+from .logprob import LogprobStats, check_like, labelled_tokens, sequence_offsets
 from .ops import sequence_sum
+from .planning import check_number
 
 __all__ = ["ld_dpo_token_weights", "sampo_token_weights", "wpo_pair_weights"]
 
@@ -24,6 +25,7 @@ def ld_dpo_token_weights(
     Returns:
         The shape of labels, float32; 0 at ignored positions.
     """
+    check_number("tail_weight", tail_weight)
     if not 0 <= tail_weight <= 1:
         raise ValueError(f"tail_weight must lie in [0, 1], got {tail_weight!r}")
     rank, shorter = _ranks(labels, cu_seqlens, ignore_index)
@@ -93,8 +95,11 @@ def wpo_pair_weights(
     Returns:
         (B,), detached.
     """
+    if not isinstance(stats, LogprobStats):
+        raise ValueError(f"stats must be what linear_logprob_stats returns, got {type(stats).__name__}")
     if stats.log_sum_sq_probs is None:
         raise ValueError('WPO needs log_sum_sq_probs: ask linear_logprob_stats for stats=("log_sum_sq_probs",)')
+    check_like("stats.logps", stats.logps, "labels", labels)
     offsets, sequences = sequence_offsets(labels, cu_seqlens, None)
     if sequences % 2:
         raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")

@@ -47,6 +47,18 @@ def test_the_shift_is_the_mean_of_two_running_means():
     assert restored.delta.item() == shift.delta.item()
 
 
+def test_what_the_shift_refuses_and_leaves_out():
+    shift = alignloss.RunningShift()
+    shift.update(torch.tensor([1.0, -torch.inf, torch.nan]), torch.tensor([True, False, False]))
+    shift.update(torch.tensor([3.0]), True)
+    assert shift.delta.item() == 2
+    with pytest.raises(ValueError, match=r"desirable must be bool, or 0 and 1; got \[-1, 1\]"):
+        shift.update(torch.zeros(2), torch.tensor([1, -1]))
+    for rewards, desirable in ((torch.zeros(2), torch.ones(3)), (torch.zeros(2, 2), True), (1.0, True)):
+        with pytest.raises(ValueError, match="rewards must be a tensor"):
+            shift.update(rewards, desirable)
+
+
 def test_momentum_forgets_without_a_bias_from_its_start():
     shift = alignloss.RunningShift(momentum=0.5)
     for reward in (4.0, 1.0):
@@ -54,6 +66,8 @@ def test_momentum_forgets_without_a_bias_from_its_start():
     assert shift.delta.item() == (0.5 * 4 + 1) / 1.5
     with pytest.raises(ValueError, match=r"momentum must be None or lie in \[0, 1\), got 1"):
         alignloss.RunningShift(momentum=1)
+    with pytest.raises(ValueError, match="momentum must be a finite number"):
+        alignloss.RunningShift(momentum="a")
 
 
 def test_bco_takes_the_shift():

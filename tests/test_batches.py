@@ -43,5 +43,7 @@ def test_self_play_pairs_reject_what_the_model_wrote():
     assert labels[0].tolist() == [-100, 21, -100, -100, -100]
     with pytest.raises(ValueError, match="as many, at least one; got 1, 1 and 0"):
         alignloss.self_play_pairs([t([1])], [t([2])], [], 0)
+    with pytest.raises(ValueError, match=r"pad_token_id must be an integer, got 0\.5"):
+        alignloss.self_play_pairs([t([1])], [t([2])], [t([3])], 0.5)
     with pytest.raises(ValueError, match="1-d integer"):
         alignloss.self_play_pairs([t([1])], [t([2.0])], [t([3])], 0)

@@ -1,11 +1,13 @@
 """The ops under torch.compile and torch.library's own checks."""
 
+import mpmath
 import pytest
 import torch
 from reference import inputs, leaf
 
 import alignloss
 from alignloss import ops
+from alignloss.losses.common import log_odds
 
 REF = torch.linspace(-9, -3, 4)
 
@@ -56,6 +58,23 @@ def test_a_whole_result_and_its_metrics():
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(inside, metrics)
     torch.testing.assert_close(out.metrics(), metrics)
+
+
+def test_log_odds_as_a_probability_goes_to_1():
+    logps = -torch.logspace(-37, 1, 200, dtype=torch.float64)
+    exact = [float(mpmath.log(mpmath.exp(x) / -mpmath.expm1(x))) for x in logps.tolist()]
+    for run in (log_odds, torch.compile(log_odds)):
+        torch.testing.assert_close(run(logps), torch.tensor(exact, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_shapes_and_numbers_that_vary():
+    hidden, weight, _, labels = inputs(4, 7, dtype=torch.float32)
+    loss = alignloss.DPOLoss(beta=0.3)
+    run = lambda h, y, count: loss(h, weight, y, ref_logps=REF, num_sequences=count).loss
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length, count in ((7, 3.0), (6, 4.0), (5, 5.5)):
+        h, y = hidden[:, :length].contiguous(), labels[:, :length].contiguous()
+        torch.testing.assert_close(compiled(h, y, count), run(h, y, count))
 
 
 def test_nothing_to_differentiate():

@@ -407,6 +407,12 @@ def test_chi_po_is_clipped_at_twice_its_bound():
     assert gradient("chi_po", far, "chosen_logps", beta=1.0, reward_bound=0.5).item() == 0
 
 
+def test_exo_where_the_rejected_sequence_is_impossible():
+    data = paired(0, 0) | {"rejected_logps": t(-torch.inf)}
+    assert call("exo", data, beta=0.5, epsilon=0.1)[0].item() == pytest.approx(-log(0.9))
+    assert gradient("exo", data, "chosen_logps", beta=0.5, epsilon=0.1).item() == 0
+
+
 def test_orpo_is_exact_as_a_probability_goes_to_1():
     for rest in (1e-3, 1e-9, 1e-15, 1e-30):
         data = PAIR | {"chosen_logps": t(-rest), "chosen_lengths": t(1)}
@@ -433,6 +439,16 @@ def test_orpo_is_exact_as_a_probability_goes_to_1():
         ("robust_dpo", {"beta": 0.1, "label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
         ("simpo", {"beta": 2.0, "gamma": float("nan")}, "gamma must be a finite number"),
         ("dpoo", {}, "the losses by name are"),
+        ("odpo", {"beta": 0.1, "offset_weight": 0.0}, r"offset_weight must lie in \(0, inf\), got 0"),
+        ("f_dpo", {"beta": 0.1, "divergence": "js_divergence"}, "divergence must be a function .* is not callable"),
+        ("f_dpo", {"beta": 0.1, "divergence": losses.alpha_divergence}, "fails: .*'divergence_alpha'"),
+        (
+            "f_dpo",
+            {"beta": 0.1, "divergence": partial(losses.alpha_divergence, divergence_alpha=float("nan"))},
+            "gives tensor",
+        ),
+        (partial(losses.exo_loss, beta=0.1), {"epsilon": 0.7}, r"epsilon must lie in \(0, 0.5\), got 0.7"),
+        (partial(losses.exo_loss, beta=0), {"epsilon": 0.2}, r"beta must lie in \(0, inf\), got 0"),
     ],
 )
 def test_the_module_checks_options_by_their_ranges(name, options, message):

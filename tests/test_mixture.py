@@ -1,5 +1,8 @@
 """Several losses in one pass over the hidden states, e.g. MPO."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from reference import error, inputs, leaf
@@ -61,6 +64,22 @@ def test_data_of_all_its_losses_are_keywords_of_its_call():
         mixture(hidden, weight, labels, ref_logps=ref)
 
 
+def test_copies_are_mixtures_of_their_own():
+    hidden, weight, labels, ref = case()
+    mixture = alignloss.MixtureLoss([alignloss.DPOLoss(beta=0.1)], [1.0])
+    expected = mixture(hidden, weight, labels, ref_logps=ref).loss
+    torch.testing.assert_close(
+        pickle.loads(pickle.dumps(mixture))(hidden, weight, labels, ref_logps=ref).loss, expected
+    )
+    copied = copy.deepcopy(mixture)
+    copied.mixed[0].options["beta"] = 1.0
+    torch.testing.assert_close(
+        copied(hidden, weight, labels, ref_logps=ref).loss,
+        alignloss.DPOLoss(beta=1.0)(hidden, weight, labels, ref_logps=ref).loss,
+    )
+    torch.testing.assert_close(mixture(hidden, weight, labels, ref_logps=ref).loss, expected)
+
+
 def test_unpaired_losses_mix():
     hidden, weight, labels, ref = case()
     data = {"ref_logps": ref, "desirable": torch.arange(2 * B) % 2 == 0, "kl": 0.1}
@@ -74,6 +93,7 @@ def test_unpaired_losses_mix():
     ("modules", "weights", "message"),
     [
         ([], [], "a weight for each loss; got 0 and 0"),
+        ([alignloss.DPOLoss()], 1.0, "a list of losses and one of weights"),
         ([alignloss.DPOLoss()], [1.0, 2.0], "a weight for each loss; got 1 and 2"),
         ([alignloss.DPOLoss(), alignloss.KTOLoss()], [1, 1], "all paired or all unpaired"),
         ([alignloss.DPOLoss(), alignloss.SFTLoss()], [1, 1], "is nll_weight"),

@@ -1,5 +1,7 @@
 """The loss modules: every loss against full logits in float64, layouts, references, reductions, a user's own loss."""
 
+from functools import partial
+
 import pytest
 import torch
 from reference import error, inputs, leaf, token_logps
@@ -244,6 +246,77 @@ def test_names_after_an_omitted_default_are_filled_all_the_same():
     hidden, weight, _, labels = inputs(2 * B, T)
     loss = alignloss.PreferenceLoss(with_defaults)
     torch.testing.assert_close(loss(hidden, weight, labels).losses, loss(hidden, weight, labels, delta=0.5).losses)
+
+
+def in_place(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, *, beta):
+    chosen_logps /= chosen_lengths
+    ref_chosen_logps -= 1
+    chosen_lengths += 1
+    losses = torch.nn.functional.softplus(
+        beta * (rejected_logps - chosen_logps - ref_rejected_logps + ref_chosen_logps)
+    )
+    return losses, chosen_logps.detach(), rejected_logps.detach()
+
+
+def out_of_place(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, *, beta):
+    return in_place(
+        chosen_logps / 1, rejected_logps, ref_chosen_logps / 1, ref_rejected_logps, chosen_lengths / 1, beta=beta
+    )
+
+
+def test_a_loss_that_works_in_place_changes_nothing_else():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    ref = torch.randn(2 * B, dtype=torch.float64) - 20
+    kept = ref.clone()
+    results = [
+        alignloss.PreferenceLoss(fn, beta=0.3, nll_weight=0.5)(hidden, weight, labels, ref_logps=ref)
+        for fn in (in_place, out_of_place)
+    ]
+    torch.testing.assert_close(*results)
+    assert torch.equal(ref, kept)
+
+
+@pytest.mark.parametrize("name", ["aot_unpaired", "user"])
+def test_a_dropped_pair_of_a_coupled_loss_keeps_its_part_in_the_others(name):
+    def centred(chosen_logps, rejected_logps):
+        margins = chosen_logps - rejected_logps
+        return torch.nn.functional.softplus(margins.mean() - margins), margins.detach(), -margins.detach()
+
+    hidden, weight, _, labels = inputs(2 * B, T)
+    if name == "user":
+        module, data = alignloss.PreferenceLoss(centred, couples_batch=True), {}
+    else:
+        module, data = alignloss.PreferenceLoss(name, beta=0.3), {"ref_logps": torch.linspace(-30, -10, 2 * B)}
+    gradients = []
+    for nothing in (0.0, 1e-13):
+        h = leaf(hidden)
+        module(h, weight, labels, pair_weights=torch.tensor([1.0, nothing, 0.5]).double(), **data).loss.backward()
+        gradients.append(h.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_integer_data_neither_wrap_nor_lose_precision():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    ref = torch.zeros(2 * B)
+    rebel = alignloss.PreferenceLoss("rebel", beta=0.1)
+    results = [
+        rebel(
+            hidden, weight, labels, ref_logps=ref,
+            chosen_scores=torch.full((B,), 1, dtype=dtype), rejected_scores=torch.full((B,), 3, dtype=dtype),
+        ).losses
+        for dtype in (torch.uint8, torch.float64)
+    ]  # fmt: skip
+    assert torch.equal(*results)
+    sums, lengths = sums_and_lengths(hidden, weight, labels)
+    exact = 0.1 * (sums[:B] - sums[B:]) + 0.05 * (lengths[:B].double() - lengths[B:])
+    out = alignloss.PreferenceLoss("r_dpo", beta=0.1, length_weight=0.05)(hidden, weight, labels, ref_logps=ref)
+    torch.testing.assert_close(out.losses, torch.nn.functional.softplus(-exact), rtol=1e-12, atol=1e-12)
+
+
+def test_a_partial_of_a_coupled_loss_is_coupled():
+    module = alignloss.PreferenceLoss(partial(losses.aot_loss, beta=0.3))
+    assert module.couples_batch
+    assert module.fn_name == "aot_loss"
 
 
 class Callable:

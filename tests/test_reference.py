@@ -23,3 +23,5 @@ def test_models_that_do_not_match_and_a_mix_out_of_range():
         alignloss.update_reference(nn.Linear(3, 2), nn.Linear(3, 2, bias=False))
     with pytest.raises(ValueError, match=r"mix must lie in \(0, 1\], got 0"):
         alignloss.update_reference(nn.Linear(3, 2), nn.Linear(3, 2), mix=0)
+    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got dict"):
+        alignloss.update_reference(nn.Linear(3, 2), {})

@@ -166,6 +166,7 @@ REF = {"ref_logps": torch.zeros(4)}
         (DPO, {"ref_logps": torch.zeros(4, dtype=torch.bool)}, "floating point"),
         (alignloss.SFTLoss(), REF, r"unknown: \['ref_logps'\]"),
         (DPO, {**REF, "pair_weights": torch.ones(4)}, r"pair_weights must be \(2,\)"),
+        (DPO, {**REF, "pair_weights": torch.ones(2, dtype=torch.complex64)}, "pair_weights must be real"),
         (DPO, {**REF, "desirable": torch.ones(4)}, r"unknown: \['desirable'\]"),
         (CPO, REF, "reference-free and would ignore"),
         (CPO, {"nll_labels": torch.zeros(4, 4, dtype=torch.long)}, "nll_labels must have the shape"),

@@ -22,6 +22,8 @@ def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_length():
     assert got.tolist() == [*expected[0], *expected[1]]
     with pytest.raises(ValueError, match=r"tail_weight must lie in \[0, 1\]"):
         alignloss.ld_dpo_token_weights(LABELS, tail_weight=2)
+    with pytest.raises(ValueError, match="tail_weight must be a finite number"):
+        alignloss.ld_dpo_token_weights(LABELS, tail_weight=None)
     assert alignloss.ld_dpo_token_weights(LABELS[:0], tail_weight=0.5).shape == (0, 6)
     with pytest.raises(ValueError, match="2B sequences, chosen then rejected; got 1"):
         alignloss.ld_dpo_token_weights(LABELS[:1], tail_weight=0.5)
@@ -57,5 +59,9 @@ def test_wpo_is_the_likelihood_of_the_pair_under_the_policy():
     torch.testing.assert_close(got, expected)
     none = alignloss.LogprobStats(stats.logps[:0], log_sum_sq_probs=stats.logps[:0])
     assert alignloss.wpo_pair_weights(none, labels[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"stats\.logps must have the shape and device of labels"):
+        alignloss.wpo_pair_weights(stats, labels[:2])
+    with pytest.raises(ValueError, match="stats must be what linear_logprob_stats returns, got Tensor"):
+        alignloss.wpo_pair_weights(stats.logps, labels)
     with pytest.raises(ValueError, match="ask linear_logprob_stats"):
         alignloss.wpo_pair_weights(alignloss.linear_logprob_stats(hidden, weight, labels), labels)

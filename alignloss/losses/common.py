@@ -36,12 +36,11 @@ def deformed_log(logs: Tensor, alpha: float) -> Tensor:
 
 def log_odds(logps: Tensor) -> Tensor:
     """log(p / (1 - p)) from log p <= 0, of full relative precision at both ends; finite, and constant, at p = 1."""
-    below = logps < 0
-    x = torch.where(below, logps, -torch.finfo(torch.float32).tiny)
-    near_one = x > -math.log(2)  # p > 1/2: log(1 - p) by expm1, else by log1p; each side sees only its own x
-    log_rest = torch.where(
-        near_one,
-        (-torch.expm1(torch.where(near_one, x, -0.5))).log(),
-        torch.log1p(-torch.where(near_one, -1.0, x).exp()),
-    )
-    return x - log_rest
+    x = torch.where(logps < 0, logps, -torch.finfo(torch.float32).tiny)
+    near_one, nearer = x > -math.log(2), x > -1e-3
+    # log(1 - p) by log1p, expm1 or its series, which is exact there and does not lean on expm1, whose compiled form
+    # loses small arguments; each branch sees only its own x
+    far = torch.log1p(-torch.where(near_one, -1.0, x).exp())
+    near = (-torch.expm1(torch.where(near_one & ~nearer, x, -0.5))).log()
+    series = (-x).log() + x / 2 + x**2 / 24
+    return x - torch.where(nearer, series, torch.where(near_one, near, far))

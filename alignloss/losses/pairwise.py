@@ -90,7 +90,7 @@ def exo_loss(
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    margins = chosen_rewards - rejected_rewards
+    margins = (chosen_rewards - rejected_rewards).clamp(-1e3, 1e3)  # saturated beyond; not 0 * inf
     chosen_terms = torch.sigmoid(margins) * (F.logsigmoid(margins) - math.log1p(-epsilon))
     losses = chosen_terms + torch.sigmoid(-margins) * (F.logsigmoid(-margins) - math.log(epsilon))
     return losses, chosen_rewards.detach(), rejected_rewards.detach()

@@ -114,7 +114,8 @@ def orpo_loss(
     """Odds ratio preference optimization, its ratio term: -beta log sigmoid(log odds(chosen) - log odds(rejected)).
 
     Hong et al. 2024 (arXiv:2403.07691), eqs. 6 and 7, with lambda = beta; its NLL term is `nll_weight` of the module.
-    odds = p / (1 - p) with p = exp(log pi / |y|), computed exactly as p -> 1. Rewards are beta log pi / |y|.
+    odds = p / (1 - p) with p = exp(log pi / |y|), computed exactly as p -> 1. A sequence without labels has p = 1,
+    taken as log odds of 87. Rewards are beta log pi / |y|.
     """
     chosen_rewards = beta * chosen_logps / chosen_lengths
     rejected_rewards = beta * rejected_logps / rejected_lengths
