@@ -14,12 +14,12 @@ from .logprob import (
     next_token_labels,
     sequence_logprob,
 )
+from .mixture import MixtureLoss
 from .modules import (
     CPOLoss,
     DPOLoss,
     IPOLoss,
     KTOLoss,
-    MixtureLoss,
     ORPOLoss,
     PreferenceLoss,
     SFTLoss,

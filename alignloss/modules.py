@@ -4,8 +4,7 @@ loss = sum(losses) / num_sequences + nll_weight * sum(NLL over the chosen tokens
 """
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -28,6 +27,7 @@ from .logprob import (
     validates,
 )
 from .onepass import Batch, NeedsGraph, Results, train_in_one_pass
+from .options import check_ranges
 from .outputs import STATS, PairedOutput, ScoredTokens, UnpairedOutput
 from .planning import check_number
 
@@ -36,7 +36,6 @@ __all__ = [
     "DPOLoss",
     "IPOLoss",
     "KTOLoss",
-    "MixtureLoss",
     "ORPOLoss",
     "PreferenceLoss",
     "SFTLoss",
@@ -53,25 +52,6 @@ _FILLED_PAIRED: dict[str, tuple[str, int | None]] = {
 }
 # losses with a kernel that sums the tokens and computes loss, rewards and coefficients in one launch
 _FUSED = ((losses.dpo_loss, "dpo"), (losses.ipo_loss, "ipo"), (losses.kto_loss, "kto"), (losses.cpo_loss, "cpo"))
-# options of our losses: (lower bound, whether it is allowed, upper bound, whether it is allowed)
-_RANGES: dict[str, tuple[float, bool, float, bool]] = {
-    "alpha": (-math.inf, False, math.inf, False),
-    "beta": (0, False, math.inf, False),
-    "delta": (0, True, math.inf, False),
-    "desirable_weight": (0, True, math.inf, False),
-    "epsilon": (0, False, 0.5, False),
-    "gamma": (-math.inf, False, math.inf, False),
-    "kl_weight": (0, True, math.inf, False),
-    "label_smoothing": (0, True, 0.5, False),
-    "length_weight": (0, True, math.inf, False),
-    "nll_weight": (-math.inf, False, math.inf, False),
-    "offset_weight": (0, False, math.inf, False),
-    "penalty_weight": (0, True, math.inf, False),
-    "rejected_scale": (0, False, 1, True),
-    "reward_bound": (0, False, math.inf, False),
-    "tau": (0, False, 1, True),
-    "undesirable_weight": (0, True, math.inf, False),
-}
 
 
 class _HeadLoss(nn.Module):
@@ -129,10 +109,14 @@ class _HeadLoss(nn.Module):
         }
         return results, ScoredTokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index, **asked)
 
-    def extra_repr(self) -> str:
+    def projection_repr(self) -> str:
+        """The options of the projection that are not the default ones."""
         defaults = inspect.signature(_HeadLoss.__init__).parameters
         changed = {name: value for name, value in self.head_options.items() if value != defaults[name].default}
         return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+    def extra_repr(self) -> str:
+        return self.projection_repr()
 
 
 _HEAD_OPTIONS = PROJECTION_OPTIONS - {"token_index"}
@@ -207,7 +191,7 @@ class PreferenceLoss(_HeadLoss):
         _check_keywords(f"{self.fn_name} takes the options", known, options, hint)
         if any(function is ours for ours in losses.LOSSES.values()):
             bound = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | options
-            _check_ranges({n: v for n, v in bound.items() if v is not None or n not in optional})
+            check_ranges({n: v for n, v in bound.items() if v is not None or n not in optional})
         self.nll_weight = 0.0 if nll_weight is None else nll_weight
         check_number("nll_weight", self.nll_weight)
         if nll_weight and not self.paired:
@@ -218,7 +202,7 @@ class PreferenceLoss(_HeadLoss):
     def extra_repr(self) -> str:
         options = self.options | ({"nll_weight": self.nll_weight} if self.nll_weight else {})
         named = ", ".join([self.fn_name, *(f"{name}={value}" for name, value in options.items())])
-        return ", ".join(filter(None, [named, super().extra_repr()]))
+        return ", ".join(filter(None, [named, self.projection_repr()]))
 
     def forward(
         self,
@@ -599,81 +583,6 @@ class SimPOLoss(PreferenceLoss):
         super().__init__(losses.simpo_loss, beta=beta, gamma=gamma, label_smoothing=label_smoothing, **options)
 
 
-class MixtureLoss(PreferenceLoss):
-    """sum_i w_i loss_i of several losses, in one pass over the hidden states.
-
-    MPO (Wang et al. 2024, arXiv:2411.10442) is `MixtureLoss([DPOLoss(beta=0.1), PreferenceLoss("bco_pair", beta=0.1)],
-    weights=[0.8, 0.2], nll_weight=1.0)`. The call takes what any of the losses takes; a datum that two of them name is
-    the same for both. `losses` of the result is the weighted sum, the rewards are those of the first loss.
-
-    Args:
-        modules: `PreferenceLoss`es, all paired or all unpaired, whose own `nll_weight` counts w_i times. The options of
-            the projection belong to the mixture, not to them.
-        weights: w_i, a number for each.
-        nll_weight, options: as in `PreferenceLoss`.
-
-    Raises:
-        ValueError: for anything else.
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[PreferenceLoss],
-        weights: Sequence[float],
-        *,
-        nll_weight: float = 0.0,
-        couples_batch: bool = False,
-        **options: Any,
-    ) -> None:
-        if not isinstance(modules, Iterable) or not isinstance(weights, Iterable):
-            raise ValueError(f"a mixture takes a list of losses and one of weights; got {modules!r} and {weights!r}")
-        modules, weights = list(modules), list(weights)
-        if not modules or len(modules) != len(weights):
-            raise ValueError(f"a mixture takes a weight for each loss; got {len(modules)} and {len(weights)}")
-        for module, weight in zip(modules, weights, strict=True):
-            if not isinstance(module, PreferenceLoss) or module.paired != modules[0].paired:
-                raise ValueError(
-                    "a mixture takes PreferenceLosses, all paired or all unpaired; "
-                    f"got {[type(m).__name__ for m in modules]}. The NLL of the chosen sequences is nll_weight"
-                )
-            if _HeadLoss.extra_repr(module):
-                raise ValueError(f"give {_HeadLoss.extra_repr(module)} to the mixture, not to {type(module).__name__}")
-            check_number("a weight", weight)
-        check_number("nll_weight", nll_weight)
-        nll_weight += sum(weight * module.nll_weight for module, weight in zip(modules, weights, strict=True))
-        couples_batch = couples_batch or any(module.couples_batch for module in modules)
-        super().__init__(_Mixture(modules, weights), nll_weight=nll_weight, couples_batch=couples_batch, **options)
-        self.mixed, self.weights = nn.ModuleList(modules), weights
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weights={self.weights}"
-
-
-class _Mixture:
-    """The weighted sum of losses as one loss function, whose data are those of all of them."""
-
-    def __init__(self, modules: list[PreferenceLoss], weights: list[float]) -> None:
-        self.modules, self.weights = modules, weights
-        self.__name__ = "mixture of " + ", ".join(module.fn_name for module in modules)
-        required = {name for module in modules for name in module.names if name not in module.defaults}
-        names = dict.fromkeys(name for module in modules for name in module.names)
-        self.names = sorted(names, key=lambda name: name not in required)
-        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, kind, default=empty if name in required else None) for name in self.names]
-        )
-
-    def __call__(self, *values: Any) -> tuple[Tensor, ...]:
-        given, results = dict(zip(self.names, values, strict=True)), []
-        count = len(given["chosen_logps" if self.modules[0].paired else "logps"])
-        for module in self.modules:
-            arguments = [module.defaults.get(n) if given[n] is None else given[n] for n in module.names]
-            results.append(module.evaluated(arguments, count))
-        total = sum(weight * result[0] for weight, result in zip(self.weights, results, strict=True))
-        assert isinstance(total, Tensor)
-        return total, *results[0][1:]
-
-
 class SFTLoss(_HeadLoss):
     """The negative log-likelihood alone, in nats per labelled token. Options as in `linear_logprob`."""
 
@@ -736,32 +645,3 @@ class SFTLoss(_HeadLoss):
         values, rewards = losses.sft_loss(sums)
         loss = values.sum() / num_tokens
         return Results(loss, values, sums, rewards, loss)
-
-
-def _check_ranges(options: dict[str, Any]) -> None:
-    if "divergence" in options:
-        _check_divergence(options["divergence"])
-    for name, value in options.items():
-        if name not in _RANGES:
-            continue
-        check_number(name, value)
-        low, with_low, high, with_high = _RANGES[name]
-        if not (low <= value <= high) or (value == low and not with_low) or (value == high and not with_high):
-            interval = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
-            raise ValueError(f"{name} must lie in {interval}, got {value}")
-
-
-def _check_divergence(divergence: Any) -> None:
-    problem = "is not callable"
-    if callable(divergence):
-        try:
-            value = divergence(torch.zeros(2))
-            if isinstance(value, Tensor) and value.shape == (2,) and bool(value.isfinite().all()):
-                return
-            problem = f"gives {value} for log u = [0, 0]"
-        except Exception as error:
-            problem = f"fails: {error}"
-    raise ValueError(
-        "divergence must be a function from log u (B,) to f'(u) (B,), e.g. losses.js_divergence or "
-        f"functools.partial(losses.alpha_divergence, divergence_alpha=0.5); {divergence!r} {problem}"
-    )
