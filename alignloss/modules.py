@@ -131,7 +131,7 @@ class PreferenceLoss(_HeadLoss):
             chosen_lengths, rejected_lengths` (a paired loss), or `logps, ref_logps, lengths` (an unpaired one), and any
             other name is a keyword of the module's call. Its keyword-only parameters are options, given here. It
             returns (losses, chosen_rewards, rejected_rewards), or (losses, rewards), each (B,), unreduced.
-            Log-probabilities come to it in float64.
+            Everything comes to it as a copy in float64, lengths too, but for bool data.
         nll_weight: weight of the NLL (nats) per chosen token that is added to a paired loss. Where `fn` has an option
             of this name (`irpo_loss`), it is that option.
         couples_batch: declares that an element of `losses` depends on more than its own pair. Without it a step that
