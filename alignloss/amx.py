@@ -44,5 +44,7 @@ def bf16_products(dtype: torch.dtype, device_type: str) -> Iterator[None]:
     finally:
         with _lock:
             _inside -= 1
-            if _inside == 0:
-                matmul.fp32_precision = _before
+            if _inside == 0 and matmul.fp32_precision == "bf16":  # not where somebody set it meanwhile
+                # a value that it had from its parent is not its own: later changes of the parent must reach it
+                inherited = torch.backends.mkldnn.fp32_precision
+                matmul.fp32_precision = "none" if _before == inherited else _before

@@ -89,7 +89,9 @@ class RunningShift:
         self.totals.mul_(1.0 if self.momentum is None else self.momentum).add_(new)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"totals": self.totals}
+        return {"totals": self.totals.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state["totals"].shape != self.totals.shape:
+            raise ValueError(f"totals must be (2, 2), got {tuple(state['totals'].shape)}")
         self.totals.copy_(state["totals"])

@@ -131,7 +131,7 @@ class PreferenceLoss(_HeadLoss):
             chosen_lengths, rejected_lengths` (a paired loss), or `logps, ref_logps, lengths` (an unpaired one), and any
             other name is a keyword of the module's call. Its keyword-only parameters are options, given here. It
             returns (losses, chosen_rewards, rejected_rewards), or (losses, rewards), each (B,), unreduced.
-            Everything comes to it as a copy in float64, lengths too, but for bool data.
+            Floating data come to it in float64, lengths and other integers in int64, as copies that it may work on.
         nll_weight: weight of the NLL (nats) per chosen token that is added to a paired loss. Where `fn` has an option
             of this name (`irpo_loss`), it is that option.
         couples_batch: declares that an element of `losses` depends on more than its own pair. Without it a step that
@@ -162,6 +162,7 @@ class PreferenceLoss(_HeadLoss):
             raise ValueError(f"fn must be the name of a loss or a function, got {type(fn).__name__}")
         function = _unwrapped(fn)
         self.couples_batch = couples_batch or any(function is coupled for coupled in losses.COUPLED)
+        self.ours = any(function is ours for ours in losses.LOSSES.values())
         self.fn, self.options = fn, options
         self._needs_graph = False  # the loss differentiates something beside the log-probabilities
         self.fn_name = getattr(function, "__name__", repr(fn))
@@ -179,7 +180,7 @@ class PreferenceLoss(_HeadLoss):
         self.defaults = {p.name: p.default for p in positional if p.default is not p.empty}
         self.needs_reference = any(self.filled[n][0] == "ref_logps" for n in self.names if n in self.filled)
         known = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
-        optional = {p.name for p in parameters if p.default is None}
+        optional = {p.name for p in inspect.signature(function).parameters.values() if p.default is None}
         taken = set(self.data) & {*foreign, *inspect.signature(self.forward).parameters}
         taken |= set(known) & {*_HEAD_OPTIONS, "fn", "couples_batch"}
         if taken:
@@ -189,7 +190,7 @@ class PreferenceLoss(_HeadLoss):
         if "nll_weight" in known and nll_weight is not None:
             options["nll_weight"], nll_weight = nll_weight, None
         _check_keywords(f"{self.fn_name} takes the options", known, options, hint)
-        if any(function is ours for ours in losses.LOSSES.values()):
+        if self.ours:
             bound = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | options
             check_ranges({n: v for n, v in bound.items() if v is not None or n not in optional})
         self.nll_weight = 0.0 if nll_weight is None else nll_weight
@@ -248,7 +249,8 @@ class PreferenceLoss(_HeadLoss):
             PairedOutput or UnpairedOutput, in float32 (float64 for float64 input).
 
         Raises:
-            ValueError: for anything missing, unknown, of the wrong shape, or that the loss would ignore.
+            ValueError: for anything missing, unknown, of the wrong shape, or that the loss would ignore. Under
+                torch.compile, where a number may be symbolic, numbers are not checked.
         """
         _check_keywords(f"{type(self).__name__} takes the data", self.data, data)
         self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
@@ -364,7 +366,7 @@ class PreferenceLoss(_HeadLoss):
             dropped = (factors == 0).expand(count).repeat(2 if self.paired else 1)
             logps = torch.where(dropped, sums.detach(), sums)
         lengths = labelled_tokens(labels, offsets, sequences, self.ignore_index).clamp(min=1)
-        columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths.double()}
+        columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths}
         losses, *rewards = self._call(columns, {name: _widened(value) for name, value in batch.data.items()}, count)
         weighted = losses if factors is None else torch.where(factors == 0, 0, losses * factors)
         loss = weighted.sum() / (max(count, 1) if batch.num_sequences is None else batch.num_sequences)
@@ -400,7 +402,7 @@ class PreferenceLoss(_HeadLoss):
     def evaluated(self, arguments: list[Any], count: int) -> tuple[Tensor, ...]:
         """What the loss function returns, if it is of the right form."""
         # it may work in place: not on what the NLL, the results, another loss or the caller hold
-        copies = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+        copies = [self._copied(value) if isinstance(value, Tensor) else value for value in arguments]
         results: Any = self.fn(*copies, **self.options)
         expected = 3 if self.paired else 2
         got: Any = type(results).__name__
@@ -414,6 +416,10 @@ class PreferenceLoss(_HeadLoss):
                 f"{self.fn_name} must return a tuple of {expected} float tensors of shape ({count},), got {got}"
             )
         return results
+
+    def _copied(self, value: Tensor) -> Tensor:
+        # a number times integers is float32: our own functions take them in float64
+        return value.to(torch.float64 if self.ours and value.dtype != torch.bool else value.dtype, copy=True)
 
     def _fused_name(self) -> str | None:
         """The name of the fused kernel that computes this loss, if there is one."""
@@ -489,13 +495,16 @@ def _given_reference(ref_logps: Any, sequences: int, device: torch.device) -> Te
 
 
 def _widened(value: Any) -> Any:
-    """In float64: integers too, whose differences may wrap and whose products with a number are float32."""
-    return value if value is None or value.dtype == torch.bool else value.double()
+    """In float64, or int64, in which differences of narrow integers do not wrap."""
+    if value is None or value.dtype == torch.bool or value.is_complex():
+        return value
+    return value.double() if value.is_floating_point() else value.long()
 
 
 def _unwrapped(fn: Any) -> Any:
-    """The function in a partial."""
-    return _unwrapped(fn.func) if isinstance(fn, partial) else fn
+    """The function in a partial, a compiled function or any other that says what it wraps."""
+    inside = fn.func if isinstance(fn, partial) else getattr(fn, "__wrapped__", None)
+    return fn if inside is None else _unwrapped(inside)
 
 
 def _divisor(name: str, value: Any, device: torch.device) -> float | Tensor | None:

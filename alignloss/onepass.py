@@ -305,14 +305,15 @@ def _pass(
     hidden, weight, labels = projection.hidden, projection.weight, projection.labels
     options = projection.compute_dtype, projection.ignore_index, projection.transform, projection.backend
     wanted = list(stats) or [None] * len(backends.STATS)
-    with ops.computing(hidden, projection.compute_dtype):
+    several = len(indices) > 1
+    with ops.device_guard(hidden):
         problems = [ops.Problem(hidden, weight, projection.bias, labels, index, False, *options) for index in indices]
         new, rows = problems[0].empty, sum(problem.rows for problem in problems)
         state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)
-        gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=len(problems) > 1)
+        gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=several)
         largest = max(problem.rows for problem in problems[:groups])
-        tiles = new(largest * len(weight), dtype=problems[0].gemm_dtype)
-        left = projection.workspace_bytes - problems[0].footprint.accumulator_bytes(several=len(problems) > 1)
+        tiles: Tensor | None = new(largest * len(weight), dtype=problems[0].gemm_dtype)
+        left = projection.workspace_bytes - problems[0].footprint.accumulator_bytes(several)
         start = 0
         for i, problem in enumerate(problems):
             part = slice(start, start := start + problem.rows)
@@ -320,12 +321,16 @@ def _pass(
             if indices[i] is not None:
                 logps.zero_()
             outputs = [logps, *wanted]
-            if i < groups:
-                held = ops.Held(problem, tiles)
+            if i == groups:
+                tiles = None
+            held = None if tiles is None else ops.Held(problem, tiles)
+            with ops.computing(hidden, projection.compute_dtype):
                 ops.walk_forward(problem, state[:, part], outputs, asked(stats), dlogp[part], None, left, held)
-                gradient.add_held(problem, held, state[:, part], differentiate(i, logps))
-            else:
-                del held, tiles
-                ops.walk_forward(problem, state[:, part], outputs, asked(stats), dlogp[part], None, left)
-                gradient.add_recomputed(problem, state[:, part], differentiate(i, logps), left)
+            dlogps = differentiate(i, logps)
+            with ops.computing(hidden, projection.compute_dtype):
+                if held is not None:
+                    gradient.add_held(problem, held, state[:, part], dlogps)
+                else:
+                    gradient.add_recomputed(problem, state[:, part], dlogps, left)
+            del held
     return gradient, state, dlogp

@@ -35,6 +35,34 @@ def test_only_bf16_on_a_cpu_uses_the_switch_and_an_error_returns_it(switch):
     assert switch.fp32_precision == "ieee"
 
 
+def test_what_is_set_meanwhile_stays_and_what_is_inherited_stays_inherited(switch):
+    with amx.bf16_products(torch.bfloat16, "cpu"):
+        switch.fp32_precision = "tf32"
+    assert switch.fp32_precision == "tf32"
+    parent, switch.fp32_precision = torch.backends.mkldnn, "none"
+    try:
+        parent.fp32_precision = "ieee"
+        with amx.bf16_products(torch.bfloat16, "cpu"):
+            assert switch.fp32_precision == "bf16"
+        parent.fp32_precision = "tf32"
+        assert switch.fp32_precision == "tf32"
+    finally:
+        parent.fp32_precision = "none"
+
+
+def test_a_loss_function_runs_beside_the_switch(switch):
+    seen = []
+
+    def watching(logps):
+        seen.append(switch.fp32_precision)
+        return -logps, logps.detach()
+
+    hidden, weight, _, labels = inputs(4, 6, dtype=torch.bfloat16)
+    module = alignloss.PreferenceLoss(watching)
+    module(leaf(hidden, torch.bfloat16), leaf(weight, torch.bfloat16), labels).loss.backward()
+    assert seen == ["ieee"]
+
+
 def test_the_last_of_several_threads_returns_the_switch(switch):
     entered, left = Barrier(2, timeout=60), Barrier(2, timeout=60)
 

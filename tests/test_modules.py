@@ -1,6 +1,6 @@
 """The loss modules: every loss against full logits in float64, layouts, references, reductions, a user's own loss."""
 
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -313,10 +313,32 @@ def test_integer_data_neither_wrap_nor_lose_precision():
     torch.testing.assert_close(out.losses, torch.nn.functional.softplus(-exact), rtol=1e-12, atol=1e-12)
 
 
-def test_a_partial_of_a_coupled_loss_is_coupled():
-    module = alignloss.PreferenceLoss(partial(losses.aot_loss, beta=0.3))
+def by_domain(chosen_logps, rejected_logps, chosen_lengths, domain):
+    margins = torch.tensor([0.1, 0.5])[domain] * (chosen_logps - rejected_logps) / torch.arange(1, 99)[chosen_lengths]
+    return -margins, margins.detach(), margins.detach()
+
+
+def test_a_users_function_takes_integers_as_integers():
+    hidden, weight, _, labels = inputs(2 * B, T)
+    sums, lengths = sums_and_lengths(hidden, weight, labels)
+    domain = torch.tensor([0, 1, 1], dtype=torch.uint8)
+    out = alignloss.PreferenceLoss(by_domain)(hidden, weight, labels, domain=domain)
+    expected = torch.tensor([0.1, 0.5, 0.5]) * (sums[:B] - sums[B:]) / (lengths[:B] + 1)
+    torch.testing.assert_close(out.losses, -expected)
+
+
+@wraps(losses.aot_loss)
+def decorated(*arguments, **options):
+    return losses.aot_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("fn", [partial(losses.aot_loss, beta=0.3), decorated, torch.compile(losses.aot_loss)])
+def test_a_wrapped_coupled_loss_is_coupled(fn):
+    module = alignloss.PreferenceLoss(fn, beta=0.3)
     assert module.couples_batch
     assert module.fn_name == "aot_loss"
+    with pytest.raises(ValueError, match="beta must lie in"):
+        alignloss.PreferenceLoss(fn, beta=-1.0)
 
 
 class Callable:
