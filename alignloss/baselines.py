@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .logprob import check_binary, validates
 from .planning import check_number
 
 __all__ = ["RunningShift", "kto_kl"]
@@ -79,8 +80,8 @@ class RunningShift:
                 f"rewards must be a tensor (B,) and desirable (B,) or 0-d, got {getattr(rewards, 'shape', rewards)} "
                 f"and {tuple(good.shape)}"
             )
-        if good.device.type == "cpu" and not bool(((good == 0) | (good == 1)).all()):
-            raise ValueError(f"desirable must be bool, or 0 and 1; got {good.unique().tolist()[:8]}")
+        if validates(None, good.device):
+            check_binary("desirable", good)
         rewards = rewards.to(self.totals)
         kinds = torch.stack([good == 0, good == 1]).view(2, -1) & rewards.isfinite()
         new = torch.stack([torch.where(kinds, rewards, 0).sum(1), kinds.double().sum(1)])

@@ -6,6 +6,7 @@ its own beside `ops`. The forward keeps two log-sums per token (2 GEMMs); the ba
 the vocabulary after the other with every row, so that each slice of dweight is rounded once (3 GEMMs, 4 with the head).
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ class _Heads:
         self.buffers = [problem.weight_buffer(self.columns) for problem, _ in self.both]
         self.tiles = policy.empty(3, self.block * self.columns)
         self.unused = policy.empty(backends.STATE_ROWS, self.block)  # what `gather` begins for a log-probability
+        self.gathered: slice | None = None
+        self.operands: list[Tensor] = []
 
     def slices(self) -> range:
         return range(0, self.policy.vocabulary, self.columns)
@@ -113,14 +116,15 @@ class _Heads:
         return [slice(start, min(start + self.block, self.policy.rows)) for start in starts]
 
     def rows(self, part: slice) -> list[Tensor]:
-        """The hidden states of a block, as operands of a GEMM."""
-        found = []
-        for problem, buffer in self.both:
-            count = part.stop - part.start
-            copy = None if buffer is None else buffer[:count]
-            problem.primitives.gather(problem.tokens, part, problem.labels[part], copy, self.unused[:, :count])
-            found.append(problem.hidden[part] if copy is None else copy)
-        return found
+        """The hidden states of a block, as operands of a GEMM; the buffers hold those of the last one."""
+        if part != self.gathered:
+            self.gathered, self.operands = part, []
+            for problem, buffer in self.both:
+                count = part.stop - part.start
+                copy = None if buffer is None else buffer[:count]
+                problem.primitives.gather(problem.tokens, part, problem.labels[part], copy, self.unused[:, :count])
+                self.operands.append(problem.hidden[part] if copy is None else copy)
+        return self.operands
 
     def weights(self, first: int) -> list[Tensor]:
         last = min(first + self.columns, self.policy.vocabulary)
@@ -142,6 +146,11 @@ class _Heads:
             for tile in tiles[:2]:
                 tile.tanh_().mul_(cap)
         return tuple(tiles)
+
+
+def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> AbstractContextManager[None]:
+    """As for one head; products of bf16 only where both heads are in it."""
+    return ops.computing(tensor, dtype if dtype == ref_dtype else torch.float32)
 
 
 def _heads(
@@ -178,8 +187,7 @@ def linear_kl_fwd(
     """KL (M,) and state (4, N), or more columns under `select`."""
     if validate:
         ops.check_values(labels, token_index, ignore_index, len(weight))
-    # products of bf16 only where both heads are in bf16
-    with ops.computing(hidden, compute_dtype if compute_dtype == ref_dtype else torch.float32):
+    with _computing(hidden, compute_dtype, ref_dtype):
         heads = _heads(
             (hidden, weight, bias, ref_hidden, ref_weight, ref_bias), labels, token_index, select,
             (compute_dtype, ref_dtype), ignore_index, Transform.of(logit_scale, softcap, temperature),
@@ -241,8 +249,7 @@ def linear_kl_bwd(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) of the policy; what was not asked for is empty."""
-    # products of bf16 only where both heads are in bf16
-    with ops.computing(dkl, compute_dtype if compute_dtype == ref_dtype else torch.float32):
+    with _computing(dkl, compute_dtype, ref_dtype):
         transform = Transform.of(logit_scale, softcap, temperature)
         dweight = torch.empty_like(weight) if need_dweight else state.new_empty(0)
         direct = not need_dweight or (dweight.dtype == state.dtype and dweight.is_contiguous())
@@ -259,7 +266,7 @@ def linear_kl_bwd(
         # powers of two that keep p - q, and rows times their coefficients, within fp16
         lift, unit = 1.0, None
         if gemm_dtype == torch.float16 and policy.rows:
-            lift, unit = 2.0**14, coefficient.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()
+            lift, unit = 2.0**14, ops.power_of_two(coefficient)
         dh = policy.empty(policy.rows if need_dhidden else 0, policy.width).zero_()
         dbias = policy.empty(policy.vocabulary if need_dbias else 0).zero_()
         if need_dweight and policy.rows == 0:

@@ -268,6 +268,11 @@ def check_like(name: str, value: Tensor, model_name: str, model: Tensor) -> None
         )
 
 
+def check_binary(name: str, value: Tensor) -> None:
+    if not bool(((value == 0) | (value == 1)).all()):
+        raise ValueError(f"{name} must be bool, or 0 and 1; got {value.unique().tolist()[:8]}")
+
+
 def validates(validate: bool | None, device: torch.device) -> bool:
     """Whether values are checked on the host: as asked, by default on a CPU."""
     return device.type == "cpu" if validate is None else validate

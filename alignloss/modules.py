@@ -16,6 +16,7 @@ from . import backends, losses, ops
 from .logprob import (
     PROJECTION_OPTIONS,
     Projection,
+    check_binary,
     check_like,
     check_options,
     flat_token_weights,
@@ -273,7 +274,7 @@ class PreferenceLoss(_HeadLoss):
         device = labels.device
         extra = {n: _column(n, value, count, device) for n, value in data.items() if value is not None}
         if "desirable" in extra and validates(self.validate, device) and not torch.compiler.is_compiling():
-            _check_binary("desirable", extra["desirable"])
+            check_binary("desirable", extra["desirable"])
         factors = None if pair_weights is None else _column("pair_weights", pair_weights, count, device).detach()
         num_sequences = _divisor("num_sequences", num_sequences, device)
         num_tokens = _divisor("num_tokens", num_tokens, device)
@@ -453,11 +454,6 @@ class PreferenceLoss(_HeadLoss):
         return Results(*results[:5])
 
 
-def _check_binary(name: str, value: Tensor) -> None:
-    if not bool(((value == 0) | (value == 1)).all()):
-        raise ValueError(f"{name} must be bool, or 0 and 1; got {value.unique().tolist()[:8]}")
-
-
 def _check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hint: str = "") -> None:
     """`known` maps each name to whether it is required."""
     unknown = sorted(set(given) - set(known))
@@ -496,7 +492,7 @@ def _given_reference(ref_logps: Any, sequences: int, device: torch.device) -> Te
 
 def _widened(value: Any) -> Any:
     """In float64, or int64, in which differences of narrow integers do not wrap."""
-    if value is None or value.dtype == torch.bool or value.is_complex():
+    if value is None or value.dtype == torch.bool:
         return value
     return value.double() if value.is_floating_point() else value.long()
 

@@ -30,10 +30,12 @@ __all__ = [
     "HeadGradient",
     "Held",
     "Problem",
+    "addmm",
     "computing",
     "linear_logprob_bwd",
     "linear_logprob_fwd",
     "no_double_backward",
+    "power_of_two",
     "preference",
     "preference_backward",
     "sequence_offsets",
@@ -377,6 +379,11 @@ def linear_logprob_bwd(
         return dhidden, dweight, dbias
 
 
+def power_of_two(values: Tensor) -> Tensor:
+    """The least power of two that no value exceeds in size, 0-d, at least 2^-100."""
+    return values.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()
+
+
 class _Rows:
     """The rows of a backward: their coefficients, and dhidden, which is filled the first time that a row is weighed."""
 
@@ -403,7 +410,7 @@ class _Rows:
     def find_unit(self) -> Tensor:
         """A power of two to go round a GEMM in fp16, whose range the coefficients of a scaled loss may leave."""
         self.weigh(slice(0, self.problem.rows))
-        self.unit = self.coefficient.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()
+        self.unit = power_of_two(self.coefficient)
         return self.unit
 
     def weigh(self, part: slice, rows: Tensor | None = None, scaled: Tensor | None = None) -> None:

@@ -54,14 +54,20 @@ def sampo_token_weights(
     return ((rank < shorter) & (labels != ignore_index)).to(torch.float32)
 
 
+def _pair_offsets(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    """`sequence_offsets` of 2B sequences."""
+    offsets, sequences = sequence_offsets(labels, cu_seqlens, None)
+    if sequences % 2:
+        raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
+    return offsets, sequences
+
+
 def _ranks(
     labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of each position, its rank among the labelled tokens of its sequence, by `order` or from left to right, and the
     shorter length of its pair; both of the shape of labels."""
-    offsets, sequences = sequence_offsets(labels, cu_seqlens, None)
-    if sequences % 2:
-        raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
+    offsets, sequences = _pair_offsets(labels, cu_seqlens)
     counts = labelled_tokens(labels, offsets, sequences, ignore_index)
     shorter = torch.minimum(*counts.view(2, sequences // 2)).repeat(2)
     flat, position = labels.reshape(-1), torch.arange(labels.numel(), device=labels.device)
@@ -100,9 +106,7 @@ def wpo_pair_weights(
     if stats.log_sum_sq_probs is None:
         raise ValueError('WPO needs log_sum_sq_probs: ask linear_logprob_stats for stats=("log_sum_sq_probs",)')
     check_like("stats.logps", stats.logps, "labels", labels)
-    offsets, sequences = sequence_offsets(labels, cu_seqlens, None)
-    if sequences % 2:
-        raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
+    offsets, sequences = _pair_offsets(labels, cu_seqlens)
     values = (stats.logps - stats.log_sum_sq_probs).detach().masked_fill(labels == ignore_index, 0).reshape(-1)
     sums = sequence_sum(values, offsets, sequences, None, "torch")
     means = sums / labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)
