@@ -110,8 +110,15 @@ def addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alph
     """out = beta base + alpha a b, accumulated and returned in the dtype of `out`, which may be wider than a and b."""
     if a.dtype == out.dtype:
         torch.addmm(base, a, b, beta=beta, alpha=alpha, out=out)
-    else:
+    elif _ADDMM_TAKES_A_WIDE_BASE:
         torch.addmm(base, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+    elif beta == 0:
+        torch.mm(a, b, out.dtype, out=out).mul_(alpha)
+    else:
+        torch.add(base.mul(beta), torch.mm(a, b, out.dtype), alpha=alpha, out=out)
+
+
+_ADDMM_TAKES_A_WIDE_BASE = torch.__version__ >= "2.10"  # pytorch/pytorch#167931
 
 
 def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int) -> None:

@@ -1,0 +1,297 @@
+"""What a GPU runs, without one: its sizes, operand dtypes and GEMMs on CPU tensors, and its launches compiled for it.
+
+On a CPU the ops widen 16-bit operands; here they do as on a GPU: tiles rounded in place to 16 bits for the second GEMM,
+fp32 products of 16-bit operands, tall tiles. Arithmetic in bf16 is beyond Triton's interpreter, so it runs on `_torch`.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import error, inputs, leaf, statistics, token_logps
+
+import alignloss
+from alignloss import logprob, ops, planning
+from alignloss.ops import addmm as real_addmm
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests run on it")
+B, T, H, V = 2, 8, 48, 133
+RUNS = [("torch", torch.bfloat16), ("torch", torch.float16), ("triton", torch.float16)]
+CAPS = [None, 2.0]
+AMPLE, TIGHT = 1 << 22, 9_000  # bytes: one tile of everything; several blocks of rows and slices of the vocabulary
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    def footprint(*fields):
+        return planning.Footprint(*fields)._replace(device_type="cuda")
+
+    def addmm(base, a, b, out, beta=1, alpha=1):
+        product = alpha * (a.to(out.dtype) @ b.to(out.dtype))
+        out.copy_(product if beta == 0 else beta * base + product)
+
+    for module in (ops, logprob):
+        monkeypatch.setattr(module, "Footprint", footprint)
+    for module in (ops, planning):
+        monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
+    monkeypatch.setattr(ops, "addmm", addmm)
+
+
+def problem(dtype):
+    """hidden, weight, bias exactly as `dtype` holds them, in float64, and labels."""
+    *tensors, labels = inputs(2 * B, T, hidden_size=H, vocabulary=V)
+    return *(t.to(dtype).double() for t in tensors), labels
+
+
+def naive_logits(h, w, b, cap):
+    """In the dtype of the operands up to the logits, in fp32 after them."""
+    z = (h @ w.T + b).to(torch.promote_types(h.dtype, torch.float32))
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+
+def naive_logps(h, w, b, labels, cap):
+    picked = naive_logits(h, w, b, cap).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return torch.where(labels == -100, 0, picked)
+
+
+def check(ours, naive, exact, tensors, dtype, trained):
+    """Outputs and gradients of functions of (hidden, weight, bias) err at most twice as much as plain torch."""
+    results = []
+    for compute, cast in ((ours, dtype), (naive, dtype), (exact, torch.float64)):
+        leaves = [leaf(t, cast, name in trained) for t, name in zip(tensors, ("hidden", "weight", "bias"), strict=True)]
+        outputs = compute(*leaves)
+        if trained:
+            sum((o.double() * torch.linspace(-1, 2, o.numel()).view(o.shape)).sum() for o in outputs).backward()
+        results.append([o.detach() for o in outputs] + [t.grad for t in leaves if t.grad is not None])
+    for got, plain, truth in zip(*results, strict=True):
+        assert error(got, truth) <= 2 * error(plain, truth)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("workspace", [AMPLE, TIGHT])
+@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight bias"], ids=lambda t: t or "nothing")
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_log_probabilities(backend, dtype, trained, workspace, cap):
+    *tensors, labels = problem(dtype)
+    options = {"softcap": cap, "backend": backend, "workspace_bytes": workspace}
+    check(
+        lambda h, w, b: [alignloss.linear_logprob(h, w, labels, b, **options)],
+        lambda h, w, b: [naive_logps(h, w, b, labels, cap)],
+        lambda h, w, b: [token_logps(h, w, labels, b, softcap=cap)],
+        tensors, dtype, trained,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_statistics_and_the_gradient_of_the_entropy(backend, dtype, cap):
+    *tensors, labels = problem(dtype)
+    names = ("lse", "entropy", "mean_logits", "log_sum_sq_probs")
+    ignored = labels == -100
+
+    def ours(h, w, b):
+        out = alignloss.linear_logprob_stats(
+            h, w, labels, b, stats=names, softcap=cap, backend=backend, workspace_bytes=TIGHT
+        )
+        return [out.logps, *(getattr(out, name) for name in names)]
+
+    def naive(h, w, b):
+        z = naive_logits(h, w, b, cap)
+        p = z.softmax(-1)
+        entropy = torch.special.entr(p).sum(-1)
+        others = [z.logsumexp(-1), entropy, z.mean(-1), p.square().sum(-1).log()]
+        others = [value if value is entropy else value.detach() for value in others]
+        return [naive_logps(h, w, b, labels, cap), *(torch.where(ignored, 0, value) for value in others)]
+
+    def exact(h, w, b):
+        values = statistics(h, w, labels, b, softcap=cap)
+        values = [values[name] if name == "entropy" else values[name].detach() for name in names]
+        return [token_logps(h, w, labels, b, softcap=cap), *values]
+
+    check(ours, naive, exact, tensors, dtype, "hidden weight bias")
+
+
+@pytest.mark.parametrize("workspace", [AMPLE, 24_000, TIGHT], ids=["one pass", "groups", "recomputed"])
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_training_steps(backend, dtype, cap, workspace):
+    *tensors, labels = problem(dtype)
+    ref = torch.randn(2 * B, dtype=torch.float64) - 30
+    module = alignloss.DPOLoss(softcap=cap, backend=backend, workspace_bytes=workspace)
+
+    def full(h, w, b):
+        c, r = naive_logps(h, w, b, labels, cap).double().sum(-1).chunk(2)
+        return [alignloss.losses.dpo_loss(c, r, *ref.chunk(2), beta=0.1)[0].mean()]
+
+    check(
+        lambda h, w, b: [module(h, w, labels, b, ref_logps=ref).loss],
+        full, full, tensors, dtype, "hidden weight bias",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_divergence_of_two_heads(dtype):
+    hidden, weight, bias, labels = problem(dtype)
+    ref_hidden, ref_weight, ref_bias, _ = problem(dtype)
+
+    def full(h, w, b):
+        log_p = naive_logits(h, w, b, 2.0).log_softmax(-1)
+        log_q = naive_logits(*(t.to(h.dtype) for t in (ref_hidden, ref_weight, ref_bias)), 2.0).log_softmax(-1)
+        return [torch.where(labels == -100, 0, (log_q.exp() * (log_q - log_p)).sum(-1))]
+
+    def ours(h, w, b):
+        reference = (t.to(dtype) for t in (ref_hidden, ref_weight))
+        return [
+            alignloss.linear_kl(
+                h, w, *reference, labels, b, ref_bias=ref_bias.to(dtype), softcap=2.0, workspace_bytes=60_000
+            )
+        ]
+
+    check(ours, full, full, (hidden, weight, bias), dtype, "hidden weight bias")
+
+
+def test_a_scaled_loss_in_fp16_with_a_float32_head():
+    hidden, weight, _, labels = inputs(3, 6)
+    exact, mine = ([leaf(hidden, dtype), leaf(weight, dtype)] for dtype in (torch.float64, torch.float32))
+    (token_logps(*exact, labels).sum() * 65536).backward()
+    with torch.autocast("cpu", torch.float16):
+        logps = alignloss.linear_logprob(*mine, labels)
+    (logps.sum() * 65536).backward()
+    for ours, theirs in zip(mine, exact, strict=True):
+        assert error(ours.grad, theirs.grad) <= 2e-3
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+def test_wide_products_where_addmm_takes_no_wide_base(beta, monkeypatch):
+    def mm(a, b, dtype, out=None):
+        product = a.to(dtype) @ b.to(dtype)
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(ops, "_ADDMM_TAKES_A_WIDE_BASE", False)
+    a, b = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16()
+    out = torch.randn(3, 5) if beta else torch.full((3, 5), torch.nan)
+    expected = 0.5 * (a.float() @ b.float()) + (out if beta else 0)
+    real_addmm(out, a, b, out, beta=beta, alpha=0.5)
+    torch.testing.assert_close(out, expected)
+
+
+COMPILE = """
+import importlib, json, sys
+
+import torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+
+class Hopper:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    get_current_stream = lambda self, device=None: 0
+
+
+class Unaligned(MockTensor):
+    data_ptr = staticmethod(lambda: 8)
+
+
+def argument(kind, value, *aligned):
+    if kind == "tensor":
+        return (MockTensor if aligned[0] else Unaligned)(getattr(torch, value))
+    return tl.dtype(value) if kind == "type" else value
+
+
+driver.set_active(Hopper())
+for module, name, arguments, options in json.load(sys.stdin):
+    options = {key: argument(*value) for key, value in options.items()}
+    kernel = getattr(importlib.import_module(module), name)
+    compiled = kernel.warmup(*(argument(*value) for value in arguments), grid=(1,), **options)
+    assert compiled.metadata.shared <= 227 << 10, name
+"""
+
+
+def test_every_launch_compiles_with_the_types_it_is_given(monkeypatch):
+    pytest.importorskip("triton")
+    from alignloss.kernels import blocks, rows, sequence, stats, tile
+
+    launches = set()
+    for module in (rows, stats, tile, sequence):
+        for name in list(vars(module)):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(module.__name__, name, launches))
+    for module in (blocks, stats):
+        monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    offsets, every = torch.tensor([0, 3, 10, 25, 2 * B * T]), torch.arange(2 * B * T)
+    for dtype, softcap, trained, plain in itertools.product(
+        (torch.bfloat16, torch.float32), CAPS, ("", "hidden", "hidden weight bias"), (True, False)
+    ):
+        *tensors, labels = problem(dtype)
+        h, w, b = (
+            leaf(t, dtype, name in trained) for t, name in zip(tensors, ("hidden", "weight", "bias"), strict=True)
+        )
+        options = {"softcap": softcap, "backend": "triton", "workspace_bytes": AMPLE if plain else TIGHT}
+        packed = h.flatten(0, 1), w, labels.flatten()
+        data = {"ref_logps": torch.zeros(2 * B)}
+        unpaired = data | {"desirable": torch.arange(2 * B) % 2, "kl": 0.1 if plain else torch.rand(2 * B)}
+        if not plain:
+            data |= {"pair_weights": torch.rand(B), "num_sequences": 2, "token_weights": torch.rand(labels.shape)}
+        score = alignloss.linear_logprob_stats
+        results = [
+            alignloss.linear_logprob(h, w, labels, None if plain else b, token_index=every, **options),
+            score(h, w, labels, b, stats=("entropy", "is_top1", "lse"), **options).entropy,
+            score(h, w, labels, stats=("mean_logits", "log_sum_sq_probs"), **options).logps,
+            alignloss.sequence_logprob(h, w, labels, **options).logps,
+            alignloss.sequence_logprob(*packed, cu_seqlens=offsets, token_weights=torch.rand(32), **options).logps,
+            alignloss.DPOLoss(**options)(h, w, labels, **data).loss,
+            alignloss.IPOLoss(**options)(h, w, labels, b, **data).loss,
+            alignloss.KTOLoss(**options)(h, w, labels, **unpaired).loss,
+            alignloss.CPOLoss(**options)(*packed, cu_seqlens=offsets, num_tokens=30).loss,
+            alignloss.ORPOLoss(**options)(h, w, labels).loss,
+        ]
+        for result in results:
+            if result.requires_grad:
+                result.sum().backward()
+    names = {json.loads(launch)[1] for launch in launches}
+    assert len(names) == 13  # every kernel
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        input=f"[{','.join(sorted(launches))}]",
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Recorder:
+    """Stands for a kernel; notes its launches by what the compiler goes by, and runs nothing."""
+
+    def __init__(self, module, name, launches):
+        self.module, self.name, self.launches = module, name, launches
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **options):
+        given = [self.describe(value) for value in arguments]
+        constants = {name: ["value", v] if isinstance(v, int) else self.describe(v) for name, v in options.items()}
+        self.launches.add(json.dumps([self.module, self.name, given, constants]))
+
+    @staticmethod
+    def describe(value):
+        if isinstance(value, torch.Tensor):
+            return ["tensor", str(value.dtype).removeprefix("torch."), value.data_ptr() % 16 == 0]
+        if isinstance(value, float):
+            return ["value", 0.5]
+        if isinstance(value, int):  # 1, a multiple of 16, or another number
+            return ["value", 1 if value == 1 else 16 if value % 16 == 0 else 7]
+        return ["value", value] if value is None or isinstance(value, str) else ["type", str(value)]
