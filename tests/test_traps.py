@@ -5,7 +5,7 @@ import torch
 from reference import error, inputs, leaf, token_logps
 
 import alignloss
-from alignloss import losses, ops, planning
+from alignloss import losses
 
 BACKENDS = ["torch", "triton"]
 
