@@ -37,7 +37,8 @@ FEW := --rounds 3 --modes "frozen head" "DPO step" --providers alignloss "full l
 bench: $(VENV)/dev
 	$(BENCH) --measure time error --name cpu-float32-1024x32768
 	$(BENCH) --shapes smollm2-135m --measure memory --name cpu-float32-smollm2-135m-memory
-	$(BENCH) --shapes smollm2-135m --tokens 1024 --masked 0.5 --measure step $(FEW) --name cpu-float32-smollm2-135m-step
+	$(BIN)/python -m benchmarks step --shapes smollm2-135m --lengths 128 --pairs 4 --masked 0.5 --rounds 3 \
+		--providers alignloss "full logits" TRL --name cpu-float32-smollm2-135m-step
 	$(BENCH) --shapes smollm2-135m --tokens 1024 --masked 0 0.5 0.9 --measure time $(FEW) --name cpu-float32-masks
 	$(BENCH) --shapes qwen2.5-0.5b llama-3.2-1b gemma-2-2b llama-3-8b --tokens 256 --measure time memory $(FEW) \
 		--name cpu-float32-models

@@ -1,6 +1,8 @@
 """Measure time, memory and error of alignloss beside full logits and its peers; print, record and plot.
 
 python -m benchmarks run --shapes smollm2-135m --tokens 1024 2048 --masked 0 0.5
+python -m benchmarks step --shapes smollm2-135m --lengths 128 --pairs 4 --masked 0.5
+python -m benchmarks kernels --shapes 1024x32768
 python -m benchmarks plot benchmarks/results/NAME.json
 """
 
@@ -8,89 +10,94 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from alignloss.fit import MODELS
+from alignloss.planning import total_memory
 
 from .cases import Case, case
-from .measure import available, measure_error, measure_memory, measure_step, measure_time, peaks
+from .kernels import measure_kernels
+from .measure import (
+    Row,
+    alone,
+    available,
+    measure_error,
+    measure_longest,
+    measure_memory,
+    measure_profile,
+    measure_time,
+)
 from .providers import MODES, PROVIDERS
 from .report import merge, plot, record, show
+from .steps import Run, measure_longest_steps, measure_steps
 
-MEASURES = ("time", "memory", "error", "step")
+MEASURES = ("time", "memory", "error", "longest", "profile")
+GIB = 1 << 30
 
 
 def main() -> None:
+    arguments = parse()
+    if arguments.command == "plot":
+        for path in arguments.files:
+            if not plot(path):
+                print(f"{path}: nothing to draw, neither tokens, vocabulary nor shapes vary")
+        return
+    if arguments.command == "alone":
+        print(json.dumps(alone(*arguments.what)))
+        return
+    check(arguments)
+    if arguments.memory is None:
+        total = total_memory(torch.device(arguments.device))
+        arguments.memory = (total or 8 * GIB) / GIB
+    {"run": run, "step": step, "kernels": kernels}[arguments.command](arguments)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure every combination of the cases named")
-    run.add_argument("--shapes", nargs="+", default=["1024x32768"], help="models, or HxV")
-    run.add_argument("--tokens", nargs="+", type=int, default=[2048], help="positions, of 4 pairs")
-    run.add_argument("--vocabulary", nargs="+", type=int, default=[None], help="in place of the shape's own")
-    run.add_argument("--masked", nargs="+", type=float, default=[0.0], help="fraction of positions without a label")
-    run.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    run.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    run.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    run.add_argument("--measure", nargs="+", default=["time", "memory", "error"], choices=MEASURES)
-    run.add_argument("--rounds", type=int, default=7, help="of the interleaved timing, after one that warms up")
-    run.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
-    run.add_argument("--name", default="latest", help="of the file in it")
-    drawing = commands.add_parser("plot", help="draw time and memory of a file that varies tokens or vocabulary")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--shapes", nargs="+", default=["1024x32768"], help="models, or HxV")
+    common.add_argument("--masked", nargs="+", type=float, default=[0.0], help="fraction of positions without a label")
+    common.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    common.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    common.add_argument("--rounds", type=int, default=7, help="of the interleaved timing, after one that warms up")
+    common.add_argument("--workspace", type=int, default=None, help="MiB of alignloss, in place of its default")
+    common.add_argument("--memory", type=float, default=None, help="GiB that the longest may take: those of the GPU")
+    common.add_argument("--most", type=int, default=1 << 20, help="tokens (steps: length) beyond which none is tried")
+    common.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    common.add_argument("--name", default="latest", help="of the file in it")
+
+    heads = commands.add_parser("run", parents=[common], help="the loss layer alone, every combination of the cases")
+    heads.add_argument("--tokens", nargs="+", type=int, default=[2048], help="positions of all sequences")
+    heads.add_argument("--pairs", type=int, default=4)
+    heads.add_argument("--vocabulary", nargs="+", type=int, default=[None], help="in place of the shape's own")
+    heads.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    heads.add_argument("--measure", nargs="+", default=["time", "memory", "error"], choices=MEASURES)
+
+    steps = commands.add_parser("step", parents=[common], help="whole training steps of randomly initialised models")
+    steps.add_argument("--lengths", nargs="+", type=int, default=[1024], help="positions of a sequence")
+    steps.add_argument("--pairs", type=int, default=1)
+    steps.add_argument("--train", nargs="+", default=["full"], choices=["full", "lora"])
+    steps.add_argument("--checkpointing", action="store_true", help="recompute each layer in the backward")
+    steps.add_argument("--optimizer", action="store_true", help="with a step of AdamW")
+    steps.add_argument("--longest", action="store_true", help="the longest sequences that fit --memory, up to --most")
+
+    blocks = commands.add_parser("kernels", parents=[common], help="block sizes of the Triton kernels, beside cuBLAS")
+    blocks.add_argument("--tokens", nargs="+", type=int, default=[8192])
+    blocks.set_defaults(pairs=4)
+
+    drawing = commands.add_parser("plot", help="draw a file that varies tokens, vocabulary or shapes")
     drawing.add_argument("files", nargs="+", type=Path)
-    commands.add_parser("peaks").add_argument("what", type=json.loads)  # memory's fresh process
-    arguments = parser.parse_args()
-    if arguments.command == "run":
-        measure(arguments)
-    elif arguments.command == "plot":
-        for path in arguments.files:
-            if not plot(path):
-                print(f"{path}: nothing to draw, neither tokens nor vocabulary vary")
-    else:
-        described, provider, modes = arguments.what
-        print(json.dumps(peaks(Case(*described), provider, modes)))
-
-
-def measure(arguments: argparse.Namespace) -> None:
-    results: list[tuple[Case, list[dict[str, Any]]]] = []
-    runs: dict[bool, list[tuple[str, str]]] = {}  # with a softcap or without
-    path = arguments.out / f"{arguments.name}.json"
-    command = "python -m benchmarks " + shlex.join(sys.argv[1:])
-    cases = [
-        case(shape, vocabulary, tokens=tokens, masked=masked, dtype=arguments.dtype, device=arguments.device)
-        for shape, vocabulary, tokens, masked in product(
-            arguments.shapes, arguments.vocabulary, arguments.tokens, arguments.masked
-        )
-    ]
-    check(arguments)
-    for chosen in cases:
-        softcap = chosen.softcap is not None
-        if softcap not in runs:
-            runs[softcap] = available(chosen, arguments.providers, arguments.modes)
-        pairs = runs[softcap]
-        rows = merge(
-            measure_time(chosen, pairs, arguments.rounds) if "time" in arguments.measure else [],
-            measure_memory(chosen, pairs) if "memory" in arguments.measure else [],
-            measure_error(chosen, pairs) if "error" in arguments.measure else [],
-            measure_step(chosen, [name for name, mode in pairs if mode == "DPO step"], arguments.rounds)
-            if "step" in arguments.measure
-            else [],
-        )
-        if not rows:
-            print(f"{chosen}: nothing of this was to be measured, or ran")
-            continue
-        show(chosen, rows)
-        results.append((chosen, rows))
-        record(path, command, results)  # after each case: a run that is cut short keeps what it has
-    if results:
-        plot(path)
+    commands.add_parser("alone").add_argument("what", type=json.loads)  # a fresh process
+    return parser.parse_args()
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -99,16 +106,90 @@ def check(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"rounds are at least 1; got {arguments.rounds}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; leave out --device cuda")
-    if "step" in arguments.measure:
+    if arguments.command == "step":
         unknown = [shape for shape in arguments.shapes if shape not in MODELS]
-        if unknown or arguments.vocabulary != [None]:
+        if unknown:
             raise SystemExit(f"a whole step needs shapes of models, out of {', '.join(MODELS)}; got {unknown}")
-        if find_spec("transformers") is None:
-            raise SystemExit("a whole step needs transformers, which is not installed")
+        for package in ("transformers", *(["peft"] if "lora" in arguments.train else [])):
+            if find_spec(package) is None:
+                raise SystemExit(f"a whole step needs {package}, which is not installed")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"--out is the folder of the results: {error}") from None
+
+
+def cases(arguments: argparse.Namespace, tokens: list[int], vocabularies: Iterable[int | None] = (None,)) -> list[Case]:
+    """Every combination of what was asked for, the shapes outermost."""
+    options = {
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "sequences": 2 * arguments.pairs,
+        "workspace_bytes": None if arguments.workspace is None else arguments.workspace << 20,
+    }
+    return [
+        case(shape, vocabulary, tokens=count, masked=masked, **options)
+        for shape, vocabulary, count, masked in product(arguments.shapes, vocabularies, tokens, arguments.masked)
+    ]
+
+
+def measured(arguments: argparse.Namespace, found: Iterable[tuple[Case, Callable[[], list[Row]]]]) -> None:
+    """Measure one case after the other; show and record each at once: a run that is cut short keeps what it has."""
+    results: list[tuple[Case, list[Row]]] = []
+    path = arguments.out / f"{arguments.name}.json"
+    command = "python -m benchmarks " + shlex.join(sys.argv[1:])
+    for chosen, measure in found:
+        rows = measure()
+        if not rows:
+            print(f"{chosen}: nothing of this was to be measured, or ran")
+            continue
+        show(chosen, rows)
+        results.append((chosen, rows))
+        record(path, command, results)
+    if results:
+        plot(path)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    runs: dict[bool, list[tuple[str, str]]] = {}  # with a softcap or without
+
+    def measure(chosen: Case) -> list[Row]:
+        softcap = chosen.softcap is not None
+        if softcap not in runs:
+            runs[softcap] = available(chosen, arguments.providers, arguments.modes)
+        pairs = runs[softcap]
+        work = {
+            "time": lambda: measure_time(chosen, pairs, arguments.rounds),
+            "memory": lambda: measure_memory(chosen, pairs),
+            "error": lambda: measure_error(chosen, pairs),
+            "longest": lambda: measure_longest(chosen, pairs, int(arguments.memory * GIB), arguments.most),
+            "profile": lambda: measure_profile(chosen, pairs),
+        }
+        return merge(*(work[name]() for name in MEASURES if name in arguments.measure))
+
+    found = cases(arguments, arguments.tokens, arguments.vocabulary)
+    measured(arguments, ((chosen, lambda chosen=chosen: measure(chosen)) for chosen in found))
+
+
+def step(arguments: argparse.Namespace) -> None:
+    def measure(chosen: Case, train: str) -> list[Row]:
+        way = Run(train, arguments.checkpointing, arguments.optimizer)
+        names = list(dict.fromkeys(name for name, _ in available(chosen, arguments.providers, ["DPO step"])))
+        if arguments.longest:
+            return measure_longest_steps(chosen, way, names, int(arguments.memory * GIB), arguments.most)
+        return measure_steps(chosen, way, names, arguments.rounds)
+
+    found = product(
+        cases(arguments, [2 * arguments.pairs * length for length in arguments.lengths]), dict.fromkeys(arguments.train)
+    )
+    measured(
+        arguments, ((chosen, lambda chosen=chosen, train=train: measure(chosen, train)) for chosen, train in found)
+    )
+
+
+def kernels(arguments: argparse.Namespace) -> None:
+    found = cases(arguments, arguments.tokens)
+    measured(arguments, ((chosen, lambda chosen=chosen: measure_kernels(chosen, arguments.rounds)) for chosen in found))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from alignloss.fit import MODELS, read_model
 
-SEQUENCES = 8  # B = 4 pairs, the chosen ones first
-
 
 class Case(NamedTuple):
     shape: str  # the name of a model, or HxV
@@ -19,16 +17,24 @@ class Case(NamedTuple):
     masked: float  # the fraction of positions without a label
     dtype: str
     device: str
+    sequences: int = 8  # B = 4 pairs, the chosen ones first
+    workspace_bytes: int | None = None  # of alignloss
 
     @property
     def labelled(self) -> int:
         """N, labelled tokens."""
-        return max(SEQUENCES, round(self.tokens * (1 - self.masked)))
+        return max(self.sequences, round(self.tokens * (1 - self.masked)))
+
+    @property
+    def small(self) -> "Case":
+        """The same at a size that takes no time: to find out what runs, and to load libraries."""
+        return self._replace(tokens=16 * self.sequences, hidden=64, vocabulary=256)
 
     def __str__(self) -> str:
         return (
-            f"{self.shape} (H {self.hidden:,}, V {self.vocabulary:,}), {self.tokens:,} tokens, "
-            f"{self.masked:.0%} masked, {self.dtype}, {self.device}"
+            f"{self.shape} (H {self.hidden:,}, V {self.vocabulary:,}), {self.tokens:,} tokens of "
+            f"{self.sequences} sequences, {self.masked:.0%} masked, {self.dtype}, {self.device}"
+            + (f", workspace {self.workspace_bytes / 2**20:,.0f} MiB" if self.workspace_bytes else "")
         )
 
 
@@ -46,8 +52,10 @@ def case(shape: str, vocabulary: int | None = None, **options) -> Case:
     found = found if vocabulary is None else found._replace(vocabulary=vocabulary)
     if min(found.hidden, found.vocabulary) < 1:
         raise SystemExit(f"H and V are at least 1; got {found.hidden} and {found.vocabulary}")
-    if found.tokens < 1 or found.tokens % SEQUENCES:
-        raise SystemExit(f"tokens are those of {SEQUENCES} sequences of one length; got {found.tokens}")
+    if found.sequences < 2 or found.sequences % 2:
+        raise SystemExit(f"sequences come in pairs; got {found.sequences}")
+    if found.tokens < 1 or found.tokens % found.sequences:
+        raise SystemExit(f"tokens are those of {found.sequences} sequences of one length; got {found.tokens}")
     if not 0 <= found.masked < 1:
         raise SystemExit(f"masked is the fraction of positions without a label, in [0, 1); got {found.masked}")
     return found
@@ -59,6 +67,7 @@ class Inputs(NamedTuple):
     labels: Tensor  # (2B, T), -100 where masked
     upstream: Tensor  # (M,) gradient of the token log-probabilities
     softcap: float | None
+    workspace_bytes: int | None
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -69,23 +78,25 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     tokens = torch.randint(0, case.vocabulary, (case.tokens,), **options)
     # the other logits are standard normal: their log-sum is log V + 1/2
     peak = torch.log(torch.tensor(float(case.vocabulary))) + 0.5
-    hidden = torch.randn(case.tokens, case.hidden, **options)
-    hidden += peak * torch.nn.functional.normalize(weight[tokens], dim=-1)
-    labels = tokens.view(SEQUENCES, -1)
+    dtype = getattr(torch, case.dtype)
+    hidden = torch.empty(case.tokens, case.hidden, dtype=dtype, device=case.device)
+    for rows, targets in zip(hidden.split(4096), tokens.split(4096), strict=True):  # float32 of a few rows at a time
+        rows.copy_(torch.randn(rows.shape, **options) + peak * torch.nn.functional.normalize(weight[targets], dim=-1))
+    labels = tokens.view(case.sequences, -1)
     for row, count in zip(labels, ragged_lengths(case), strict=True):
         first = int(torch.randint(0, row.numel() - count + 1, (), **options))
         row[:first] = row[first + count :] = -100
     upstream = torch.randn(case.tokens, **options).masked_fill(labels.flatten() == -100, 0)
-    dtype = getattr(torch, case.dtype)
-    return Inputs(hidden.view(SEQUENCES, -1, case.hidden).to(dtype), weight.to(dtype), labels, upstream, case.softcap)
+    hidden = hidden.view(case.sequences, -1, case.hidden)
+    return Inputs(hidden, weight.to(dtype), labels, upstream, case.softcap, case.workspace_bytes)
 
 
 def ragged_lengths(case: Case) -> list[int]:
     """Labelled tokens of each sequence, from half to one and a half times their mean as far as there is room."""
-    length, total = case.tokens // SEQUENCES, case.labelled
-    mean = total / SEQUENCES
+    length, total = case.tokens // case.sequences, case.labelled
+    mean = total / case.sequences
     spread = min(mean / 2, length - mean)
-    counts = [round(mean + spread * (2 * i / (SEQUENCES - 1) - 1)) for i in range(SEQUENCES)]
+    counts = [round(mean + spread * (2 * i / (case.sequences - 1) - 1)) for i in range(case.sequences)]
     counts[-1] += total - sum(counts)
     # neither all of the chosen nor all of the rejected are the short ones
     return [min(length, max(1, count)) for count in counts[::2] + counts[1::2]]

@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # Install without network, run the GPU tests, then the benchmark, and leave every result in one folder.
 #
-#   benchmarks/gpu.sh OUT [--wheels DIR] [--parts "install tests time masks small memory"] [--minutes 9] [--toy]
+#   benchmarks/gpu.sh OUT [--wheels DIR] [--parts "install tests ..."] [--minutes 9] [--toy]
 #
-# Needs torch, triton, pytest, numpy, rich and matplotlib. DIR may hold wheels of the peers (trl, datasets, dill,
-# multiprocess, xxhash, liger_kernel, cut_cross_entropy), installed without their dependencies; a missing peer is a line
-# in the log. Each part runs under what is left of its time; what was measured until then stays in OUT.
+# By default everything, in an order that puts first what the rest relies on. Where a command may take ten minutes:
+#   --parts "install tests sanitize longest"
+#   --parts "install time masks small budget profile kernels"
+#   --parts "install tokens vocabulary memory steps"
+# Needs torch, triton, pytest, numpy, rich, matplotlib, transformers and peft. DIR may hold wheels of the peers (trl,
+# datasets, dill, multiprocess, xxhash, liger_kernel, cut_cross_entropy), installed without their dependencies; a missing
+# peer is a line in the log. Each part runs under what is left of its time; what was measured until then stays in OUT.
 # --toy: every part on the CPU at toy shapes, to try the script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
-parts="install tests time masks small memory" minutes=9 wheels="" toy=""
-known=$parts
+parts="install tests sanitize time masks small budget profile kernels tokens vocabulary memory longest steps"
+minutes=30 wheels="" toy="" known=$parts
 while [ $# -gt 0 ]; do
     [ "$1" = --toy ] && toy=1 && shift && continue
     [ $# -ge 2 ] || usage
@@ -55,33 +59,59 @@ install_all() {
 export -f pip_install install_all
 export python wheels
 
-bench=("$python" -m benchmarks run --out "$out")
+pytest=("$python" -m pytest -q -W default -p no:cacheprovider --color=no)
 if [ -n "$toy" ]; then
     export TRITON_INTERPRET=1
-    tests="tests/test_gpu.py tests/test_losses.py"
-    shape="--shapes 32x256 --tokens 64 --rounds 1 --device cpu --dtype float32"
-    names=(--providers alignloss "full logits")
-    time_cases=$shape mask_cases="$shape --masked 0.5" small_cases=$shape memory_cases=$shape
-    kind=toy
+    tests="tests/test_gpu.py tests/test_losses.py" sanitizer="env TOOL="
+    on="--device cpu --dtype float32 --rounds 1" kind=toy
+    large="--shapes 32x256 --tokens 64" models=$large small=$large long="$large --memory 0.002" grown=$large
+    vocabulary="--shapes 32x256 --tokens 64" vocabularies="256 512" tokens="--shapes 32x256 --tokens 64 128"
+    steps="--shapes smollm2-135m --lengths 8" deep=$steps largest=$steps
 else
     tests="tests/test_gpu.py tests/test_kernels.py tests/test_exactness.py tests/test_onepass.py"
-    names=()
-    common="--device cuda --dtype bfloat16"
-    time_cases="--shapes llama-3-8b qwen2.5-0.5b llama-3.2-1b gemma-2-2b --tokens 8192 --rounds 11 $common"
-    mask_cases="--shapes llama-3-8b --tokens 8192 --masked 0.5 0.9 --rounds 7 $common"
-    small_cases="--shapes smollm2-135m --tokens 512 2048 --rounds 51 $common"
-    memory_cases="--shapes llama-3-8b --tokens 8192 $common"
-    kind=gpu
+    sanitizer="compute-sanitizer --kernel-name kns=wd_kernel --error-exitcode 9 --tool "
+    on="--device cuda --dtype bfloat16" kind=gpu
+    large="--shapes llama-3-8b --tokens 8192"
+    models="--shapes llama-3-8b qwen2.5-0.5b llama-3.2-1b gemma-2-2b --tokens 8192 --rounds 11"
+    small="--shapes smollm2-135m --tokens 512 2048 --rounds 51"
+    tokens="--shapes llama-3.2-1b --tokens 2048 8192 32768 --rounds 5"
+    vocabulary="--shapes llama-3.2-1b --tokens 8192 --rounds 5" vocabularies="32768 65536 131072 262144"
+    grown="--shapes llama-3-8b --tokens 8192 32768 131072"
+    long="$large --pairs 1 --most 1048576"
+    steps="--shapes qwen2.5-0.5b llama-3.2-1b --lengths 2048 8192 --masked 0.5 --rounds 3"
+    deep="--shapes llama-3.2-1b --lengths 32768 --rounds 2"
+    largest="--shapes gemma-2-2b llama-3-8b --lengths 4096 --masked 0.5 --rounds 2"
 fi
 
-part install 40 bash -c install_all
 # shellcheck disable=SC2086  # the cases are lists of words
+bench() {  # PART SECONDS COMMAND NAME ARGUMENTS...
+    local name=$1 most=$2 command=$3 file=$4; shift 4
+    part "$name" "$most" "$python" -m benchmarks "$command" --out "$out" --name "$kind-$file" $on "$@"
+}
+few=(--providers alignloss "full logits" TRL)
+several=(--providers alignloss "full logits" TRL Liger "CCE exact")
+training=(--modes "frozen head" "DPO step")
+
+part install 60 bash -c install_all
+# shellcheck disable=SC2086
 {
-    part tests 150 "$python" -m pytest -q -W default -p no:cacheprovider --color=no $tests
-    part time 150 "${bench[@]}" --name $kind-time $time_cases --measure time error ${names[@]+"${names[@]}"}
-    part masks 60 "${bench[@]}" --name $kind-masks $mask_cases --measure time ${names[@]+"${names[@]}"}
-    part small 45 "${bench[@]}" --name $kind-small $small_cases --measure time error ${names[@]+"${names[@]}"}
-    part memory 110 "${bench[@]}" --name $kind-memory $memory_cases --measure memory ${names[@]+"${names[@]}"}
+    part tests 240 "${pytest[@]}" $tests
+    for tool in memcheck racecheck; do part sanitize 120 $sanitizer$tool "${pytest[@]}" tests/test_kernels.py; done
+    bench time 170 run time $models --measure time error
+    bench masks 60 run masks $large --masked 0.5 0.9 --measure time
+    bench small 60 run small $small --measure time error
+    bench budget 50 run budget $large --workspace 3072 --modes "DPO step" --measure time memory \
+        --providers alignloss TRL
+    bench profile 40 run profile $models --measure profile --providers alignloss
+    bench kernels 120 kernels kernels $models
+    bench tokens 150 run tokens $tokens --measure time memory error "${training[@]}" "${several[@]}"
+    bench vocabulary 150 run vocabulary $vocabulary --vocabulary $vocabularies --measure time memory error \
+        "${training[@]}" "${several[@]}"
+    bench memory 60 run memory $grown --measure memory --providers alignloss
+    bench longest 180 run longest $long --measure longest "${training[@]}" "${several[@]}"
+    bench steps 150 step steps $steps --train full lora --optimizer "${few[@]}"
+    bench steps 90 step steps-long $deep --train full lora --optimizer --checkpointing "${few[@]}"
+    bench steps 90 step steps-largest $largest --train full lora --optimizer --checkpointing "${few[@]}"
 }
 if [ -n "$failed" ]; then echo "== not finished:$failed"; exit 1; fi
 echo "== everything finished after $SECONDS s"

@@ -1,40 +1,40 @@
 """Time, memory and error of the providers on one case."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import alignloss
 from alignloss import amx
-from alignloss.fit import MODELS
 from alignloss.measure import peak_bytes
 from alignloss.planning import Footprint, Plan
 
-from .cases import SEQUENCES, Case, Inputs, make_inputs
+from .cases import Case, Inputs, make_inputs
 from .providers import GEMMS, MODES, PROVIDERS, Provider, backward, dpo_of, forward, logps_of_logits, require, step
 
-BARE, WHOLE_STEP = "bare GEMMs", "whole step"
+BARE = "bare GEMMs"
 Row = dict[str, Any]
+K, T = TypeVar("K"), TypeVar("T")
 
 
 def available(case: Case, names: list[str], modes: list[str]) -> list[tuple[str, str]]:
     """(provider, mode) of what runs here, found out on a small problem; what does not is a line that says why."""
-    small = case._replace(tokens=16 * SEQUENCES, hidden=64, vocabulary=256)
     found = []
     for name in names:
         try:
             for mode in PROVIDERS[name].modes():
                 if mode in modes:
-                    step(PROVIDERS[name], make_inputs(small), mode)
+                    step(PROVIDERS[name], make_inputs(case.small), mode)
                     found.append((name, mode))
         except ImportError as error:
             print(f"{name} is left out: {error}")
@@ -62,11 +62,12 @@ def planned(case: Case, mode: str) -> Plan:
         case.vocabulary,
         train_hidden=train_hidden,
         train_head=train_head,
-        pair_tokens=-(-2 * case.labelled // SEQUENCES) if mode == "DPO step" else None,
+        pair_tokens=-(-2 * case.labelled // case.sequences) if mode == "DPO step" else None,
         positions=case.tokens,
         softcap=case.softcap,
         dtype=getattr(torch, case.dtype),
         device=case.device,
+        workspace_bytes=case.workspace_bytes,
     )
 
 
@@ -118,19 +119,8 @@ def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[
         work[BARE, mode] = _timed_gemms(case, bare_gemms(case, inputs, mode))
         for name in (name for name, its_mode in pairs if its_mode == mode):
             work[name, mode] = _timed_step(case, PROVIDERS[name], inputs, mode)
-    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in work}
-    failed: dict[tuple[str, str], str] = {}
-    for i in range(rounds + 1):
-        for key, run in work.items():
-            if key in failed:
-                continue
-            try:
-                taken = run()
-            except Exception as error:  # a peer that runs out of memory, or of whatever else, at this size
-                failed[key] = reason(error)
-                continue
-            if i:  # the first round warms up
-                seconds[key].append(taken)
+    seconds, failed = interleave(work, rounds)
+    copied = copy_bandwidth(case.device)
     rows = []
     for (name, mode), values in seconds.items():
         row: Row = {"provider": name, "mode": mode}
@@ -153,9 +143,44 @@ def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[
             "tflops_gemms": GEMMS[mode],
             "tflops": useful / statistics.median(both) * 1e-12,
         }
+        if name == BARE:
+            row["copy_bytes_per_second"] = copied
         if ours:
             row["of_alignloss"] = statistics.median(a / b for a, b in zip(both, ours, strict=True))
     return rows
+
+
+def interleave(work: dict[K, Callable[[], T]], rounds: int) -> tuple[dict[K, list[T]], dict[K, str]]:
+    """What each piece of work returns in every round but a first one that warms up; and why some failed."""
+    taken: dict[K, list[T]] = {key: [] for key in work}
+    failed: dict[K, str] = {}
+    for i in range(rounds + 1):
+        for key, run in work.items():
+            if key in failed:
+                continue
+            try:
+                found = run()
+            except Exception as error:  # a peer that runs out of memory, or of whatever else, at this size
+                failed[key] = reason(error)
+                continue
+            if i:
+                taken[key].append(found)
+    return taken, failed
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a copy that no cache holds."""
+    source, target = torch.ones(2, 64 << 20, device=device)
+
+    def copy() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    taken, _ = interleave({"copy": copy}, 5)
+    return 2 * source.nbytes / statistics.median(taken["copy"])
 
 
 def _timed_step(case: Case, provider: Provider, inputs: Inputs, mode: str) -> Callable[[], tuple[float, float]]:
@@ -188,57 +213,44 @@ def _timed_gemms(case: Case, gemms: Callable[[], None]) -> Callable[[], tuple[fl
     return run
 
 
-def measure_step(case: Case, names: list[str], rounds: int) -> list[Row]:
-    """Seconds of a whole DPO step of a model of this shape, randomly initialised, and the share of its loss layer.
-
-    The step is forward and backward of model and loss, every parameter trained, without the optimizer.
-    """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    settings = MODELS[case.shape]
-    config = CONFIG_MAPPING[settings["model_type"]](**settings, use_cache=False)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
+def measure_profile(case: Case, pairs: list[tuple[str, str]], most: int = 12) -> list[Row]:
+    """The kernels (on a CPU, operators) that take the most of a step, with their calls and seconds."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr when it starts and stops
     inputs = make_inputs(case)
-    ids = inputs.labels.clamp(min=0)
-    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
-    for i in range(rounds + 1):
-        for name in names:
-            model.zero_grad(set_to_none=True)
-            times = [_now(case)]
-            hidden = model.model(ids).last_hidden_state
-            times.append(_now(case))
-            leaf = hidden.detach().requires_grad_()
-            head = inputs._replace(hidden=leaf, weight=model.lm_head.weight)
-            PROVIDERS[name].run(head, "DPO step").backward()
-            times.append(_now(case))
-            hidden.backward(leaf.grad)
-            times.append(_now(case))
-            if i:  # the first round warms up
-                taken[name].append(tuple(b - a for a, b in pairwise(times)))  # type: ignore[arg-type]
-    return [
-        {
-            "provider": name,
-            "mode": WHOLE_STEP,
-            "seconds": statistics.median(map(sum, values)),
-            "seconds_spread": [min(map(sum, values)), max(map(sum, values))],
-            "loss_seconds": statistics.median(loss for _, loss, _ in values),
-            "loss_share": statistics.median(loss / (before + loss + after) for before, loss, after in values),
-        }
-        for name, values in taken.items()
-    ]
-
-
-def _now(case: Case) -> float:
-    synchronize(case.device)
-    return time.perf_counter()
+    kind = ProfilerActivity.CUDA if case.device == "cuda" else ProfilerActivity.CPU
+    rows: list[Row] = []
+    for name, mode in pairs:
+        step(PROVIDERS[name], inputs, mode)
+        with profile(activities=[kind], acc_events=True) as recorded:
+            step(PROVIDERS[name], inputs, mode)
+            synchronize(case.device)
+        events = [
+            (event.self_device_time_total if case.device == "cuda" else event.self_cpu_time_total, event)
+            for event in recorded.key_averages()
+        ]
+        total = sum(taken for taken, _ in events)
+        for taken, event in sorted(events, key=lambda pair: -pair[0])[:most]:
+            row = {"provider": name, "mode": mode, "kernel": event.key, "calls": event.count}
+            rows.append(row | {"seconds": taken * 1e-6, "share": taken / total})
+    return rows
 
 
 def measure_memory(case: Case, pairs: list[tuple[str, str]]) -> list[Row]:
     """Peak bytes of a step, split into inputs, gradients and workspace; each provider in a fresh process."""
+    return _in_fresh_processes("peaks", case, pairs)
+
+
+def measure_longest(case: Case, pairs: list[tuple[str, str]], memory: int, most: int) -> list[Row]:
+    """The most tokens whose step fits `memory` bytes, up to `most`; each provider in a fresh process."""
+    return _in_fresh_processes("longest", case, pairs, memory, most)
+
+
+def _in_fresh_processes(what: str, case: Case, pairs: list[tuple[str, str]], *options: int) -> list[Row]:
+    """What `peaks` or `longest` finds for each provider."""
     rows = []
     for name in dict.fromkeys(name for name, _ in pairs):
         modes = [mode for provider, mode in pairs if provider == name]
-        command = [sys.executable, "-m", "benchmarks", "peaks", json.dumps([case, name, modes])]
+        command = [sys.executable, "-m", "benchmarks", "alone", json.dumps([what, case, name, modes, *options])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             rows += [{"provider": name, "mode": mode, "failed": _last_line(done.stderr)} for mode in modes]
@@ -251,16 +263,19 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no output"])[-1]
 
 
+def alone(what: str, case: list[Any], name: str, modes: list[str], *options: int) -> list[Row]:
+    """What a fresh process of `_in_fresh_processes` runs."""
+    return {"peaks": peaks, "longest": longest}[what](Case(*case), name, modes, *options)
+
+
 def peaks(case: Case, name: str, modes: list[str]) -> list[Row]:
     """The memory of one provider, in this process."""
-    inputs = make_inputs(case)
-    small = make_inputs(case._replace(tokens=16 * SEQUENCES, hidden=64, vocabulary=256))
+    inputs, small = make_inputs(case), make_inputs(case.small)
     provider = PROVIDERS[name]
-    given = sum(tensor.nbytes for tensor in inputs if isinstance(tensor, Tensor))
     rows = []
     for mode in modes:
         step(provider, small, mode)  # libraries and threads, outside of the count
-        row: Row = {"provider": name, "mode": mode, "input_bytes": given}
+        row: Row = {"provider": name, "mode": mode, "input_bytes": _given(inputs)}
         rows.append(row)
         try:
             require(inputs, mode)
@@ -283,6 +298,59 @@ def peaks(case: Case, name: str, modes: list[str]) -> list[Row]:
             row["failed"] = reason(error)
         inputs.hidden.grad = inputs.weight.grad = None
     return rows
+
+
+def longest(case: Case, name: str, modes: list[str], memory: int, most: int) -> list[Row]:
+    """The most tokens of one provider, in this process."""
+    provider = PROVIDERS[name]
+    rows = []
+    for mode in modes:
+        step(provider, make_inputs(case.small), mode)  # libraries and threads, outside of the count
+        row: Row = {"provider": name, "mode": mode, "memory_bytes": memory}
+
+        def needed(tokens: int, mode: str = mode) -> int:
+            inputs = make_inputs(case._replace(tokens=tokens))
+            return _given(inputs) + peak_bytes(lambda: step(provider, inputs, mode))
+
+        row["most_tokens"], row["stopped_by"] = search(needed, memory, case.tokens, most, case.sequences)
+        rows.append(row)
+    return rows
+
+
+def search(needed: Callable[[int], int], memory: int, start: int, most: int, multiple: int) -> tuple[int, str]:
+    """The largest size that needs at most `memory` bytes, and what stopped a larger one.
+
+    Sizes double from `start` up to `most`, and then close in on the last that ran in three steps, as multiples.
+    """
+    low, high, stopped = 0, start, ""
+
+    def fits(size: int) -> bool:
+        nonlocal stopped
+        try:
+            found = needed(size)
+        except Exception as error:  # out of memory, or whatever else happens at this size
+            stopped = f"{size:,}: {reason(error)}"
+            return False
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if found > memory:
+            stopped = f"{size:,}: {found / 2**30:.3g} GiB"
+        return found <= memory
+
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    for _ in range(3 if stopped else 0):
+        middle = (low + high) // 2 // multiple * multiple
+        if low < middle and fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low, stopped or f"the most that was tried, {most:,}"
+
+
+def _given(inputs: Inputs) -> int:
+    return sum(tensor.nbytes for tensor in inputs if isinstance(tensor, Tensor))
 
 
 def _status(field: str) -> int:

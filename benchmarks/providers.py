@@ -53,11 +53,11 @@ def flat(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused_logps(inputs: Inputs) -> Tensor:
-    return alignloss.linear_logprob(*flat(inputs), softcap=inputs.softcap)
+    return alignloss.linear_logprob(*flat(inputs), softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes)
 
 
 def fused_dpo(inputs: Inputs) -> Tensor:
-    loss_fn = alignloss.DPOLoss(beta=0.1, softcap=inputs.softcap)
+    loss_fn = alignloss.DPOLoss(beta=0.1, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes)
     ref_logps = torch.zeros(len(inputs.labels), device=inputs.labels.device)
     return loss_fn(inputs.hidden, inputs.weight, inputs.labels, ref_logps=ref_logps).loss
 

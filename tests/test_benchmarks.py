@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measure import search
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -74,11 +76,13 @@ def test_time_and_memory_are_plotted(measured):
         (["--tokens", "63"], "8 sequences of one length; got 63"),
         (["--masked", "1.0"], "in [0, 1); got 1.0"),
         (["--rounds", "0"], "rounds are at least 1"),
-        (["--measure", "step", "--shapes", "32x256"], "needs shapes of models"),
+        (["--pairs", "0"], "sequences come in pairs; got 0"),
+        (["step"], "a whole step needs shapes of models, out of smollm2-135m"),
     ],
 )
 def test_bad_input_is_explained(arguments, message, tmp_path):
-    done = benchmarks("run", "--out", str(tmp_path), *arguments)
+    command = () if arguments == ["step"] else ("run",)
+    done = benchmarks(*command, *arguments, "--out", str(tmp_path))
     assert done.returncode == 1
     assert message in done.stderr
 
@@ -92,6 +96,66 @@ def test_a_run_of_one_measure_is_plotted_and_one_of_nothing_says_so(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     done = benchmarks("plot", str(tmp_path / "other.json"))
     assert done.returncode == 1 and "is no file that `run` wrote" in done.stderr
+
+
+def test_what_fits_is_searched_for_up_to_a_limit():
+    def needed(size):
+        if size > 200:
+            raise MemoryError("no more")
+        return 10 * size
+
+    # 8, 16, 32, 64 fit, 128 does not; halfway back 96 does, 112 and 104 do not
+    assert search(needed, 1000, 8, 1 << 20, 1) == (96, "104: 9.69e-07 GiB")
+    # 160 fits, 320 and 240 do not, 200 does
+    assert search(needed, 10_000, 40, 1 << 20, 40) == (200, "240: MemoryError: no more")
+    assert search(needed, 10_000, 8, 20, 1) == (16, "the most that was tried, 20")
+    assert search(needed, 10, 8, 20, 2)[0] == 0
+
+
+def test_the_most_tokens_that_fit_are_measured(tmp_path):
+    common = ["run", "--shapes", "32x256", "--tokens", "64", "--device", "cpu", "--modes", "forward"]
+    done = benchmarks(
+        *(*common, "--measure", "longest", "--memory", "0.002", "--providers", "alignloss", "full logits"),
+        *("--out", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "latest.json").read_text())["rows"]}
+    # 0.002 GiB: a position of full logits takes two rows of 256 floats, 32 of hidden states, label and upstream
+    most = (0.002 * 2**30 - 4 * 32 * 256) / (4 * (2 * 256 + 32) + 12)
+    assert 0.8 * most <= rows["full logits"]["most_tokens"] <= most
+    assert rows["alignloss"]["most_tokens"] > 3 * rows["full logits"]["most_tokens"]
+    assert "GiB" in rows["alignloss"]["stopped_by"]
+
+
+def test_a_whole_step_is_measured_beside_its_estimate(tmp_path):
+    done = benchmarks(
+        *("step", "--shapes", "smollm2-135m", "--lengths", "16", "--rounds", "1", "--train", "lora", "--optimizer"),
+        *("--providers", "alignloss", "full logits", "--dtype", "bfloat16", "--device", "cpu", "--out", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "latest.json").read_text())["rows"]
+    assert [(row["provider"], row["mode"]) for row in rows] == [
+        ("alignloss", "lora, AdamW"),
+        ("full logits", "lora, AdamW"),
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(32 / row["seconds"])
+        assert row["peak_bytes"] == pytest.approx(row["estimated_bytes"], rel=0.1)
+
+
+def test_block_sizes_and_profiles_are_measured(tmp_path):
+    common = ["--shapes", "32x256", "--tokens", "64", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    done = benchmarks("kernels", *common, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "latest.json").read_text())["rows"]
+    assert {row["mode"] for row in rows} >= {"statistics", "fold, for U", "gradient of held logits"}
+    assert not any("failed" in row for row in rows)
+    assert any(row["provider"].startswith("Triton GEMM") and row["tflops"] > 0 for row in rows)
+    done = benchmarks("run", *common, "--measure", "profile", "--providers", "alignloss", "--modes", "forward")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "latest.json").read_text())["rows"]
+    assert 0.3 < sum(row["share"] for row in rows) <= 1 + 1e-9
+    assert "aten::addmm" in {row["kernel"] for row in rows}
 
 
 def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):

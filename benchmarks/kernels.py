@@ -1,0 +1,151 @@
+"""Block sizes of the Triton kernels: what a table of `alignloss.kernels.blocks` is chosen by.
+
+The statistics of the forward are had in two ways, which are timed beside the bare GEMM: by a Triton GEMM that writes no
+logits, at several block sizes, and by cuBLAS with one kernel over each tile of its result. The kernels over tiles are
+timed at several block sizes beside a copy of their bytes.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+
+from alignloss.ops import addmm
+from alignloss.planning import Footprint, default_workspace, total_memory
+
+from .cases import Case, make_inputs
+from .measure import BARE, Row, interleave, synchronize
+
+# operand bytes -> (BLOCK_N, BLOCK_V, BLOCK_H, num_warps, num_stages) of stats_fwd_kernel
+GEMM_CANDIDATES = {
+    2: [
+        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 3),
+        (128, 128, 64, 4, 4), (128, 128, 128, 8, 2), (64, 256, 64, 8, 4), (128, 256, 32, 8, 4),
+    ],
+    4: [(128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (64, 128, 32, 8, 3), (128, 64, 32, 4, 3)],
+}  # fmt: skip
+# (ROW_BLOCK, ROW_WARPS) of the kernels over a tile
+ROW_CANDIDATES = [(512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16)]
+INTERPRETED = [(16, 32, 16, 1, 1)]
+COPY = "copy of as many bytes"
+Timed = Callable[[], float]
+
+
+def measure_kernels(case: Case, rounds: int) -> list[Row]:
+    """Seconds of the forward's statistics, and of each kernel over one tile, for every candidate of block sizes."""
+    from alignloss.kernels import blocks, stats, tile
+
+    dtype, device = getattr(torch, case.dtype), torch.device(case.device)
+    inputs = make_inputs(case)
+    linear, cap = (1.0, None) if case.softcap is None else (1 / case.softcap, case.softcap)
+    V, H = case.vocabulary, case.hidden
+    budget = case.workspace_bytes or default_workspace(case.device, total_memory(device))
+    N, columns, _ = Footprint(V, H, dtype, dtype, dtype, False, cap is not None, "cuda", "triton").forward(
+        case.tokens, 0, 0, budget
+    )
+    hidden, weight = inputs.hidden.flatten(0, 1)[:N], inputs.weight
+    labels = inputs.labels.flatten()[:N].clamp(min=0)
+    logits, state = torch.empty(N * columns, device=device), torch.empty(7, N, device=device)
+
+    def begin() -> None:
+        state.zero_()
+        state[0], state[6] = -1e30, -torch.inf
+
+    def timed(work: Callable[[], Any], prepare: Callable[[], Any] = begin) -> Timed:
+        def run() -> float:
+            prepare()
+            synchronize(case.device)
+            start = time.perf_counter()
+            work()
+            synchronize(case.device)
+            return time.perf_counter() - start
+
+        return run
+
+    def gemms(wide: bool, fold: bool = False) -> None:
+        for first in range(0, V, columns):
+            part = weight[first : first + columns]
+            tiled = (logits if wide else logits.view(dtype))[: N * len(part)].view(N, -1)
+            addmm(tiled, hidden, part.T, tiled, beta=0, alpha=linear)
+            if fold:
+                tile.fold_fwd(tiled, None, state, labels, None, None, first, cap, 0, False, torch.float32)
+
+    def fused(config: tuple[int, ...]) -> Callable[[], None]:
+        def run() -> None:
+            with replaced(blocks.GEMM_BLOCKS[blocks.architecture(device)], weight.element_size(), config):
+                stats.stats_fwd(hidden, weight, None, labels, state, linear, cap, False, "ieee")
+
+        return run
+
+    ways: dict[str, Timed] = {
+        BARE: timed(lambda: gemms(wide=False)),
+        "GEMM to float32": timed(lambda: gemms(wide=True)),
+        "GEMM to float32, then fold": timed(lambda: gemms(wide=True, fold=True)),
+    }
+    candidates = GEMM_CANDIDATES[weight.element_size()] if hidden.is_cuda else INTERPRETED
+    ways |= {f"Triton GEMM {config}": timed(fused(config)) for config in candidates}
+    rows = _rows("statistics", ways, rounds, {"tflops": 2e-12 * N * V * H})
+
+    source = torch.randn(N, columns, device=device)
+    x = logits.view(N, columns)
+    exps, reference = source.exp().to(dtype), torch.zeros(N, device=device)
+    held = torch.empty_like(exps)
+    wide, thin = source.element_size(), exps.element_size()
+    kinds: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
+        "fold, for U": (
+            lambda: tile.fold_fwd(x, None, state, labels, None, None, 0, cap, 1, False, dtype),
+            lambda: (begin(), x.copy_(source)),
+            wide + thin,
+        ),
+        "gradient of the logits": (
+            lambda: tile.dlogits_bwd(x, state, labels, None, 0, cap, dtype),
+            lambda: (state.fill_(1), x.copy_(source)),
+            wide + thin,
+        ),
+        "gradient of held logits": (
+            lambda: tile.held_bwd(held, reference, state, labels, 0, cap),
+            lambda: (state.fill_(1), held.copy_(exps)),
+            2 * thin,
+        ),
+    }
+    for kind, (work, prepare, cell) in kinds.items():
+        moved = N * columns * cell
+        copied = torch.empty(2, moved // 2, dtype=torch.uint8, device=device)
+        ways = {COPY: timed(lambda copied=copied: copied[0].copy_(copied[1]))}
+        for block, warps in ROW_CANDIDATES if hidden.is_cuda else ROW_CANDIDATES[:1]:
+
+            def run(work: Callable[[], Any] = work, block: int = block, warps: int = warps) -> None:
+                with replaced(vars(tile), "ROW_BLOCK", block), replaced(vars(tile), "ROW_WARPS", warps):
+                    work()
+
+            ways[f"{block} entries, {warps} warps"] = timed(run, prepare)
+        rows += _rows(kind, ways, rounds, {"gigabytes_per_second": 1e-9 * moved})
+    return rows
+
+
+def _rows(mode: str, ways: dict[str, Timed], rounds: int, rate: dict[str, float]) -> list[Row]:
+    """A row for each way, with its ratio to the first one and a rate: so much in a run, over its seconds."""
+    taken, failed = interleave(ways, rounds)
+    bare = taken[next(iter(ways))]
+    rows: list[Row] = []
+    for name, values in taken.items():
+        row: Row = {"provider": name, "mode": mode}
+        rows.append(row)
+        if name in failed:
+            row["failed"] = failed[name]
+            continue
+        row |= {"seconds": median(values), "of_bare": median(a / b for a, b in zip(values, bare, strict=True))}
+        row |= {key: amount / median(values) for key, amount in rate.items()}
+    return rows
+
+
+@contextmanager
+def replaced(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
+    kept, table[key] = table[key], value
+    try:
+        yield
+    finally:
+        table[key] = kept
