@@ -100,7 +100,9 @@ class _Heads:
             column_bytes += feet[0].width * accum * (not direct)
         # two tiles, one for exponentials or sech^2, a mask, and the gradient as an operand
         cell_bytes = 3 * accum + 1 + feet[0].narrow_bytes * backward
-        self.block, self.columns, _ = feet[0].tile(policy.rows, row_bytes, column_bytes, cell_bytes, workspace_bytes)
+        self.block, self.columns, _ = feet[0].tile(
+            policy.rows, row_bytes, column_bytes, cell_bytes, workspace_bytes, wide=4096
+        )
         self.both = [(problem, problem.row_buffer(self.block)) for problem in (policy, reference)]
         self.buffers = [problem.weight_buffer(self.columns) for problem, _ in self.both]
         self.tiles = policy.empty(3, self.block * self.columns)

@@ -153,15 +153,14 @@ def _in_groups(
     tokens, index = projection.labels.numel(), projection.token_index
     ignore_index = projection.ignore_index
     most = projection.footprint.capacity(True, projection.workspace_bytes, asked(stats))
-    if most == 0:
+    # which tokens are whose is not known of an index that the caller made, and not worth waiting for a GPU
+    if most == 0 or (index is not None and not projection.sorted_index):
         return None
     per_sequence = labelled_tokens(projection.labels, batch.offsets, batch.sequences, ignore_index).tolist()
     if sum(per_sequence) != (tokens if index is None else index.numel()):
         return None
     if index is None:
         index = torch.arange(tokens, device=projection.labels.device)
-    elif not projection.sorted_index:
-        return None
     if batch.offsets is None:
         length = tokens // batch.sequences
         bounds = [(s * length, (s + 1) * length) for s in range(batch.sequences)]
@@ -272,7 +271,7 @@ class _OnePass(torch.autograd.Function):
         if gradient is None:
             gradient, *_ = _pass(projection, indices, ctx.groups, ctx.needs, lambda i, logps: dlogps)
         upstream = upstream.to(dlogps.dtype)
-        index = None if indices[0] is None else torch.cat(indices)
+        index = indices[0] if len(indices) == 1 else torch.cat(indices)
         dhidden, *_ = ops.linear_logprob_bwd(
             dlogps * upstream, None, None, None, None, labels, index, state, dlogp, dlogp.new_empty(0), False,
             hidden.dtype, projection.compute_dtype, projection.ignore_index, projection.logit_scale,

@@ -292,6 +292,7 @@ class HeadGradient:
 
     def __init__(self, weight: Tensor, need_dweight: bool, need_dbias: bool, problem: Problem, several: bool) -> None:
         accum = problem.accum_dtype
+        self.primitives = problem.primitives
         self.weight_dtype = weight.dtype
         self.dweight = torch.empty(weight.shape, dtype=accum if several else weight.dtype, device=weight.device)
         if not need_dweight:
@@ -333,10 +334,8 @@ class HeadGradient:
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(dweight, dbias) for an upstream gradient, in the buffers themselves where the dtype is the weight's."""
         factor = upstream if self.unit is None else upstream * self.unit
-        if upstream.device.type != "cpu" or float(factor) != 1:
-            for gradient in (self.dweight, self.dbias):
-                # one dimension more, or a 16-bit gradient would round the factor first
-                gradient.mul_(factor.view((1,) * gradient.dim()))
+        for gradient in (self.dweight, self.dbias):
+            self.primitives.scale(gradient, factor)
         dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None
         return dweight, self.dbias if self.dbias.numel() else None
 

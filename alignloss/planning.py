@@ -21,6 +21,9 @@ __all__ = [
 ]  # fmt: skip
 
 MIB = 1 << 20
+# tokens of a group of several, on a GPU: each reads and writes dweight, 971 / tokens of a GEMM in float32 on an H100
+# (3 TB/s, 728 TFLOP/s), and with fewer that costs more than the GEMM that it saves
+LEAST_GROUP = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -92,8 +95,13 @@ class Footprint(NamedTuple):
 
     @property
     def narrow_bytes(self) -> int:
-        """Bytes per entry of a tile that is rounded for a second GEMM; 0 where the tile itself is its operand."""
-        return self.gemm_dtype.itemsize * (self.gemm_dtype != self.accum_dtype)
+        """Bytes per entry of a tile's copy in the dtype of a second GEMM; kernels round a tile in its own memory."""
+        return self.gemm_dtype.itemsize * (self.gemm_dtype != self.accum_dtype and self.backend == "torch")
+
+    @property
+    def row_product_bytes(self) -> int:
+        """Bytes per row of a product that torch makes of 16-bit rows and wider factors; kernels make none."""
+        return self.width * self.accum_dtype.itemsize * (self.backend == "torch")
 
     def fold_tiles(self, stats: int, save: int) -> int:
         """How many tiles beside the logits tile a fold needs: for sech^2, and for (z - m) exp(z - m)."""
@@ -111,10 +119,11 @@ class Footprint(NamedTuple):
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         return self.tile(
             rows,
-            self.width * (save * accum + self.copies_rows * gemm + (save > 0) * accum),
+            self.width * (save * accum + self.copies_rows * gemm) + (save > 0) * self.row_product_bytes,
             self.width * gemm * self.casts_weight,
             accum * (1 + self.fold_tiles(stats, save)) + self.narrow_bytes * save,
             workspace_bytes,
+            16384,  # a slice reads and writes U once
         )
 
     def backward(self, rows: int, entropy: bool, direct: bool, workspace_bytes: int) -> Tile:
@@ -122,10 +131,11 @@ class Footprint(NamedTuple):
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         return self.tile(
             rows,
-            self.width * (gemm * (1 + self.copies_rows) + accum),
+            self.width * gemm * (1 + self.copies_rows) + self.row_product_bytes,
             self.width * (gemm * self.casts_weight + accum * (not direct)),
             accum * (1 + self.dlogits_tiles(entropy)) + self.narrow_bytes,
             workspace_bytes,
+            2048,  # a block of rows reads and writes a slice of dweight once
         )
 
     def tile(
@@ -135,13 +145,18 @@ class Footprint(NamedTuple):
         column_bytes: int,  # buffers per vocabulary entry of a slice
         cell_bytes: int,  # bytes per entry of the tile
         workspace_bytes: int,
+        wide: int,  # vocabulary entries of a slice beyond which a GPU gains more from further rows
     ) -> Tile:
         """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16."""
-        most_rows, most_columns = 8192, self.vocabulary
-        if self.device_type != "cuda":
+        if self.device_type == "cuda":
+            most_columns = self.vocabulary
+            wide = max(16, min(wide, self.vocabulary, workspace_bytes // 4 // max(column_bytes, 1)))
+            most_rows = (workspace_bytes - wide * column_bytes) // (row_bytes + wide * cell_bytes)
+        else:
             # a tile that stays in the cache between the passes over it; more rows where every block casts the weight
-            most_rows, most_columns = (2048 if column_bytes else 512), 2048
-        block = _even_parts(rows, max(16, min(most_rows, workspace_bytes // 4 // max(row_bytes, 1))), 16)
+            most_columns = 2048
+            most_rows = min(2048 if column_bytes else 512, workspace_bytes // 4 // max(row_bytes, 1))
+        block = _even_parts(rows, max(16, most_rows), 16)
         free = workspace_bytes - block * row_bytes
         most = max(16, min(most_columns, free // (block * cell_bytes + column_bytes)))
         columns = _even_parts(self.vocabulary, most, 128 if most >= 128 else 16)
@@ -169,8 +184,8 @@ class Footprint(NamedTuple):
         direct = self.weight_dtype == self.accum_dtype
         held = rows * (self.vocabulary * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
-        cell = accum * (self.fold_tiles(stats, 1) + (self.narrow_bytes > 0)) + self.narrow_bytes
-        first = rows * (columns * cell + self.width * (2 * accum + gemm * self.copies_rows))
+        cell = accum * (self.fold_tiles(stats, 1) + (gemm != accum)) + self.narrow_bytes
+        first = rows * (columns * cell + self.width * (accum + gemm * self.copies_rows) + self.row_product_bytes)
         first += columns * self.width * gemm * self.casts_weight
         second = rows * self.width * gemm * (1 + self.copies_rows)
         second += columns * self.width * accum * (not direct and not several)
@@ -188,7 +203,12 @@ class Footprint(NamedTuple):
                 low = middle
             else:
                 high = middle - 1
-        return low
+        return 0 if several and low < self.least_group else low
+
+    @property
+    def least_group(self) -> int:
+        """Tokens that a group of several has to hold."""
+        return LEAST_GROUP if self.device_type == "cuda" else 1
 
 
 def _even_parts(total: int, most: int, multiple: int) -> int:
@@ -397,13 +417,20 @@ def _workspace(
             )
             forward = max(forward, *(shared + tile.bytes for tile in tiles))
         return forward, shared
+    tile = head.forward(tokens, 0, save, budget)
     if regime == 1 and head.backend == "triton" and not head.casts_weight:
-        # the fused kernel holds partial statistics instead of a tile
-        partials = tokens * blocks.partial_bytes_per_row(head.vocabulary, blocks.FULL_EPILOGUE_BLOCK_V, extras=False)
-        return tokens * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
-    forward = head.forward(tokens, 0, save, budget).bytes
+        # the fused kernel holds partial statistics of a block of rows instead of a tile
+        block_v = blocks.gemm_blocks(_architecture(head), head.gemm_dtype.itemsize, head.softcap)[1]
+        partials = tile.rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
+        return tile.rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
     direct = head.weight_dtype == head.accum_dtype
-    return forward, head.backward(tokens, False, direct, budget).bytes if regime == 4 else 0
+    return tile.bytes, head.backward(tokens, False, direct, budget).bytes if regime == 4 else 0
+
+
+def _architecture(head: Footprint) -> str:
+    """The key of the table of blocks; without a GPU that of Hopper."""
+    here = head.device_type == "cpu" or torch.cuda.is_available()
+    return blocks.architecture(torch.device(head.device_type)) if here else "sm_90"
 
 
 def _arrange(head: Footprint, tokens: int, pairs: int | list[int], workspace_bytes: int) -> _Arranged:
@@ -440,7 +467,8 @@ def _least_budget(head: Footprint, tokens: int, pairs: int | list[int]) -> int:
     """The least workspace with which every unit goes through one pass, in one group or in several."""
     columns = head.held_columns(1)
     one = head.one_pass_bytes(tokens, False, columns)
-    several = head.one_pass_bytes(pairs if isinstance(pairs, int) else max(pairs), True, columns)
+    largest = pairs if isinstance(pairs, int) else max(pairs)
+    several = head.one_pass_bytes(max(largest, head.least_group), True, columns)
     return one if head.dtype == torch.float16 else min(one, several)
 
 

@@ -59,7 +59,7 @@ class Report(NamedTuple):
 
 # scalars by name; every other parameter is a pointer to fp32
 _SCALARS = {
-    **dict.fromkeys(("N", "M", "V", "H", "Vs", "B", "tiles", "first", "length", "ignore_index"), "i32"),
+    **dict.fromkeys(("N", "M", "V", "H", "Vs", "B", "tiles", "first", "length", "ignore_index", "count"), "i32"),
     **dict.fromkeys(("linear", "cap", "slack"), "fp32"),
     **dict.fromkeys(
         ("beta", "label_smoothing", "desirable_weight", "undesirable_weight", "nll_weight", "slope"), "fp64"
@@ -138,6 +138,9 @@ def variants(blocks: str) -> list[Variant]:
             found.append(Variant("gather_fwd" + suffix, rows.gather_fwd_kernel, types, gather, ROW_WARPS))
             found.append(Variant("finish_fwd" + suffix, rows.finish_fwd_kernel, finish_types, finish, ROW_WARPS))
             found.append(Variant("rows_bwd" + suffix, rows.rows_bwd_kernel, types | {"cap": "fp64"}, weigh, ROW_WARPS))
+        scale = {"BLOCK": WIDTH_BLOCK}
+        pointers = {"gradient": "*bf16" if types else "*fp32", "count": "i64"}
+        found.append(Variant(f"scale_bwd[{name}]", rows.scale_bwd_kernel, pointers, scale, ROW_WARPS))
     for full in (False, True):
         flags = {"PACKED": full, "HAS_WEIGHTS": full, "BLOCK": SEQUENCE_BLOCK}
         suffix = f"[all={full}]"

@@ -21,6 +21,8 @@ COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
 # one program per row, along the vocabulary and along H; other sizes spill on some GPUs
 ROW_BLOCK, WIDTH_BLOCK, ROW_WARPS = 512, 1024, 4
 SEQUENCE_BLOCK = 512
+# a few for each multiprocessor: where nothing is to be done, as many launches of nothing
+SCALE_PROGRAMS = 1024
 
 
 def architecture(device: torch.device) -> str:

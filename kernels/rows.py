@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import ROW_WARPS, WIDTH_BLOCK
+from .blocks import ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
 from .math import log_sigmoid64, sech2, sigmoid64, softcap_logit
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -261,6 +261,21 @@ def rows_bwd_kernel(
             tl.store(scaled + n * H + start + k, h.to(scaled.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def scale_bwd_kernel(
+    gradient,  # (count,)
+    factor,  # 0-d
+    count,
+    BLOCK: tl.constexpr,
+):
+    by = tl.load(factor).to(tl.float32)
+    first, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(first, tl.where(by == 1, 0, count), step):
+        i = start + tl.arange(0, BLOCK)
+        value = tl.load(gradient + i, mask=i < count, other=0.0).to(tl.float32)
+        tl.store(gradient + i, (value * by).to(gradient.dtype.element_ty), mask=i < count)
+
+
 def gather_fwd(
     hidden: Tensor,  # (M, H)
     labels: Tensor,  # (M,) contiguous
@@ -410,6 +425,16 @@ def rows_bwd(
         BLOCK=_block(H),
         num_warps=ROW_WARPS,
     )
+
+
+def scale_bwd(
+    gradient: Tensor,  # contiguous; overwritten
+    factor: Tensor,  # 0-d
+) -> None:
+    """Multiply a gradient by a factor, in fp32, without a touch of its memory where the factor is 1."""
+    if gradient.numel():
+        programs = min(SCALE_PROGRAMS, triton.cdiv(gradient.numel(), WIDTH_BLOCK))
+        scale_bwd_kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK=WIDTH_BLOCK, num_warps=ROW_WARPS)
 
 
 def _block(width: int) -> int:

@@ -26,10 +26,11 @@ def gradients(loss_of, hidden, weight):
     return torch.autograd.grad(loss_of(hidden, weight), (hidden, weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, 0.3), (torch.float16, 0.0), (torch.float32, 0.98)])
 @pytest.mark.parametrize(("H", "V"), HEADS)
-def test_errors_at_most_twice_those_of_plain_torch(H, V, dtype):
-    hidden, weight, labels = problem(1000, H, V, dtype)
+def test_errors_at_most_twice_those_of_plain_torch(H, V, dtype, masked):
+    hidden, weight, labels = problem(1000, H, V, dtype, masked)
+    labels[2] = -100
     upstream = torch.randn(labels.shape)
     rows, targets = hidden.detach().flatten(0, 1), labels.flatten()
 
@@ -127,13 +128,15 @@ def test_no_synchronization_with_a_token_index(trains):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_cuda_graph_replays_a_step_on_new_inputs():
+@pytest.mark.parametrize("workspace", [None, 8 * MIB], ids=["one pass", "recomputed"])
+def test_a_cuda_graph_replays_a_step_on_new_inputs(workspace):
     hidden, weight, labels = problem(dtype=torch.float32)
-    index = torch.arange(labels.numel())
+    index, ref = torch.arange(labels.numel()), torch.zeros(4)
     leaves = (hidden, weight)
+    loss_fn = alignloss.DPOLoss(workspace_bytes=workspace)
 
     def step():
-        loss = -alignloss.linear_logprob(hidden, weight, labels, token_index=index).sum()
+        loss = loss_fn(hidden, weight, labels, ref_logps=ref, token_index=index).loss
         return loss, *torch.autograd.grad(loss, leaves)
 
     stream = torch.cuda.Stream()

@@ -13,16 +13,21 @@ import sys
 import pytest
 import torch
 from reference import error, inputs, leaf, statistics, token_logps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
 from alignloss import logprob, ops, planning
+from alignloss.backends import _torch
+from alignloss.measure import peak_bytes
 from alignloss.ops import addmm as real_addmm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests run on it")
 B, T, H, V = 2, 8, 48, 133
 RUNS = [("torch", torch.bfloat16), ("torch", torch.float16), ("triton", torch.float16)]
 CAPS = [None, 2.0]
-AMPLE, TIGHT = 1 << 22, 9_000  # bytes: one tile of everything; several blocks of rows and slices of the vocabulary
+# bytes: one tile of everything; groups of pairs in one pass; several blocks of rows and slices of the vocabulary
+AMPLE, GROUPS, TIGHT = 1 << 22, 40_000, 9_000
+MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +44,7 @@ def _as_on_a_gpu(monkeypatch):
     for module in (ops, planning):
         monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
     monkeypatch.setattr(ops, "addmm", addmm)
+    monkeypatch.setattr(planning, "LEAST_GROUP", 1)
 
 
 def problem(dtype):
@@ -115,7 +121,7 @@ def test_statistics_and_the_gradient_of_the_entropy(backend, dtype, cap):
     check(ours, naive, exact, tensors, dtype, "hidden weight bias")
 
 
-@pytest.mark.parametrize("workspace", [AMPLE, 24_000, TIGHT], ids=["one pass", "groups", "recomputed"])
+@pytest.mark.parametrize("workspace", [AMPLE, GROUPS, TIGHT], ids=["one pass", "groups", "recomputed"])
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
 def test_training_steps(backend, dtype, cap, workspace):
@@ -180,6 +186,109 @@ def test_wide_products_where_addmm_takes_no_wide_base(beta, monkeypatch):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("workspace", [8 * MIB, 64 * MIB, 1024 * MIB])
+@pytest.mark.parametrize("masked", [0, 0.5])
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight", "step"], ids=lambda t: t or "nothing")
+def test_a_call_allocates_what_the_plan_says(trained, softcap, masked, workspace, monkeypatch):
+    """Within 2 % of the bytes that the kernels of a GPU are given; nothing is computed here."""
+    pytest.importorskip("triton")
+    stand_in(monkeypatch, lambda module, name: Launches())
+    monkeypatch.setattr(ops, "addmm", lambda *arguments, **options: None)
+    S, length, width, vocabulary = 4, 1024, 512, 49152
+    hidden = torch.zeros(S, length, width, dtype=torch.bfloat16, requires_grad=bool(trained))
+    weight = torch.zeros(vocabulary, width, dtype=torch.bfloat16, requires_grad=trained in ("hidden weight", "step"))
+    labels = torch.zeros(S, length, dtype=torch.int64)
+    labels[:, : int(length * masked)] = -100
+    options = {"softcap": softcap, "backend": "triton", "workspace_bytes": workspace}
+    loss_fn = alignloss.DPOLoss(**options)
+
+    def call():
+        if trained == "step":
+            loss = loss_fn(hidden, weight, labels, ref_logps=torch.zeros(S)).loss
+        else:
+            loss = alignloss.linear_logprob(hidden, weight, labels, **options).sum()
+        if trained:
+            loss.backward()
+
+    call()
+    hidden.grad = weight.grad = None
+    tokens = int((labels != -100).sum())
+    expected = alignloss.plan(
+        *(tokens, width, vocabulary),
+        train_hidden=bool(trained),
+        train_head=weight.requires_grad,
+        pair_tokens=2 * tokens // S if trained == "step" else None,
+        positions=labels.numel(),
+        device="cuda",
+        device_memory=80 << 30,
+        **options,
+    )
+    assert expected.workspace_bytes <= workspace
+    assert peak_bytes(call) == pytest.approx(expected.peak_bytes, rel=0.02)
+
+
+def stand_in(monkeypatch, replacement):
+    """Put replacement(module, name) in place of every kernel, and Hopper's block sizes in that of the interpreter's."""
+    from alignloss.kernels import blocks, rows, sequence, stats, tile
+
+    for module in (rows, stats, tile, sequence):
+        for name in list(vars(module)):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, replacement(module.__name__, name))
+    for module in (blocks, stats):
+        monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+
+
+class Waits(TorchDispatchMode):
+    """An error where a GPU would have to be waited for: a value read on the host, a shape that depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("workspace", [AMPLE, GROUPS, TIGHT])
+@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight bias"], ids=lambda t: t or "nothing")
+def test_nothing_waits_for_the_gpu_with_a_token_index(trained, workspace, monkeypatch):
+    def refused(*arguments, **options):
+        raise AssertionError("copies between host and device")
+
+    *tensors, labels = problem(torch.bfloat16)
+    h, w, b = (
+        leaf(t, torch.bfloat16, name in trained) for t, name in zip(tensors, ("hidden", "weight", "bias"), strict=True)
+    )
+    ref = torch.zeros(2 * B)
+    options = {"workspace_bytes": workspace, "validate": False}
+    given = {"token_index": torch.arange(2 * B * T)}
+    packed, offsets = (h.flatten(0, 1), w, labels.flatten(), b), torch.tensor([0, 3, 10, 25, 2 * B * T])
+    mixture = alignloss.MixtureLoss(
+        [alignloss.DPOLoss(), alignloss.PreferenceLoss("simpo", beta=2.0, gamma=1.0)], [0.5, 0.5], **options
+    )
+    for name in ("tolist", "item", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, refused)
+    monkeypatch.setattr(torch, "tensor", refused)
+    # which looks at its factor on a CPU alone
+    monkeypatch.setattr(_torch, "scale", lambda gradient, factor: None)
+    with Waits():
+        results = [
+            alignloss.linear_logprob(h, w, labels, b, **given, **options),
+            alignloss.linear_logprob_stats(h, w, labels, b, stats=("entropy",), **given, **options).entropy,
+            alignloss.sequence_logprob(*packed, cu_seqlens=offsets, **given, **options).logps,
+            alignloss.linear_kl(h, w, h.detach(), w.detach(), labels, b, **given, **options),
+            alignloss.DPOLoss(**options)(h, w, labels, b, ref_logps=ref, **given, num_sequences=4).loss,
+            alignloss.CPOLoss(**options)(*packed, cu_seqlens=offsets, **given).loss,
+            alignloss.ORPOLoss(**options)(h, w, labels, b, pair_weights=torch.ones(B), **given).loss,
+            alignloss.KTOLoss(**options)(h, w, labels, b, ref_logps=ref, desirable=ref == 0, kl=0.1, **given).loss,
+            alignloss.SFTLoss(**options)(h, w, labels, b, **given).loss,
+            mixture(h, w, labels, b, ref_logps=ref, **given).loss,
+        ]
+        for result in results:
+            if trained:
+                result.sum().backward()
+
+
 COMPILE = """
 import importlib, json, sys
 
@@ -221,15 +330,8 @@ for module, name, arguments, options in json.load(sys.stdin):
 
 def test_every_launch_compiles_with_the_types_it_is_given(monkeypatch):
     pytest.importorskip("triton")
-    from alignloss.kernels import blocks, rows, sequence, stats, tile
-
     launches = set()
-    for module in (rows, stats, tile, sequence):
-        for name in list(vars(module)):
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Recorder(module.__name__, name, launches))
-    for module in (blocks, stats):
-        monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    stand_in(monkeypatch, lambda module, name: Recorder(module, name, launches))
     offsets, every = torch.tensor([0, 3, 10, 25, 2 * B * T]), torch.arange(2 * B * T)
     for dtype, softcap, trained, plain in itertools.product(
         (torch.bfloat16, torch.float32), CAPS, ("", "hidden", "hidden weight bias"), (True, False)
@@ -261,7 +363,7 @@ def test_every_launch_compiles_with_the_types_it_is_given(monkeypatch):
             if result.requires_grad:
                 result.sum().backward()
     names = {json.loads(launch)[1] for launch in launches}
-    assert len(names) == 13  # every kernel
+    assert len(names) == 14  # every kernel
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         input=f"[{','.join(sorted(launches))}]",
@@ -272,14 +374,21 @@ def test_every_launch_compiles_with_the_types_it_is_given(monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-class Recorder:
-    """Stands for a kernel; notes its launches by what the compiler goes by, and runs nothing."""
-
-    def __init__(self, module, name, launches):
-        self.module, self.name, self.launches = module, name, launches
+class Launches:
+    """Stands for a kernel and runs nothing."""
 
     def __getitem__(self, grid):
         return self
+
+    def __call__(self, *arguments, **options):
+        pass
+
+
+class Recorder(Launches):
+    """Notes the launches of a kernel by what the compiler goes by."""
+
+    def __init__(self, module, name, launches):
+        self.module, self.name, self.launches = module, name, launches
 
     def __call__(self, *arguments, **options):
         given = [self.describe(value) for value in arguments]

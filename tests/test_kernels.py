@@ -171,6 +171,16 @@ def test_rows_equal_the_specification(indexed, dtype):
         )
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scaling_in_place_and_not_by_one(dtype, factor, monkeypatch):
+    monkeypatch.setattr(rows, "SCALE_PROGRAMS", 2)  # which take several blocks each
+    gradient = torch.randn(7, 701, device=DEVICE).to(dtype)
+    expected = (gradient.float() * factor).to(dtype)
+    rows.scale_bwd(gradient, torch.tensor(factor, device=DEVICE))
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_sequence_sums_and_their_adjoint(packed, weighted):
@@ -284,6 +294,7 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
         "preference_fwd_kernel",
         "preference_reduce_fwd_kernel",
         "preference_bwd_kernel",
+        "scale_bwd_kernel",
     }
 
 

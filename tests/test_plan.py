@@ -92,14 +92,29 @@ def test_full_logits_within_a_tenth(training, dtype):
     assert expected - gradients <= peak_bytes(step) - gradients <= 1.1 * expected
 
 
-def test_the_least_budget_of_one_pass_is_exact():
-    shape = {"train_head": True, "dtype": torch.bfloat16, "device": "cpu"}
+@pytest.mark.parametrize("device", [{"device": "cpu"}, {"device": "cuda", "device_memory": 80 << 30}])
+def test_the_least_budget_of_one_pass_is_exact(device):
+    shape = {"train_head": True, "dtype": torch.bfloat16, **device}
     for pairs in (256, [1000, 600, 448]):
         floor = plan(N, H, V, pair_tokens=pairs, **shape).one_pass_bytes
         enough = plan(N, H, V, pair_tokens=pairs, workspace_bytes=floor, **shape)
         short = plan(N, H, V, pair_tokens=pairs, workspace_bytes=floor - 1, **shape)
         assert (enough.regime, enough.recomputed_tokens) == (3, 0)
         assert short.recomputed_tokens > 0
+
+
+def test_groups_of_a_gpu_hold_enough_tokens_to_be_worth_a_pass_over_the_gradient():
+    # float32: 16 KiB of logits per token of 4,096 entries; 4,096 tokens in pairs of 512
+    shape = {
+        "train_head": True,
+        "pair_tokens": 512,
+        "dtype": torch.float32,
+        "device": "cuda",
+        "device_memory": 80 << 30,
+    }
+    few, enough = (plan(4096, 256, 4096, workspace_bytes=size * MIB, **shape) for size in (12, 24))
+    assert (few.regime, few.gemms) == (4, 4)  # some 700 tokens would fit
+    assert (enough.regime, enough.groups) == (3, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -321,6 +321,13 @@ def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]
     return mu.clamp(-128, 128), pull.clamp(-128, 128)
 
 
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply a gradient by a factor, 0-d, in place; on a CPU not by 1."""
+    if gradient.device.type != "cpu" or float(factor) != 1:
+        # one dimension more, or a 16-bit gradient would round the factor first
+        gradient.mul_(factor.view((1,) * gradient.dim()))
+
+
 def sequence_sum(
     values: Tensor,  # (M,) per token
     cu_seqlens: Tensor | None,  # (S + 1,) int64 offsets; None: equal parts

@@ -17,6 +17,7 @@ __all__ = [
     "held_dlogits",
     "preference",
     "preference_backward",
+    "scale",
     "sequence_scatter",
     "sequence_sum",
     "statistics",
@@ -173,6 +174,10 @@ def held_dlogits(
     held: Tensor, reference: Tensor, state: Tensor, labels: Tensor, first: int, transform: Transform
 ) -> None:
     tile.held_bwd(held, reference, state, labels, first, transform.cap)
+
+
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    rows.scale_bwd(gradient, factor)
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | None, sequences: int, token_weights: Tensor | None) -> Tensor:
