@@ -214,6 +214,7 @@ def walk_forward(
     block, columns, _ = problem.footprint.forward(problem.rows, stats, save, workspace_bytes)
     if held is not None:
         block, columns = problem.rows, held.columns
+    in_place = held is not None and held.in_place
     row_buffer = problem.row_buffer(block)
     weight_buffer = tile = scratch = accumulators = None
     for start in range(0, problem.rows, block):
@@ -229,7 +230,6 @@ def walk_forward(
             rows, problem.weight, problem.bias, labels, sums, transform, stats, workspace_bytes
         ):
             if tile is None:
-                in_place = held is not None and held.in_place
                 tile, scratch = problem.empty(block * columns * (not in_place)), problem.empty(tiles, block * columns)
                 weight_buffer = problem.weight_buffer(columns)
                 accumulators = problem.empty(save, block, problem.width)
@@ -238,8 +238,9 @@ def walk_forward(
             for first in range(0, problem.vocabulary, columns):
                 last = min(first + columns, problem.vocabulary)
                 weight = problem.weight_slice(first, last, weight_buffer)
-                if held is not None and held.in_place:
-                    x = held.tile(first, last)
+                kept = None if held is None else held.tile(first, last)
+                if kept is not None and in_place:
+                    x, kept = kept, None
                 else:
                     x = tile[: count * (last - first)].view(count, -1)
                 problem.logits_tile(rows, weight, first, x)
@@ -257,9 +258,10 @@ def walk_forward(
                     u if begun else None,
                     u2 if begun else None,
                     problem.gemm_dtype,
+                    kept,
                 )
                 if held is not None:
-                    held.keep(first, exps, sums[REF])
+                    held.references[first // columns].copy_(sums[REF])
                 if u is not None:
                     addmm(u, exps, weight, u, beta=int(begun))
                 if u2 is not None:
@@ -280,11 +282,6 @@ class Held:
 
     def tile(self, first: int, last: int) -> Tensor:
         return self.tiles[self.rows * first : self.rows * last].view(self.rows, last - first)
-
-    def keep(self, first: int, exps: Tensor, reference: Tensor) -> None:
-        if not self.in_place:
-            self.tile(first, first + exps.shape[1]).copy_(exps)
-        self.references[first // self.columns].copy_(reference)
 
 
 class HeadGradient:
@@ -309,8 +306,8 @@ class HeadGradient:
             self.unit = weighed.find_unit()
         scaled = problem.empty(problem.rows, problem.width, dtype=problem.gemm_dtype)
         weighed.weigh(slice(0, problem.rows), problem.row_buffer(problem.rows), scaled)
-        narrow = self.dweight.dim() == 2 and self.dweight.dtype != problem.accum_dtype
-        partial = problem.empty(held.columns, problem.width) if narrow else None
+        wide = self.dweight.dtype == problem.accum_dtype or problem.footprint.gemm_rounds_dweight
+        partial = None if self.dweight.dim() < 2 or wide else problem.empty(held.columns, problem.width)
         for first in range(0, problem.vocabulary, held.columns):
             last = min(first + held.columns, problem.vocabulary)
             reference = held.references[first // held.columns]
@@ -469,6 +466,7 @@ def _walk_backward(
     block, columns, _ = problem.footprint.backward(
         problem.rows, weighed.mix is not None, direct or not need_dweight, workspace_bytes
     )
+    direct = direct or (problem.footprint.gemm_rounds_dweight and block >= problem.rows and dweight.is_contiguous())
     weight_buffer = problem.weight_buffer(columns)
     row_buffer = problem.row_buffer(block)
     scaled_buffer = problem.empty(block, problem.width, dtype=problem.gemm_dtype)

@@ -126,8 +126,20 @@ class Footprint(NamedTuple):
             16384,  # a slice reads and writes U once
         )
 
+    @property
+    def gemm_rounds_dweight(self) -> bool:
+        """Whether a GEMM over every row can write a slice of dweight itself, rounding its fp32 sums once.
+
+        Not in fp16, where a slice of a scaled loss may leave the range.
+        """
+        return self.weight_dtype == self.gemm_dtype == torch.bfloat16
+
     def backward(self, rows: int, entropy: bool, direct: bool, workspace_bytes: int) -> Tile:
         """The tile of a backward that recomputes; `direct`: dweight needs no slice in the accumulation dtype."""
+        if not direct and self.gemm_rounds_dweight:
+            tile = self.backward(rows, entropy, True, workspace_bytes)
+            if tile.rows >= rows:
+                return tile
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         return self.tile(
             rows,
@@ -181,10 +193,10 @@ class Footprint(NamedTuple):
     def one_pass_bytes(self, rows: int, several: bool, columns: int, stats: int = 0) -> int:
         """Workspace of one pass whose largest group has so many tokens; `several` groups share an accumulator."""
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
-        direct = self.weight_dtype == self.accum_dtype
+        direct = self.weight_dtype == self.accum_dtype or self.gemm_rounds_dweight
         held = rows * (self.vocabulary * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
-        cell = accum * (self.fold_tiles(stats, 1) + (gemm != accum)) + self.narrow_bytes
+        cell = accum * (self.fold_tiles(stats, 1) + (gemm != accum))
         first = rows * (columns * cell + self.width * (accum + gemm * self.copies_rows) + self.row_product_bytes)
         first += columns * self.width * gemm * self.casts_weight
         second = rows * self.width * gemm * (1 + self.copies_rows)

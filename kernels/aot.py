@@ -99,14 +99,14 @@ def variants(blocks: str) -> list[Variant]:
         if precision != "tf32":
             combine = flags | {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T, "BLOCK_H": 64}
             found.append(Variant(f"combine_fwd[{name}]", stats.combine_fwd_kernel, pointers, combine))
-    for save, narrow, full in (
-        (0, False, False),
-        (0, False, True),
-        (1, True, False),
-        (1, False, True),
-        (2, True, True),
+    for save, narrow, full, dtype in (
+        (0, False, False, "*fp32"),
+        (0, False, True, "*fp32"),
+        (1, True, False, "*bf16"),
+        (1, False, False, "*bf16"),
+        (1, False, True, "*fp32"),
+        (2, True, True, "*bf16"),
     ):
-        dtype = "*bf16" if narrow else "*fp32"
         flags = {
             "HAS_CAP": full,
             "SAVE": save,
@@ -115,7 +115,7 @@ def variants(blocks: str) -> list[Variant]:
             "RESCALE": save > 0,
             "BLOCK": ROW_BLOCK,
         }
-        name = f"fold_fwd[save={save}, narrow={narrow}, all={full}]"
+        name = f"fold_fwd[{dtype[1:]}, save={save}, narrow={narrow}, all={full}]"
         found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, ROW_WARPS))
     for narrow, full in ((False, False), (True, False), (True, True)):
         flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": ROW_BLOCK}

@@ -26,7 +26,7 @@ from .math import sech2, softcap_logit
 @triton.jit
 def fold_fwd_kernel(
     tile,  # (C, Vs) fp32 x
-    out,  # (C, Vs) exponentials, in the memory of `tile`
+    out,  # (C, Vs) exponentials, in the memory of `tile` or of their own
     out2,  # (C, Vs) (z - m) times the exponentials
     state,  # (7, C): m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
     labels,  # (C,) int64
@@ -43,7 +43,7 @@ def fold_fwd_kernel(
     slack,
     HAS_CAP: tl.constexpr,
     SAVE: tl.constexpr,
-    NARROW: tl.constexpr,
+    NARROW: tl.constexpr,  # `out` is half as wide as `tile`, in its memory
     EXTRAS: tl.constexpr,
     RESCALE: tl.constexpr,  # whether u (and u2) hold sums of earlier slices
     BLOCK: tl.constexpr,
@@ -203,10 +203,12 @@ def fold_fwd(
     save: int,
     extras: bool,
     dtype: torch.dtype,  # of the result
+    out: Tensor | None = None,  # (C, Vs) of this dtype, for the result in a memory of its own
 ) -> tuple[Tensor, Tensor | None]:
     """Fold a tile into `state`, rescale u and u2 where the reference moved, return what they have to accumulate."""
     C, Vs = tile.shape
-    out = narrowed(tile, dtype)
+    narrows = out is None and dtype != tile.dtype
+    out = narrowed(tile, dtype) if out is None else out
     out2 = None if spare is None else narrowed(spare, dtype)
     # fp16 exponentials must stay under 65,504, and sums of their squares over the vocabulary within fp32
     slack = 8.0 if dtype == torch.float16 else 20.0
@@ -229,7 +231,7 @@ def fold_fwd(
         slack,
         HAS_CAP=cap is not None,
         SAVE=save,
-        NARROW=dtype != tile.dtype,
+        NARROW=narrows,
         EXTRAS=extras,
         RESCALE=u is not None,
         BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),

@@ -64,6 +64,7 @@ def fold(
     u: Tensor | None,  # (C, H) sum of exp(z - m) sech^2 W over v != y so far; rescaled
     u2: Tensor | None,  # (C, H) the same with (z - m) exp(z - m)
     dtype: torch.dtype,  # of the result, an operand of the next GEMM
+    out: Tensor | None = None,  # (C, Vs) of this dtype: where to keep what `u` has to accumulate
 ) -> tuple[Tensor, Tensor | None]:
     """Fold one tile into the running statistics; return what `u` and `u2` have to accumulate by W_slice."""
     index, inside = _target_column(tile, labels, first)
@@ -103,7 +104,7 @@ def fold(
         exps.mul_(slope)
         if save == 2 and z_exps is not None:
             z_exps.mul_(slope)
-    return exps.to(dtype), None if z_exps is None else z_exps.to(dtype)
+    return exps.to(dtype) if out is None else out.copy_(exps), None if z_exps is None else z_exps.to(dtype)
 
 
 def statistics(

@@ -85,10 +85,11 @@ def fold(
     u: Tensor | None,
     u2: Tensor | None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     spare = scratch[0] if save == 2 else None
     return tile.fold_fwd(
-        x, spare, state, labels, u, u2, first, transform.cap, save, _extras(wanted) or save == 2, dtype
+        x, spare, state, labels, u, u2, first, transform.cap, save, _extras(wanted) or save == 2, dtype, out
     )
 
 
