@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import rows, sequence, stats, tile
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_BLOCK, ROW_WARPS, SEQUENCE_BLOCK, WIDTH_BLOCK, gemm_blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_WARPS, SEQUENCE_BLOCK, TILE_BLOCK, WIDTH_BLOCK, gemm_blocks
 
 # target -> (Triton's target, row of the table of blocks, bytes of shared memory per program)
 TARGETS = {
@@ -72,6 +72,7 @@ _FP64_POINTERS = ("weights", "dsums", "kl", "slopes", "scales", "nll")
 def variants(blocks: str) -> list[Variant]:
     """Every configuration that the launchers can ask for, the plainest and the fullest of each kind."""
     found = []
+    tile_warps = 16 if blocks == "gfx942" else 32  # of 64 threads there
     for name, dtype, size, precision, full in (
         ("bf16", "bf16", 2, "ieee", False),
         ("bf16, all", "bf16", 2, "ieee", True),
@@ -113,17 +114,17 @@ def variants(blocks: str) -> list[Variant]:
             "NARROW": narrow,
             "EXTRAS": full,
             "RESCALE": save > 0,
-            "BLOCK": ROW_BLOCK,
+            "BLOCK": TILE_BLOCK,
         }
         name = f"fold_fwd[{dtype[1:]}, save={save}, narrow={narrow}, all={full}]"
-        found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, ROW_WARPS))
+        found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, tile_warps))
     for narrow, full in ((False, False), (True, False), (True, True)):
-        flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": ROW_BLOCK}
+        flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": TILE_BLOCK}
         name = f"dlogits_bwd[narrow={narrow}, all={full}]"
-        found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, ROW_WARPS))
+        found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, tile_warps))
     for name, pointee in (("bf16", "*bf16"), ("fp32", "*fp32")):
-        flags = {"HAS_CAP": True, "BLOCK": ROW_BLOCK}
-        found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, ROW_WARPS))
+        flags = {"HAS_CAP": True, "BLOCK": TILE_BLOCK}
+        found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, tile_warps))
     narrow_rows = dict.fromkeys(("hidden", "weight", "rows", "scaled", "dlogp", "dentropy", "dhidden"), "*bf16")
     for name, types in (("bf16", narrow_rows), ("fp32", {})):
         block = {"BLOCK": WIDTH_BLOCK}

@@ -18,8 +18,11 @@ GEMM_BLOCKS = {
 # with a softcap or further statistics in the epilogue, wider tiles spill
 FULL_EPILOGUE_BLOCK_V = 128
 COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
-# one program per row, along the vocabulary and along H; other sizes spill on some GPUs
-ROW_BLOCK, WIDTH_BLOCK, ROW_WARPS = 512, 1024, 4
+# one program per row of a tile, of 1,024 threads: so few rows are under way (2 of 64 KiB on each multiprocessor of an
+# H100) that the second read of a row finds it in L2; with more entries per thread some kernels spill
+TILE_BLOCK, TILE_WARPS = 4096, 16 if torch.version.hip else 32
+# one program per row of H
+WIDTH_BLOCK, ROW_WARPS = 1024, 4
 SEQUENCE_BLOCK = 512
 # a few for each multiprocessor: where nothing is to be done, as many launches of nothing
 SCALE_PROGRAMS = 1024

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import ROW_BLOCK, ROW_WARPS
+from .blocks import TILE_BLOCK, TILE_WARPS
 from .math import sech2, softcap_logit
 
 
@@ -191,6 +191,12 @@ def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
     return tile if dtype == tile.dtype else tile.view(dtype)[:, : tile.shape[1]]
 
 
+def _program(columns: int) -> dict[str, int]:
+    """Entries that a program takes at once, and its warps: of four entries per thread where the tile is narrow."""
+    block = min(TILE_BLOCK, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block * TILE_WARPS // TILE_BLOCK))}
+
+
 def fold_fwd(
     tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten if save
     spare: Tensor | None,  # (C, Vs) fp32, for save == 2
@@ -234,8 +240,7 @@ def fold_fwd(
         NARROW=narrows,
         EXTRAS=extras,
         RESCALE=u is not None,
-        BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
-        num_warps=ROW_WARPS,
+        **_program(Vs),
     )
     return out, out2
 
@@ -268,8 +273,7 @@ def dlogits_bwd(
         HAS_CAP=cap is not None,
         ENTROPY=mix is not None,
         NARROW=dtype != tile.dtype,
-        BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
-        num_warps=ROW_WARPS,
+        **_program(Vs),
     )
     return out
 
@@ -294,6 +298,5 @@ def held_bwd(
         tile.stride(0),
         state.stride(0),
         HAS_CAP=cap is not None,
-        BLOCK=min(ROW_BLOCK, triton.next_power_of_2(Vs)),
-        num_warps=ROW_WARPS,
+        **_program(Vs),
     )

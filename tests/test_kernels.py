@@ -58,7 +58,8 @@ def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("save", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype):
+def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monkeypatch):
+    monkeypatch.setattr(tile, "TILE_BLOCK", 32)  # a row takes several blocks
     N, H, V = 5, 33, 90
     x = torch.randn(N, V, dtype=torch.float64, device=DEVICE) * 3
     x[:2, 50:] += 60  # the reference has to move
@@ -92,7 +93,8 @@ def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype):
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_dlogits_against_autograd(cap, entropy, dtype):
+def test_dlogits_against_autograd(cap, entropy, dtype, monkeypatch):
+    monkeypatch.setattr(tile, "TILE_BLOCK", 32)
     N, V = 5, 90
     x = leaf(torch.randn(N, V) * 2)
     labels = torch.tensor([0, 60, 89, 44, 45])
