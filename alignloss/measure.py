@@ -41,20 +41,34 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Device, threads, versions of Python and of `packages` (None if missing), and the commit of the checkout."""
+    """Device, threads, versions of Python, of `packages` (None if missing) and of a GPU's driver, and the commit.
+
+    The commit is that of the checkout, or what ALIGNLOSS_COMMIT says of a copy without its history.
+    """
     versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "device": _device_name(),
+        **({"driver": _driver(), "cuda": torch.version.cuda} if on_gpu else {}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": _commit() or os.environ.get("ALIGNLOSS_COMMIT"),
     }
+
+
+def _driver() -> str | None:
+    """The version of the NVIDIA driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _device_name() -> str:

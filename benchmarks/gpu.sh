@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install without network, run the GPU tests, then the benchmark, and leave every result in one folder.
 #
-#   benchmarks/gpu.sh OUT [--wheels DIR] [--parts "install tests ..."] [--minutes 9] [--toy]
+#   benchmarks/gpu.sh OUT [--wheels DIR] [--parts "install tests ..."] [--minutes 30] [--toy]
 #
 # By default everything, in an order that puts first what the rest relies on. Where a command may take ten minutes:
 #   --parts "install tests sanitize longest"
@@ -10,11 +10,12 @@
 # Needs torch, triton, pytest, numpy, rich, matplotlib, transformers and peft. DIR may hold wheels of the peers (trl,
 # datasets, dill, multiprocess, xxhash, liger_kernel, cut_cross_entropy), installed without their dependencies; a missing
 # peer is a line in the log. Each part runs under what is left of its time; what was measured until then stays in OUT.
+# ALIGNLOSS_COMMIT names the commit where the copy has no history.
 # --toy: every part on the CPU at toy shapes, to try the script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
 parts="install tests sanitize time masks small budget profile kernels tokens vocabulary memory longest steps"
@@ -53,7 +54,8 @@ part() {
 
 pip_install() { "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps "$@"; }
 install_all() {
-    pip_install --no-build-isolation --editable . || return 1
+    # without a setuptools that knows this pyproject.toml, the checkout itself is on the path
+    pip_install --no-build-isolation --editable . || ln -sfn ../kernels alignloss/kernels || return 1
     [ -z "$wheels" ] || pip_install "$wheels"/*.whl
 }
 export -f pip_install install_all

@@ -171,7 +171,7 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
         ["bash", str(source / "benchmarks" / "gpu.sh"), str(out), "--toy", "--parts", "install tests time memory"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHON": str(tmp_path / "venv" / "bin" / "python")},
+        env=os.environ | {"PYTHON": str(tmp_path / "venv" / "bin" / "python"), "ALIGNLOSS_COMMIT": "0123456789ab"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== everything finished" in done.stdout
@@ -180,6 +180,7 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
         "toy-time.json",
         "toy-memory.json",
     }
+    assert json.loads((out / "toy-time.json").read_text())["commit"] == "0123456789ab"
     assert list(packages.glob("*alignloss*"))
     for arguments, message in (([], "--wheels DIR"), (["--parts", "tset"], "no part tset"), (["--parts"], "--wheels")):
         command = ["bash", str(source / "benchmarks" / "gpu.sh"), *([str(out)] if arguments else []), *arguments]
