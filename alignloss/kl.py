@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
-from .backends import Transform
-from .backends._torch import sech2
+from .backends import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_ROWS, KL_SUM, KL_TOP, Transform
 from .logprob import check_known, project
 from .ops import Problem
 from .planning import accumulation_dtype
 
 __all__ = ["linear_kl"]
-
-_LOWEST = -1e30  # finite stand-in for -inf, so that differences of maxima are never NaN
-# rows of the saved state: maxima and log-sums of policy and reference
-_TOP, _LOG_SUM, _REF_TOP, _REF_LOG_SUM = range(4)
 
 
 def linear_kl(
@@ -46,8 +41,7 @@ def linear_kl(
         ref_hidden, ref_weight, ref_bias: of the reference, with the same leading shape and vocabulary. No gradient
             reaches them, and none is kept for them.
         options: token_index, ignore_index, logit_scale, softcap, temperature (the same for both heads),
-            workspace_bytes and validate, as in `linear_logprob`. `backend` may only be "auto" or "torch": there is no
-            Triton kernel for this op, on a GPU either.
+            backend, workspace_bytes and validate, as in `linear_logprob`.
 
     Returns:
         (...) float32, or float64 for float64 input: 0 with no gradient at ignored positions. Rounding may leave a KL of
@@ -59,13 +53,11 @@ def linear_kl(
         RuntimeError: when differentiated twice.
     """
     check_known("linear_kl", options)
-    if options.get("backend", "auto") not in ("auto", "torch"):
-        raise ValueError(f"linear_kl runs by torch alone; leave out backend={options['backend']!r}")
-    policy = project(hidden, weight, labels, bias, **(options | {"backend": "torch"}))
+    policy = project(hidden, weight, labels, bias, **options)
     with torch.no_grad():
         try:
             # the positions are looked up and checked already
-            found = {"backend": "torch", "validate": False, "token_index": policy.token_index}
+            found = {"validate": False, "token_index": policy.token_index}
             reference = project(ref_hidden, ref_weight, labels, ref_bias, **(options | found))
         except ValueError as error:
             raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
@@ -81,7 +73,7 @@ def linear_kl(
     kl, _ = linear_kl_fwd(
         policy.hidden, policy.weight, policy.bias, reference.hidden, reference.weight, reference.bias, policy.labels,
         policy.token_index, policy.select, policy.compute_dtype, reference.compute_dtype, policy.ignore_index,
-        policy.logit_scale, policy.softcap, policy.temperature, policy.workspace_bytes, policy.validate,
+        policy.logit_scale, policy.softcap, policy.temperature, policy.backend, policy.workspace_bytes, policy.validate,
     )  # fmt: skip
     return kl.view(labels.shape)
 
@@ -96,16 +88,18 @@ class _Heads:
         row_bytes = sum(foot.width * foot.gemm_dtype.itemsize * foot.copies_rows for foot in feet)
         column_bytes = sum(foot.width * foot.gemm_dtype.itemsize * foot.casts_weight for foot in feet)
         if backward:
-            row_bytes += feet[0].width * feet[0].gemm_dtype.itemsize  # rows times their coefficient
+            # rows times their coefficient
+            row_bytes += feet[0].width * feet[0].gemm_dtype.itemsize + feet[0].row_product_bytes
             column_bytes += feet[0].width * accum * (not direct)
-        # two tiles, one for exponentials or sech^2, a mask, and the gradient as an operand
-        cell_bytes = 3 * accum + 1 + feet[0].narrow_bytes * backward
+        # two tiles; in torch one for exponentials or sech^2, a mask, and the gradient as an operand
+        self.spare = int(feet[0].backend == "torch")
+        cell_bytes = (2 + self.spare) * accum + self.spare + feet[0].narrow_bytes * backward
         self.block, self.columns, _ = feet[0].tile(
             policy.rows, row_bytes, column_bytes, cell_bytes, workspace_bytes, wide=4096
         )
         self.both = [(problem, problem.row_buffer(self.block)) for problem in (policy, reference)]
         self.buffers = [problem.weight_buffer(self.columns) for problem, _ in self.both]
-        self.tiles = policy.empty(3, self.block * self.columns)
+        self.tiles = policy.empty(2 + self.spare, self.block * self.columns)
         self.unused = policy.empty(backends.STATE_ROWS, self.block)  # what `gather` begins for a log-probability
         self.gathered: slice | None = None
         self.operands: list[Tensor] = []
@@ -135,19 +129,13 @@ class _Heads:
             for (problem, _), buffer in zip(self.both, self.buffers, strict=True)
         ]
 
-    def logits(self, rows: list[Tensor], weights: list[Tensor], first: int, slope: bool) -> tuple[Tensor, ...]:
-        """z of both, and a tile that holds dz / dx of the policy, if asked for and not 1."""
+    def logits(self, rows: list[Tensor], weights: list[Tensor], first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x of both, and a tile for what the backend needs beside them, empty if nothing."""
         shape = len(rows[0]), len(weights[0])
         tiles = [tile[: shape[0] * shape[1]].view(shape) for tile in self.tiles]
-        cap = self.transform.cap
-        for (problem, _), r, w, tile in zip(self.both, rows, weights, tiles[:2], strict=True):
+        for (problem, _), r, w, tile in zip(self.both, rows, weights, tiles, strict=False):
             problem.logits_tile(r, w, first, tile)
-        if slope and cap is not None:
-            sech2(tiles[0], out=tiles[2])
-        if cap is not None:
-            for tile in tiles[:2]:
-                tile.tanh_().mul_(cap)
-        return tuple(tiles)
+        return tiles[0], tiles[1], tiles[2] if self.spare else self.tiles[:0]
 
 
 def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -157,10 +145,10 @@ def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> Ab
 
 def _heads(
     tensors: tuple[Any, ...], labels: Tensor, token_index: Tensor | None, select: bool, dtypes: tuple[Any, Any],
-    ignore_index: int, transform: Transform, **options: Any,
+    ignore_index: int, transform: Transform, backend: str, **options: Any,
 ) -> _Heads:  # fmt: skip
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = tensors
-    rows, how = (labels, token_index, select), (ignore_index, transform, "torch")
+    rows, how = (labels, token_index, select), (ignore_index, transform, backend)
     policy = Problem(hidden, weight, bias, *rows, dtypes[0], *how)
     reference = Problem(ref_hidden, ref_weight, ref_bias, *rows, dtypes[1], *how)
     return _Heads(policy, reference, **options)
@@ -183,47 +171,35 @@ def linear_kl_fwd(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    backend: str,
     workspace_bytes: int,
     validate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """KL (M,) and state (4, N), or more columns under `select`."""
+    """KL (M,) and state (5, N), or more columns under `select`."""
     if validate:
         ops.check_values(labels, token_index, ignore_index, len(weight))
     with _computing(hidden, compute_dtype, ref_dtype):
         heads = _heads(
             (hidden, weight, bias, ref_hidden, ref_weight, ref_bias), labels, token_index, select,
-            (compute_dtype, ref_dtype), ignore_index, Transform.of(logit_scale, softcap, temperature),
+            (compute_dtype, ref_dtype), ignore_index, Transform.of(logit_scale, softcap, temperature), backend,
             backward=False, direct=True, workspace_bytes=workspace_bytes,
         )  # fmt: skip
         policy = heads.policy
         kl = policy.empty(len(labels)).zero_()
-        state = policy.empty(4, len(labels) if select else policy.rows).zero_()
+        state = policy.empty(KL_ROWS, len(labels) if select else policy.rows).zero_()
+        state[KL_TOP], state[KL_REF_TOP] = backends.LOWEST, backends.LOWEST
         for part in heads.blocks():
             rows, sums = heads.rows(part), state[:, part]
-            # maxima, sums of exponentials, and the sum of exp(z_ref - max) (z_ref - z)
-            sums[[_TOP, _REF_TOP]] = _LOWEST
-            gap = torch.zeros_like(sums[0])
             for first in heads.slices():
-                z, z_ref, spare = heads.logits(rows, heads.weights(first), first, slope=False)
-                _add_exponentials(z, spare, sums[_TOP], sums[_LOG_SUM])
-                torch.sub(z_ref, z, out=z)
-                decay = _add_exponentials(z_ref, spare, sums[_REF_TOP], sums[_REF_LOG_SUM])
-                gap.mul_(decay).add_(z.mul_(spare).masked_fill_(spare == 0, 0).sum(1))  # not 0 * inf
-            mean_gap = gap / sums[_REF_LOG_SUM]
-            sums[[_LOG_SUM, _REF_LOG_SUM]] = sums[[_LOG_SUM, _REF_LOG_SUM]].log()
-            value = mean_gap + (sums[_TOP] - sums[_REF_TOP]) + (sums[_LOG_SUM] - sums[_REF_LOG_SUM])
+                tiles = heads.logits(rows, heads.weights(first), first)
+                policy.primitives.kl_fold(*tiles, sums, policy.transform)
+            mean_gap = sums[KL_GAP] / sums[KL_REF_SUM]
+            for row in (KL_SUM, KL_REF_SUM):
+                sums[row].log_()
+            value = mean_gap + (sums[KL_TOP] - sums[KL_REF_TOP]) + (sums[KL_SUM] - sums[KL_REF_SUM])
             at = part if policy.tokens.token_index is None else policy.tokens.token_index[part]
             kl[at] = value.masked_fill(policy.labels[part] == ignore_index, 0)
         return kl, state
-
-
-def _add_exponentials(z: Tensor, exps: Tensor, top: Tensor, total: Tensor) -> Tensor:
-    """Fold a tile into a running maximum and sum; `exps` is filled with exp(z - top). The decay of older sums."""
-    old = top.clone()
-    torch.maximum(old, z.amax(1), out=top)
-    decay = (old - top).exp()
-    total.mul_(decay).add_(torch.sub(z, top[:, None], out=exps).exp_().sum(1))
-    return decay
 
 
 @torch.library.custom_op("alignloss::linear_kl_bwd", mutates_args=())
@@ -237,7 +213,7 @@ def linear_kl_bwd(
     ref_bias: Tensor | None,
     labels: Tensor,
     token_index: Tensor | None,
-    state: Tensor,  # (4, N)
+    state: Tensor,  # (5, N)
     select: bool,
     compute_dtype: torch.dtype,
     ref_dtype: torch.dtype,
@@ -245,6 +221,7 @@ def linear_kl_bwd(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    backend: str,
     workspace_bytes: int,
     need_dhidden: bool,
     need_dweight: bool,
@@ -257,7 +234,7 @@ def linear_kl_bwd(
         direct = not need_dweight or (dweight.dtype == state.dtype and dweight.is_contiguous())
         heads = _heads(
             (hidden, weight, bias, ref_hidden, ref_weight, ref_bias), labels, token_index, select,
-            (compute_dtype, ref_dtype), ignore_index, transform,
+            (compute_dtype, ref_dtype), ignore_index, transform, backend,
             backward=True, direct=direct, workspace_bytes=workspace_bytes,
         )  # fmt: skip
         policy = heads.policy
@@ -274,6 +251,7 @@ def linear_kl_bwd(
         if need_dweight and policy.rows == 0:
             dweight.zero_()
         partial = None if direct else policy.empty(heads.columns, policy.width)
+        scaled = policy.empty(heads.block if need_dweight else 0, policy.width, dtype=gemm_dtype)
         for first in heads.slices() if policy.rows else ():
             weights = heads.weights(first)
             columns = slice(first, first + len(weights[0]))
@@ -282,18 +260,14 @@ def linear_kl_bwd(
                 dw = dweight[columns] if partial is None else partial[: len(weights[0])]
             for part in heads.blocks():
                 rows, sums = heads.rows(part), state[:, part]
-                dz, z_ref, slope = heads.logits(rows, weights, first, slope=True)
-                dz.sub_(sums[_TOP, :, None]).sub_(sums[_LOG_SUM, :, None]).exp_()
-                dz.sub_(z_ref.sub_(sums[_REF_TOP, :, None]).sub_(sums[_REF_LOG_SUM, :, None]).exp_())
-                if transform.cap is not None:
-                    dz.mul_(slope)
-                dz = dz.mul_(lift).to(gemm_dtype) if lift != 1 else dz.to(gemm_dtype)
+                tiles = heads.logits(rows, weights, first)
+                dz = policy.primitives.kl_dlogits(*tiles, sums, transform, lift, gemm_dtype)
                 weighed = coefficient[part] if unit is None else coefficient[part] / unit
                 if need_dhidden:
                     ops.addmm(dh[part], dz, weights[0], dh[part])
                 if dw is not None:
-                    scaled = (rows[0] * weighed[:, None]).to(gemm_dtype)
-                    ops.addmm(dw, dz.T, scaled, dw, beta=int(part.start > 0))
+                    weighed_rows = torch.mul(rows[0], weighed[:, None], out=scaled[: len(rows[0])])
+                    ops.addmm(dw, dz.T, weighed_rows, dw, beta=int(part.start > 0))
                 if need_dbias:
                     db = dbias[None, columns]
                     ops.addmm(db, weighed[None].to(gemm_dtype), dz, db)
@@ -317,7 +291,7 @@ def linear_kl_bwd(
 def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, token_index, select, compute_dtype, *rest):  # type: ignore[no-untyped-def]
     dtype = accumulation_dtype(compute_dtype)
     rows = labels.shape[0] if token_index is None else token_index.shape[0]
-    return labels.new_empty(labels.shape, dtype=dtype), labels.new_empty((4, rows), dtype=dtype)
+    return labels.new_empty(labels.shape, dtype=dtype), labels.new_empty((KL_ROWS, rows), dtype=dtype)
 
 
 @linear_kl_bwd.register_fake
@@ -334,16 +308,16 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, labels, token_index = inputs[:8]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, labels, token_index, output[1])
-    ctx.options, ctx.bias_dtype = inputs[8:16], None if inputs[2] is None else inputs[2].dtype
+    ctx.options, ctx.bias_dtype = inputs[8:17], None if inputs[2] is None else inputs[2].dtype
 
 
 def _backward(ctx, dkl, dstate):  # type: ignore[no-untyped-def]
     if dkl is None:
-        return (None,) * 17
+        return (None,) * 18
     needs = ctx.needs_input_grad[:3]
     gradients = linear_kl_bwd(dkl.contiguous(), *ctx.saved_tensors, *ctx.options, *needs)
     dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * 14
+    return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * 15
 
 
 linear_kl_fwd.register_autograd(_backward, setup_context=_setup_context)

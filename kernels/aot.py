@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import rows, sequence, stats, tile
+from . import kl, rows, sequence, stats, tile
 from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_WARPS, SEQUENCE_BLOCK, TILE_BLOCK, WIDTH_BLOCK, gemm_blocks
 
 # target -> (Triton's target, row of the table of blocks, bytes of shared memory per program)
@@ -60,7 +60,7 @@ class Report(NamedTuple):
 # scalars by name; every other parameter is a pointer to fp32
 _SCALARS = {
     **dict.fromkeys(("N", "M", "V", "H", "Vs", "B", "tiles", "first", "length", "ignore_index", "count"), "i32"),
-    **dict.fromkeys(("linear", "cap", "slack"), "fp32"),
+    **dict.fromkeys(("linear", "cap", "slack", "lift"), "fp32"),
     **dict.fromkeys(
         ("beta", "label_smoothing", "desirable_weight", "undesirable_weight", "nll_weight", "slope"), "fp64"
     ),
@@ -125,6 +125,12 @@ def variants(blocks: str) -> list[Variant]:
     for name, pointee in (("bf16", "*bf16"), ("fp32", "*fp32")):
         flags = {"HAS_CAP": True, "BLOCK": TILE_BLOCK}
         found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, tile_warps))
+    for full in (False, True):
+        flags = {"HAS_CAP": full, "BLOCK": TILE_BLOCK}
+        narrow = {"out": "*bf16"} if full else {}
+        suffix = f"[narrow={full}, all={full}]"
+        found.append(Variant(f"kl_fwd[all={full}]", kl.kl_fwd_kernel, {}, flags, tile_warps))
+        found.append(Variant("kl_bwd" + suffix, kl.kl_bwd_kernel, narrow, flags | {"NARROW": full}, tile_warps))
     narrow_rows = dict.fromkeys(("hidden", "weight", "rows", "scaled", "dlogp", "dentropy", "dhidden"), "*bf16")
     for name, types in (("bf16", narrow_rows), ("fp32", {})):
         block = {"BLOCK": WIDTH_BLOCK}

@@ -191,7 +191,7 @@ def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
     return tile if dtype == tile.dtype else tile.view(dtype)[:, : tile.shape[1]]
 
 
-def _program(columns: int) -> dict[str, int]:
+def program(columns: int) -> dict[str, int]:
     """Entries that a program takes at once, and its warps: of four entries per thread where the tile is narrow."""
     block = min(TILE_BLOCK, triton.next_power_of_2(columns))
     return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block * TILE_WARPS // TILE_BLOCK))}
@@ -240,7 +240,7 @@ def fold_fwd(
         NARROW=narrows,
         EXTRAS=extras,
         RESCALE=u is not None,
-        **_program(Vs),
+        **program(Vs),
     )
     return out, out2
 
@@ -273,7 +273,7 @@ def dlogits_bwd(
         HAS_CAP=cap is not None,
         ENTROPY=mix is not None,
         NARROW=dtype != tile.dtype,
-        **_program(Vs),
+        **program(Vs),
     )
     return out
 
@@ -298,5 +298,5 @@ def held_bwd(
         tile.stride(0),
         state.stride(0),
         HAS_CAP=cap is not None,
-        **_program(Vs),
+        **program(Vs),
     )

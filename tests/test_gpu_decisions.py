@@ -139,8 +139,8 @@ def test_training_steps(backend, dtype, cap, workspace):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_divergence_of_two_heads(dtype):
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_the_divergence_of_two_heads(backend, dtype):
     hidden, weight, bias, labels = problem(dtype)
     ref_hidden, ref_weight, ref_bias, _ = problem(dtype)
 
@@ -153,7 +153,10 @@ def test_the_divergence_of_two_heads(dtype):
         reference = (t.to(dtype) for t in (ref_hidden, ref_weight))
         return [
             alignloss.linear_kl(
-                h, w, *reference, labels, b, ref_bias=ref_bias.to(dtype), softcap=2.0, workspace_bytes=60_000
+                *(h, w, *reference, labels, b, ref_bias.to(dtype)),
+                softcap=2.0,
+                backend=backend,
+                workspace_bytes=60_000,
             )
         ]
 
@@ -230,9 +233,9 @@ def test_a_call_allocates_what_the_plan_says(trained, softcap, masked, workspace
 
 def stand_in(monkeypatch, replacement):
     """Put replacement(module, name) in place of every kernel, and Hopper's block sizes in that of the interpreter's."""
-    from alignloss.kernels import blocks, rows, sequence, stats, tile
+    from alignloss.kernels import blocks, kl, rows, sequence, stats, tile
 
-    for module in (rows, stats, tile, sequence):
+    for module in (kl, rows, stats, tile, sequence):
         for name in list(vars(module)):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, replacement(module.__name__, name))
@@ -358,12 +361,13 @@ def test_every_launch_compiles_with_the_types_it_is_given(monkeypatch):
             alignloss.KTOLoss(**options)(h, w, labels, **unpaired).loss,
             alignloss.CPOLoss(**options)(*packed, cu_seqlens=offsets, num_tokens=30).loss,
             alignloss.ORPOLoss(**options)(h, w, labels).loss,
+            alignloss.linear_kl(h, w, h.detach(), w.detach(), labels, **options),
         ]
         for result in results:
             if result.requires_grad:
                 result.sum().backward()
     names = {json.loads(launch)[1] for launch in launches}
-    assert len(names) == 14  # every kernel
+    assert len(names) == 16  # every kernel
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         input=f"[{','.join(sorted(launches))}]",

@@ -8,7 +8,7 @@ from reference import error, inputs, leaf, logits
 
 pytest.importorskip("triton")
 
-from alignloss.kernels import rows, sequence, stats, tile
+from alignloss.kernels import kl, rows, sequence, stats, tile
 
 import alignloss
 from alignloss import losses
@@ -258,7 +258,7 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
 
 def test_the_backend_reaches_every_kernel(monkeypatch):
     launched = set()
-    for module in (rows, stats, tile, sequence):
+    for module in (kl, rows, stats, tile, sequence):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(kernel, name, launched))
@@ -268,6 +268,7 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
     logps = alignloss.sequence_logprob(h, w, labels, backend="triton").logps
     logps.sum().backward()
     alignloss.SFTLoss(backend="triton")(h, w, labels).loss.backward()  # in one pass
+    alignloss.linear_kl(h, w, hidden, weight, labels, backend="triton").sum().backward()
     logps = alignloss.sequence_logprob(hidden, weight, labels, backend="triton").logps
     assert (
         error(
@@ -291,6 +292,8 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
         "fold_fwd_kernel",
         "dlogits_bwd_kernel",
         "held_bwd_kernel",
+        "kl_bwd_kernel",
+        "kl_fwd_kernel",
         "sequence_fwd_kernel",
         "sequence_bwd_kernel",
         "preference_fwd_kernel",

@@ -26,7 +26,8 @@ def problem(dtype=torch.float64):
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap"])
 @pytest.mark.parametrize("trained", ["", "hidden", "weight", "hidden weight bias"], ids=lambda t: t or "nothing")
 @pytest.mark.parametrize("workspace", [4_000, 1 << 20], ids=["tiles", "one tile"])
-def test_values_and_gradients(transform, trained, workspace):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_values_and_gradients(backend, transform, trained, workspace):
     *tensors, labels = problem()
     upstream = torch.randn(2 * B, T, dtype=torch.float64)
     exact = [
@@ -37,7 +38,7 @@ def test_values_and_gradients(transform, trained, workspace):
     ref_hidden, ref_weight, ref_bias = (t.float() for t in tensors[3:])
     got = alignloss.linear_kl(
         got_leaves[0], got_leaves[1], ref_hidden, ref_weight, labels, got_leaves[2], ref_bias,
-        workspace_bytes=workspace, **transform,
+        backend=backend, workspace_bytes=workspace, **transform,
     )  # fmt: skip
     assert got.dtype == torch.float32
     assert error(got.detach(), expected.detach()) <= FP32
@@ -165,7 +166,7 @@ def test_what_it_refuses():
         alignloss.linear_kl(hidden, weight, ref_hidden.float(), ref_weight.float(), labels)
     with pytest.raises(ValueError, match="the reference, ref_hidden with ref_weight: labels must have the leading"):
         alignloss.linear_kl(hidden, weight, ref_hidden[:1], ref_weight, labels)
-    with pytest.raises(ValueError, match="leave out backend='triton'"):
+    with pytest.raises(ValueError, match="backend='triton' cannot run here: it computes in float32"):
         alignloss.linear_kl(hidden, weight, ref_hidden, ref_weight, labels, backend="triton")
     with pytest.raises(ValueError, match="labels must lie in"):
         alignloss.linear_kl(hidden, weight, ref_hidden, ref_weight, labels.masked_fill(labels >= 0, 101))

@@ -21,6 +21,11 @@ SUM_Z = 4  # sum of z over every v
 SUM_EE = 5  # sum of exp(z - m)^2 over v != y
 TOP = 6  # largest z over v != y
 STATE_ROWS = 7
+# rows of the `state` of a KL: maxima and sums of exponentials (in the backward their logarithms) of policy and
+# reference, and the sum of exp(z_ref - max) (z_ref - z)
+KL_TOP, KL_SUM, KL_REF_TOP, KL_REF_SUM, KL_GAP = range(5)
+KL_ROWS = 5
+LOWEST = -1e30  # finite stand-in for -inf, so that differences of maxima and references are never NaN
 
 # entries of a product of rows, in the accumulation dtype, that _torch makes at once
 WEIGHED_AT_ONCE = 1 << 18

@@ -9,7 +9,13 @@ from torch import Tensor
 from . import (
     ENTROPY,
     IS_TOP1,
+    KL_GAP,
+    KL_REF_SUM,
+    KL_REF_TOP,
+    KL_SUM,
+    KL_TOP,
     LOG_SUM_SQ,
+    LOWEST,
     LSE,
     MEAN_LOGITS,
     REF,
@@ -24,8 +30,6 @@ from . import (
     Transform,
 )
 
-_LOWEST = -1e30  # finite stand-in for -inf, so that differences of references are never NaN
-
 
 def gather(
     tokens: Tokens,
@@ -36,7 +40,7 @@ def gather(
 ) -> None:
     """Begin a block: its rows, rounded to the compute dtype, zero where the label is ignored; labels; empty sums."""
     state.zero_()
-    state[REF], state[TOP], state[TARGET] = _LOWEST, -torch.inf, torch.nan
+    state[REF], state[TOP], state[TARGET] = LOWEST, -torch.inf, torch.nan
     _gather_rows(tokens, part, labels, rows)
 
 
@@ -81,7 +85,7 @@ def fold(
 
     top = tile.amax(1)
     old = state[REF].clone()
-    torch.maximum(old, top.clamp(min=_LOWEST), out=state[REF])
+    torch.maximum(old, top.clamp(min=LOWEST), out=state[REF])
     shift = old - state[REF]
     decay = shift.exp()
     if stats & IS_TOP1:
@@ -281,7 +285,7 @@ def dlogits(
     tilt = None
     if mix is not None:
         at_target = mix[2]
-        tilt = torch.mul(tile.clamp(min=_LOWEST), mix[1, :, None], out=scratch[-1]).add_(mix[0, :, None])
+        tilt = torch.mul(tile.clamp(min=LOWEST), mix[1, :, None], out=scratch[-1]).add_(mix[0, :, None])
     if transform.cap is not None:
         at_target = at_target * sech2(state[TARGET])
     tile.exp_().mul_(negative_inverse[:, None])
@@ -320,6 +324,54 @@ def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]
         return mu, pull
     # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
     return mu.clamp(-128, 128), pull.clamp(-128, 128)
+
+
+def kl_fold(
+    tile: Tensor,  # (C, Vs) x of the policy; overwritten
+    ref_tile: Tensor,  # (C, Vs) x of the reference; overwritten
+    scratch: Tensor,  # (C, Vs)
+    state: Tensor,  # (5, C); updated
+    transform: Transform,
+) -> None:
+    """Fold one tile of a policy and of a reference into the statistics of their KL."""
+    if transform.cap is not None:
+        for x in (tile, ref_tile):
+            x.tanh_().mul_(transform.cap)
+    _add_exponentials(tile, scratch, state[KL_TOP], state[KL_SUM])
+    torch.sub(ref_tile, tile, out=tile)
+    decay = _add_exponentials(ref_tile, scratch, state[KL_REF_TOP], state[KL_REF_SUM])
+    state[KL_GAP].mul_(decay).add_(tile.mul_(scratch).masked_fill_(scratch == 0, 0).sum(1))  # not 0 * inf
+
+
+def _add_exponentials(z: Tensor, exps: Tensor, top: Tensor, total: Tensor) -> Tensor:
+    """Fold a tile into a running maximum and sum; `exps` is filled with exp(z - top). The decay of older sums."""
+    old = top.clone()
+    torch.maximum(old, z.amax(1), out=top)
+    decay = (old - top).exp()
+    total.mul_(decay).add_(torch.sub(z, top[:, None], out=exps).exp_().sum(1))
+    return decay
+
+
+def kl_dlogits(
+    tile: Tensor,  # (C, Vs) x of the policy; overwritten
+    ref_tile: Tensor,  # (C, Vs) x of the reference; overwritten
+    scratch: Tensor,  # (C, Vs)
+    state: Tensor,  # (5, C), with log-sums
+    transform: Transform,
+    lift: float,
+    dtype: torch.dtype,  # of the result, an operand of the next GEMM
+) -> Tensor:
+    """Turn tiles into lift (p - q) dz / dx, with p of the policy and q of the reference."""
+    slope = None
+    if transform.cap is not None:
+        slope = sech2(tile, out=scratch)
+        for x in (tile, ref_tile):
+            x.tanh_().mul_(transform.cap)
+    tile.sub_(state[KL_TOP, :, None]).sub_(state[KL_SUM, :, None]).exp_()
+    tile.sub_(ref_tile.sub_(state[KL_REF_TOP, :, None]).sub_(state[KL_REF_SUM, :, None]).exp_())
+    if slope is not None:
+        tile.mul_(slope)
+    return (tile if lift == 1 else tile.mul_(lift)).to(dtype)
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import blocks, rows, sequence, stats, tile
+from ..kernels import blocks, kl, rows, sequence, stats, tile
 from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, MEAN_LOGITS, Tokens, Transform
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "fold",
     "gather",
     "held_dlogits",
+    "kl_dlogits",
+    "kl_fold",
     "preference",
     "preference_backward",
     "scale",
@@ -175,6 +177,16 @@ def held_dlogits(
     held: Tensor, reference: Tensor, state: Tensor, labels: Tensor, first: int, transform: Transform
 ) -> None:
     tile.held_bwd(held, reference, state, labels, first, transform.cap)
+
+
+def kl_fold(x: Tensor, x_ref: Tensor, scratch: Tensor, state: Tensor, transform: Transform) -> None:
+    kl.kl_fwd(x, x_ref, state, transform.cap)
+
+
+def kl_dlogits(
+    x: Tensor, x_ref: Tensor, scratch: Tensor, state: Tensor, transform: Transform, lift: float, dtype: torch.dtype
+) -> Tensor:
+    return kl.kl_bwd(x, x_ref, state, transform.cap, lift, dtype)
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

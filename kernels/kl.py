@@ -1,0 +1,140 @@
+"""Kernels over two tiles of logits, of a policy and of a reference, one program per row: their KL and its gradient.
+
+`kl_fwd_kernel` folds both tiles into the running statistics of their rows: maxima and sums of exponentials of both, and
+the sum of exp(z_ref - max) (z_ref - z). With p and q the distributions of policy and reference, `kl_bwd_kernel`
+overwrites the policy's tile by (p - q) dz / dx times a factor, a result that may be half as wide as the tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import sech2, softcap_logit
+from .tile import narrowed, program
+
+
+@triton.jit
+def kl_fwd_kernel(
+    tile,  # (C, Vs) fp32 x of the policy
+    ref_tile,  # (C, Vs) fp32 x of the reference
+    state,  # (5, C): max, sum, max and sum of the reference, sum exp(z_ref - max) (z_ref - z)
+    Vs,
+    tile_stride,
+    state_stride,
+    cap,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.cast(state_stride, tl.int64)
+    at = state + row
+    c = tl.arange(0, BLOCK)
+    tops = tl.full((BLOCK,), -float("inf"), tl.float32)
+    ref_tops = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(0, Vs, BLOCK):
+        v = start + c
+        tops = tl.maximum(tops, tl.load(tile + row * tile_stride + v, mask=v < Vs, other=-float("inf")))
+        ref_tops = tl.maximum(ref_tops, tl.load(ref_tile + row * tile_stride + v, mask=v < Vs, other=-float("inf")))
+    top, ref_top = tl.max(tops, 0), tl.max(ref_tops, 0)
+    if HAS_CAP:  # monotone
+        top, ref_top = softcap_logit(top, cap), softcap_logit(ref_top, cap)
+
+    old, ref_old = tl.load(at), tl.load(at + 2 * step)
+    top, ref_top = tl.maximum(old, top), tl.maximum(ref_old, ref_top)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    ref_sums = tl.zeros((BLOCK,), tl.float32)
+    gaps = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, Vs, BLOCK):
+        v = start + c
+        z = tl.load(tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        z_ref = tl.load(ref_tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        if HAS_CAP:
+            z, z_ref = softcap_logit(z, cap), softcap_logit(z_ref, cap)
+        e_ref = tl.where(v < Vs, tl.exp(z_ref - ref_top), 0.0)
+        sums += tl.where(v < Vs, tl.exp(z - top), 0.0)
+        ref_sums += e_ref
+        gaps += tl.where(e_ref > 0, e_ref * (z_ref - z), 0.0)  # not 0 * inf
+    ref_decay = tl.exp(ref_old - ref_top)
+    tl.store(at, top)
+    tl.store(at + step, tl.load(at + step) * tl.exp(old - top) + tl.sum(sums, 0))
+    tl.store(at + 2 * step, ref_top)
+    tl.store(at + 3 * step, tl.load(at + 3 * step) * ref_decay + tl.sum(ref_sums, 0))
+    tl.store(at + 4 * step, tl.load(at + 4 * step) * ref_decay + tl.sum(gaps, 0))
+
+
+@triton.jit
+def kl_bwd_kernel(
+    tile,  # (C, Vs) fp32 x of the policy
+    ref_tile,  # (C, Vs) fp32 x of the reference
+    out,  # (C, Vs), in the memory of `tile`
+    state,  # (5, C): max, log-sum, max and log-sum of the reference
+    Vs,
+    tile_stride,
+    out_stride,
+    state_stride,
+    cap,
+    lift,
+    HAS_CAP: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.cast(state_stride, tl.int64)
+    top, log_sum = tl.load(state + row), tl.load(state + row + step)
+    ref_top, ref_log_sum = tl.load(state + row + 2 * step), tl.load(state + row + 3 * step)
+    c = tl.arange(0, BLOCK)
+    for start in range(0, Vs, BLOCK):
+        v = start + c
+        x = tl.load(tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        z, z_ref = x, tl.load(ref_tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        if HAS_CAP:
+            z, z_ref = softcap_logit(z, cap), softcap_logit(z_ref, cap)
+        d = tl.exp(z - top - log_sum) - tl.exp(z_ref - ref_top - ref_log_sum)
+        if HAS_CAP:
+            d *= sech2(x)
+        if NARROW:
+            tl.debug_barrier()
+        tl.store(out + row * out_stride + v, (d * lift).to(out.dtype.element_ty), mask=v < Vs)
+
+
+def kl_fwd(
+    tile: Tensor,  # (C, Vs) fp32, contiguous
+    ref_tile: Tensor,  # (C, Vs) fp32, contiguous
+    state: Tensor,  # (5, C), rows contiguous
+    cap: float | None,
+) -> None:
+    """Fold tiles of policy and reference into `state`."""
+    C, Vs = tile.shape
+    kl_fwd_kernel[(C,)](
+        tile, ref_tile, state, Vs, tile.stride(0), state.stride(0), cap or 1.0, HAS_CAP=cap is not None, **program(Vs)
+    )
+
+
+def kl_bwd(
+    tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten
+    ref_tile: Tensor,  # (C, Vs) fp32, contiguous
+    state: Tensor,  # (5, C), rows contiguous
+    cap: float | None,
+    lift: float,
+    dtype: torch.dtype,  # of the result
+) -> Tensor:
+    """Overwrite the policy's tile by the gradient of its logits, times `lift`."""
+    C, Vs = tile.shape
+    out = narrowed(tile, dtype)
+    kl_bwd_kernel[(C,)](
+        tile,
+        ref_tile,
+        out,
+        state,
+        Vs,
+        tile.stride(0),
+        out.stride(0),
+        state.stride(0),
+        cap or 1.0,
+        lift,
+        HAS_CAP=cap is not None,
+        NARROW=dtype != tile.dtype,
+        **program(Vs),
+    )
+    return out
