@@ -67,7 +67,7 @@ def test_peak_within_a_tenth(case, masked, dtype):
 @pytest.mark.parametrize(("case", "regime"), STEPS.items(), ids=str)
 def test_regime_and_gemms(case, regime):
     step, expected = problem(*case, torch.float32, masked=0)
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True, acc_events=True) as prof:
         step()
     assert (expected.regime, expected.groups > 1) == (regime[0], regime[1] > 1)
     flops = sum(event.flops for event in prof.key_averages() if event.key in ("aten::mm", "aten::addmm"))
