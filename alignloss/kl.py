@@ -86,7 +86,7 @@ class _Heads:
         feet = policy.footprint, reference.footprint
         accum = policy.accum_dtype.itemsize
         row_bytes = sum(foot.width * foot.gemm_dtype.itemsize * foot.copies_rows for foot in feet)
-        column_bytes = sum(foot.width * foot.gemm_dtype.itemsize * foot.casts_weight for foot in feet)
+        column_bytes = sum(foot.slice_bytes for foot in feet)
         if backward:
             # rows times their coefficient
             row_bytes += feet[0].width * feet[0].gemm_dtype.itemsize + feet[0].row_product_bytes

@@ -94,7 +94,9 @@ class Problem:
     def weight_slice(self, first: int, last: int, buffer: Tensor | None) -> Tensor:
         if buffer is None:
             return self.weight[first:last]
-        return buffer[: last - first].copy_(self.weight[first:last].to(self.tokens.compute_dtype))
+        part, compute_dtype = self.weight[first:last], self.tokens.compute_dtype
+        # the copy rounds to the dtype of the GEMM, unless that is wider than the one to compute in
+        return buffer[: last - first].copy_(part if compute_dtype == self.gemm_dtype else part.to(compute_dtype))
 
     def logits_tile(self, rows: Tensor, weight: Tensor, first: int, out: Tensor) -> Tensor:
         """x = (h W_slice^T + b) * linear in the accumulation dtype."""
@@ -291,9 +293,8 @@ class HeadGradient:
         accum = problem.accum_dtype
         self.primitives = problem.primitives
         self.weight_dtype = weight.dtype
-        self.dweight = torch.empty(weight.shape, dtype=accum if several else weight.dtype, device=weight.device)
-        if not need_dweight:
-            self.dweight = problem.empty(0)
+        shape = weight.shape if need_dweight else (0,)
+        self.dweight = problem.empty(*shape, dtype=accum if several else weight.dtype)
         self.dbias = problem.empty(problem.vocabulary if need_dbias else 0)
         self.unit: Tensor | None = None
         self.begun = 0
@@ -461,17 +462,16 @@ def _walk_backward(
         weighed.find_unit()
 
     tiles = problem.footprint.dlogits_tiles(weighed.mix is not None)
-    direct = dweight.dtype == problem.accum_dtype and dweight.is_contiguous()
+    direct = not need_dweight or (dweight.dtype == problem.accum_dtype and dweight.is_contiguous())
     assert not begun or (direct and weighed.unit is None)
-    block, columns, _ = problem.footprint.backward(
-        problem.rows, weighed.mix is not None, direct or not need_dweight, workspace_bytes
+    (block, columns, _), direct = problem.footprint.backward(
+        problem.rows, weighed.mix is not None, direct, workspace_bytes, rounded=dweight.is_contiguous()
     )
-    direct = direct or (problem.footprint.gemm_rounds_dweight and block >= problem.rows and dweight.is_contiguous())
     weight_buffer = problem.weight_buffer(columns)
     row_buffer = problem.row_buffer(block)
     scaled_buffer = problem.empty(block, problem.width, dtype=problem.gemm_dtype)
     tile, scratch = problem.empty(block * columns), problem.empty(tiles, block * columns)
-    partial = problem.empty(columns, problem.width) if need_dweight and not direct else None
+    partial = None if direct else problem.empty(columns, problem.width)
     for first in range(0, problem.vocabulary, columns):
         last = min(first + columns, problem.vocabulary)
         w = problem.weight_slice(first, last, weight_buffer)

@@ -21,8 +21,8 @@ __all__ = [
 ]  # fmt: skip
 
 MIB = 1 << 20
-# tokens of a group of several, on a GPU: each reads and writes dweight, 971 / tokens of a GEMM in float32 on an H100
-# (3 TB/s, 728 TFLOP/s), and with fewer that costs more than the GEMM that it saves
+# tokens that a group of several has room for, on a GPU: each reads and writes dweight, 971 / tokens of a GEMM in
+# float32 on an H100 (3 TB/s, 728 TFLOP/s), and with fewer that costs more than the GEMM that it saves
 LEAST_GROUP = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -94,6 +94,12 @@ class Footprint(NamedTuple):
         return {self.weight_dtype, self.dtype} != {self.gemm_dtype}
 
     @property
+    def slice_bytes(self) -> int:
+        """Bytes per vocabulary entry of a slice of the weight in the dtype of the GEMM, where it has another."""
+        twice = self.dtype != self.gemm_dtype and self.weight_dtype != self.dtype  # rounded, then widened
+        return self.width * (self.gemm_dtype.itemsize + self.dtype.itemsize * twice) * self.casts_weight
+
+    @property
     def narrow_bytes(self) -> int:
         """Bytes per entry of a tile's copy in the dtype of a second GEMM; kernels round a tile in its own memory."""
         return self.gemm_dtype.itemsize * (self.gemm_dtype != self.accum_dtype and self.backend == "torch")
@@ -120,7 +126,7 @@ class Footprint(NamedTuple):
         return self.tile(
             rows,
             self.width * (save * accum + self.copies_rows * gemm) + (save > 0) * self.row_product_bytes,
-            self.width * gemm * self.casts_weight,
+            self.slice_bytes,
             accum * (1 + self.fold_tiles(stats, save)) + self.narrow_bytes * save,
             workspace_bytes,
             16384,  # a slice reads and writes U once
@@ -128,27 +134,35 @@ class Footprint(NamedTuple):
 
     @property
     def gemm_rounds_dweight(self) -> bool:
-        """Whether a GEMM over every row can write a slice of dweight itself, rounding its fp32 sums once.
+        """Whether a GEMM over every row can write a slice of dweight itself, rounding its fp32 sums.
 
-        Not in fp16, where a slice of a scaled loss may leave the range.
+        Once, unless a GEMM library splits the rows and is allowed to add parts in bf16
+        (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction). Not in fp16, where a slice of a scaled loss
+        may leave the range.
         """
         return self.weight_dtype == self.gemm_dtype == torch.bfloat16
 
-    def backward(self, rows: int, entropy: bool, direct: bool, workspace_bytes: int) -> Tile:
-        """The tile of a backward that recomputes; `direct`: dweight needs no slice in the accumulation dtype."""
-        if not direct and self.gemm_rounds_dweight:
-            tile = self.backward(rows, entropy, True, workspace_bytes)
+    def backward(
+        self, rows: int, entropy: bool, direct: bool, workspace_bytes: int, rounded: bool = True
+    ) -> tuple[Tile, bool]:
+        """The tile of a backward that recomputes, and whether dweight is written without a slice in the wide dtype.
+
+        direct: such a slice is not needed, whatever the tile. rounded: a GEMM may round it, where it can.
+        """
+        if not direct and rounded and self.gemm_rounds_dweight:
+            tile, _ = self.backward(rows, entropy, True, workspace_bytes)
             if tile.rows >= rows:
-                return tile
+                return tile, True
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
-        return self.tile(
+        tile = self.tile(
             rows,
             self.width * gemm * (1 + self.copies_rows) + self.row_product_bytes,
-            self.width * (gemm * self.casts_weight + accum * (not direct)),
+            self.slice_bytes + self.width * accum * (not direct),
             accum * (1 + self.dlogits_tiles(entropy)) + self.narrow_bytes,
             workspace_bytes,
             2048,  # a block of rows reads and writes a slice of dweight once
         )
+        return tile, direct
 
     def tile(
         self,
@@ -193,13 +207,14 @@ class Footprint(NamedTuple):
     def one_pass_bytes(self, rows: int, several: bool, columns: int, stats: int = 0) -> int:
         """Workspace of one pass whose largest group has so many tokens; `several` groups share an accumulator."""
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
+        copies = self.copies_rows or several  # rows of a group are picked out of the others
         direct = self.weight_dtype == self.accum_dtype or self.gemm_rounds_dweight
         held = rows * (self.vocabulary * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
         cell = accum * (self.fold_tiles(stats, 1) + (gemm != accum))
-        first = rows * (columns * cell + self.width * (accum + gemm * self.copies_rows) + self.row_product_bytes)
-        first += columns * self.width * gemm * self.casts_weight
-        second = rows * self.width * gemm * (1 + self.copies_rows)
+        first = rows * (columns * cell + self.width * (accum + gemm * copies) + self.row_product_bytes)
+        first += columns * self.slice_bytes
+        second = rows * self.width * gemm * (1 + copies)
         second += columns * self.width * accum * (not direct and not several)
         return held + max(first, second)
 
@@ -219,7 +234,7 @@ class Footprint(NamedTuple):
 
     @property
     def least_group(self) -> int:
-        """Tokens that a group of several has to hold."""
+        """Tokens that a group of several has to have room for."""
         return LEAST_GROUP if self.device_type == "cuda" else 1
 
 
@@ -331,7 +346,8 @@ def plan(
         train_hidden, train_head: what requires a gradient; the head is weight and, if there is one, bias.
         pair_tokens: labelled tokens of the pairs of a loss module (of the sequences, if it is unpaired): one number
             for all, or one each, which sum to `tokens`. Regime 3 groups whole pairs. None for `linear_logprob` and
-            `sequence_logprob` by themselves, for a loss that couples the batch, and under torch.compile.
+            `sequence_logprob` by themselves, for a loss that couples the batch, and under torch.compile. With a
+            `token_index` of the caller's, `tokens`: there are no groups but one of all.
         positions: M, labelled or not; by default `tokens`.
         bias: whether the head has one.
         softcap: of the logits, or None.
@@ -383,6 +399,8 @@ def plan(
 
     one_pass = train_hidden and train_head and pairs is not None
     arranged = _arrange(head, tokens, pairs, budget) if one_pass and pairs is not None else _Arranged(0, 0, tokens)
+    if arranged.groups > 1 or (arranged.groups and arranged.recomputed):
+        head = head._replace(indexed=True)
     regime = 3 if arranged.groups else 4 if train_head else 2 if train_hidden else 1
     recomputed = arranged.recomputed if regime > 2 else 0
     gemms = {1: 1.0, 2: 2.0, 3: 3 + recomputed / tokens, 4: 3.0 + save}[regime]
@@ -395,6 +413,7 @@ def plan(
     # one pass without a wider accumulator makes the gradient of the head itself in the forward
     early = dweight if regime == 3 and not backward else 0
     results = accum * positions  # log-probabilities; their gradients
+    forward, backward = (size + accum * vocabulary * bias for size in (forward, backward))  # the bias, widened
     peak = saved + results + index + early + forward + state * (regime == 1)
     if regime > 1:
         peak = max(peak, saved + 2 * results + gradients + head.weigh_bytes(tokens) * save + backward)
@@ -425,7 +444,7 @@ def _workspace(
         if arranged.recomputed:
             tiles = (
                 head.forward(arranged.recomputed, 0, save, budget - shared),
-                head.backward(arranged.recomputed, False, True, budget - shared),
+                head.backward(arranged.recomputed, False, True, budget - shared)[0],
             )
             forward = max(forward, *(shared + tile.bytes for tile in tiles))
         return forward, shared
@@ -436,7 +455,7 @@ def _workspace(
         partials = tile.rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
         return tile.rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
     direct = head.weight_dtype == head.accum_dtype
-    return tile.bytes, head.backward(tokens, False, direct, budget).bytes if regime == 4 else 0
+    return tile.bytes, head.backward(tokens, False, direct, budget)[0].bytes if regime == 4 else 0
 
 
 def _architecture(head: Footprint) -> str:

@@ -10,7 +10,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -151,6 +151,7 @@ def measured(arguments: argparse.Namespace, found: Iterable[tuple[Case, Callable
 
 
 def run(arguments: argparse.Namespace) -> None:
+    cases(arguments, arguments.tokens, arguments.vocabulary)  # which refuses bad ones before anything is measured
     runs: dict[bool, list[tuple[str, str]]] = {}  # with a softcap or without
 
     def measure(chosen: Case) -> list[Row]:
@@ -162,13 +163,23 @@ def run(arguments: argparse.Namespace) -> None:
             "time": lambda: measure_time(chosen, pairs, arguments.rounds),
             "memory": lambda: measure_memory(chosen, pairs),
             "error": lambda: measure_error(chosen, pairs),
-            "longest": lambda: measure_longest(chosen, pairs, int(arguments.memory * GIB), arguments.most),
             "profile": lambda: measure_profile(chosen, pairs),
         }
-        return merge(*(work[name]() for name in MEASURES if name in arguments.measure))
+        return merge(*(work[name]() for name in work if name in arguments.measure))
 
-    found = cases(arguments, arguments.tokens, arguments.vocabulary)
-    measured(arguments, ((chosen, lambda chosen=chosen: measure(chosen)) for chosen in found))
+    def measure_longest_of(chosen: Case, name: str) -> list[Row]:
+        pairs = available(chosen, [name], arguments.modes)
+        return measure_longest(chosen, pairs, int(arguments.memory * GIB), arguments.most)
+
+    def work() -> Iterator[tuple[Case, Callable[[], list[Row]]]]:
+        for chosen in cases(arguments, arguments.tokens, arguments.vocabulary):
+            if set(arguments.measure) - {"longest"}:
+                yield chosen, lambda chosen=chosen: measure(chosen)
+            for name in arguments.providers if "longest" in arguments.measure else ():
+                # one after the other, as each takes long
+                yield chosen, lambda chosen=chosen, name=name: measure_longest_of(chosen, name)
+
+    measured(arguments, work())
 
 
 def step(arguments: argparse.Namespace) -> None:

@@ -4,18 +4,19 @@
 #   benchmarks/gpu.sh OUT [--wheels DIR] [--parts "install tests ..."] [--minutes 30] [--toy]
 #
 # By default everything, in an order that puts first what the rest relies on. Where a command may take ten minutes:
-#   --parts "install tests sanitize longest"
-#   --parts "install time masks small budget profile kernels"
-#   --parts "install tokens vocabulary memory steps"
+#   --minutes 9 --parts "install tests sanitize"
+#   --minutes 9 --parts "install time masks small budget profile kernels"
+#   --minutes 9 --parts "install tokens vocabulary memory longest"
+#   --minutes 9 --parts "install steps"
 # Needs torch, triton, pytest, numpy, rich, matplotlib, transformers and peft. DIR may hold wheels of the peers (trl,
 # datasets, dill, multiprocess, xxhash, liger_kernel, cut_cross_entropy), installed without their dependencies; a missing
 # peer is a line in the log. Each part runs under what is left of its time; what was measured until then stays in OUT.
 # ALIGNLOSS_COMMIT names the commit where the copy has no history.
 # --toy: every part on the CPU at toy shapes, to try the script itself.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$root/benchmarks/gpu.sh"; exit 2; }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
 parts="install tests sanitize time masks small budget profile kernels tokens vocabulary memory longest steps"
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
     [ "$1" = --toy ] && toy=1 && shift && continue
     [ $# -ge 2 ] || usage
     case $1 in
-        --wheels) wheels=$2 ;;
+        --wheels) wheels=$(cd "$2" && pwd) || exit 2 ;;
         --parts) parts=$2 ;;
         --minutes) minutes=$2 ;;
         *) usage ;;
@@ -35,8 +36,9 @@ for name in $parts; do
     case " $known " in *" $name "*) ;; *) echo "no part $name; they are: $known"; exit 2 ;; esac
 done
 case $minutes in ''|*[!0-9]*) echo "--minutes takes a whole number, got $minutes"; exit 2 ;; esac
+cd "$root"
 python=${PYTHON:-python3}
-end=$((SECONDS + minutes * 60))
+end=$((SECONDS + 10#$minutes * 60))
 failed=""
 
 # part NAME SECONDS COMMAND...: at most so long, and never past the end

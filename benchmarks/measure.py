@@ -1,5 +1,6 @@
 """Time, memory and error of the providers on one case."""
 
+import gc
 import json
 import os
 import statistics
@@ -228,7 +229,7 @@ def measure_profile(case: Case, pairs: list[tuple[str, str]], most: int = 12) ->
             (event.self_device_time_total if case.device == "cuda" else event.self_cpu_time_total, event)
             for event in recorded.key_averages()
         ]
-        total = sum(taken for taken, _ in events)
+        total = sum(taken for taken, _ in events) or 1
         for taken, event in sorted(events, key=lambda pair: -pair[0])[:most]:
             row = {"provider": name, "mode": mode, "kernel": event.key, "calls": event.count}
             rows.append(row | {"seconds": taken * 1e-6, "share": taken / total})
@@ -248,6 +249,9 @@ def measure_longest(case: Case, pairs: list[tuple[str, str]], memory: int, most:
 def _in_fresh_processes(what: str, case: Case, pairs: list[tuple[str, str]], *options: int) -> list[Row]:
     """What `peaks` or `longest` finds for each provider."""
     rows = []
+    if case.device == "cuda":  # which this process may hold for itself
+        gc.collect()
+        torch.cuda.empty_cache()
     for name in dict.fromkeys(name for name, _ in pairs):
         modes = [mode for provider, mode in pairs if provider == name]
         command = [sys.executable, "-m", "benchmarks", "alone", json.dumps([what, case, name, modes, *options])]

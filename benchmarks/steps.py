@@ -93,7 +93,10 @@ def make_labels(case: Case) -> Inputs:
 
 def measure_steps(case: Case, run: Run, names: list[str], rounds: int) -> list[Row]:
     """Seconds, interleaved, and peak bytes of a DPO step, one row for each provider."""
-    trained, inputs = build(case, run), make_labels(case)
+    try:
+        trained, inputs = build(case, run), make_labels(case)
+    except Exception as error:  # a model that does not fit
+        return [{"provider": name, "mode": str(run), "failed": reason(error)} for name in names]
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     peaks: dict[str, int] = {}
     failed: dict[str, str] = {}

@@ -30,6 +30,7 @@ def kl_fwd_kernel(
     step = tl.cast(state_stride, tl.int64)
     at = state + row
     c = tl.arange(0, BLOCK)
+    old, ref_old = tl.load(at), tl.load(at + 2 * step)
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     ref_tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, Vs, BLOCK):
@@ -40,7 +41,6 @@ def kl_fwd_kernel(
     if HAS_CAP:  # monotone
         top, ref_top = softcap_logit(top, cap), softcap_logit(ref_top, cap)
 
-    old, ref_old = tl.load(at), tl.load(at + 2 * step)
     top, ref_top = tl.maximum(old, top), tl.maximum(ref_old, ref_top)
     sums = tl.zeros((BLOCK,), tl.float32)
     ref_sums = tl.zeros((BLOCK,), tl.float32)

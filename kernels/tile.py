@@ -55,6 +55,10 @@ def fold_fwd_kernel(
     target = tl.load(labels + row) - first
     c = tl.arange(0, BLOCK)
 
+    # what is overwritten below is read by every thread before the barrier of the maximum
+    old = tl.load(at)
+    if (target >= 0) & (target < Vs):
+        tl.store(at + 2 * step, tl.load(x_row + target))
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, Vs, BLOCK):
         v = start + c
@@ -62,10 +66,7 @@ def fold_fwd_kernel(
         tops = tl.maximum(tops, x)
     top = tl.max(tops, 0)
     top = softcap_logit(top, cap) if HAS_CAP else top  # monotone
-    if (target >= 0) & (target < Vs):
-        tl.store(at + 2 * step, tl.load(x_row + target))
 
-    old = tl.load(at)
     m = tl.where(top > old + slack, top, old)
     shift = old - m
     decay = tl.exp(shift)

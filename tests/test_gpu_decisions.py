@@ -193,24 +193,26 @@ def test_wide_products_where_addmm_takes_no_wide_base(beta, monkeypatch):
 @pytest.mark.parametrize("masked", [0, 0.5])
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("trained", ["", "hidden", "hidden weight", "step"], ids=lambda t: t or "nothing")
-def test_a_call_allocates_what_the_plan_says(trained, softcap, masked, workspace, monkeypatch):
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
+def test_a_call_allocates_what_the_plan_says(stored, trained, softcap, masked, workspace, monkeypatch):
     """Within 2 % of the bytes that the kernels of a GPU are given; nothing is computed here."""
     pytest.importorskip("triton")
     stand_in(monkeypatch, lambda module, name: Launches())
     monkeypatch.setattr(ops, "addmm", lambda *arguments, **options: None)
-    S, length, width, vocabulary = 4, 1024, 512, 49152
-    hidden = torch.zeros(S, length, width, dtype=torch.bfloat16, requires_grad=bool(trained))
-    weight = torch.zeros(vocabulary, width, dtype=torch.bfloat16, requires_grad=trained in ("hidden weight", "step"))
+    S, length, width, vocabulary = 8, 512, 512, 49152
+    hidden = torch.zeros(S, length, width, dtype=stored, requires_grad=bool(trained))
+    weight = torch.zeros(vocabulary, width, dtype=stored, requires_grad=trained in ("hidden weight", "step"))
     labels = torch.zeros(S, length, dtype=torch.int64)
     labels[:, : int(length * masked)] = -100
     options = {"softcap": softcap, "backend": "triton", "workspace_bytes": workspace}
     loss_fn = alignloss.DPOLoss(**options)
 
     def call():
-        if trained == "step":
-            loss = loss_fn(hidden, weight, labels, ref_logps=torch.zeros(S)).loss
-        else:
-            loss = alignloss.linear_logprob(hidden, weight, labels, **options).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32):
+            if trained == "step":
+                loss = loss_fn(hidden, weight, labels, ref_logps=torch.zeros(S)).loss
+            else:
+                loss = alignloss.linear_logprob(hidden, weight, labels, **options).sum()
         if trained:
             loss.backward()
 
@@ -223,12 +225,28 @@ def test_a_call_allocates_what_the_plan_says(trained, softcap, masked, workspace
         train_head=weight.requires_grad,
         pair_tokens=2 * tokens // S if trained == "step" else None,
         positions=labels.numel(),
+        weight_dtype=stored,
         device="cuda",
         device_memory=80 << 30,
         **options,
     )
     assert expected.workspace_bytes <= workspace
     assert peak_bytes(call) == pytest.approx(expected.peak_bytes, rel=0.02)
+
+
+def test_a_transposed_head_stays_within_the_workspace(monkeypatch):
+    stand_in(monkeypatch, lambda module, name: Launches())
+    monkeypatch.setattr(ops, "addmm", lambda *arguments, **options: None)
+    hidden = torch.zeros(64, 256, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(256, 50257, dtype=torch.bfloat16).T.requires_grad_()
+    labels = torch.zeros(64, dtype=torch.int64)
+
+    def call():
+        alignloss.linear_logprob(hidden, weight, labels, backend="triton", workspace_bytes=8 * MIB).sum().backward()
+
+    call()
+    hidden.grad = weight.grad = None
+    assert peak_bytes(call) - weight.nbytes - hidden.nbytes <= 8.5 * MIB
 
 
 def stand_in(monkeypatch, replacement):
