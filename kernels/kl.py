@@ -30,7 +30,6 @@ def kl_fwd_kernel(
     step = tl.cast(state_stride, tl.int64)
     at = state + row
     c = tl.arange(0, BLOCK)
-    old, ref_old = tl.load(at), tl.load(at + 2 * step)
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     ref_tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, Vs, BLOCK):
@@ -41,6 +40,7 @@ def kl_fwd_kernel(
     if HAS_CAP:  # monotone
         top, ref_top = softcap_logit(top, cap), softcap_logit(ref_top, cap)
 
+    old, ref_old = tl.load(at), tl.load(at + 2 * step)
     top, ref_top = tl.maximum(old, top), tl.maximum(ref_old, ref_top)
     sums = tl.zeros((BLOCK,), tl.float32)
     ref_sums = tl.zeros((BLOCK,), tl.float32)
@@ -56,8 +56,9 @@ def kl_fwd_kernel(
         ref_sums += e_ref
         gaps += tl.where(e_ref > 0, e_ref * (z_ref - z), 0.0)  # not 0 * inf
     ref_decay = tl.exp(ref_old - ref_top)
+    total = tl.sum(sums, 0)  # its barrier comes after every read of the old maxima, before their writes
     tl.store(at, top)
-    tl.store(at + step, tl.load(at + step) * tl.exp(old - top) + tl.sum(sums, 0))
+    tl.store(at + step, tl.load(at + step) * tl.exp(old - top) + total)
     tl.store(at + 2 * step, ref_top)
     tl.store(at + 3 * step, tl.load(at + 3 * step) * ref_decay + tl.sum(ref_sums, 0))
     tl.store(at + 4 * step, tl.load(at + 4 * step) * ref_decay + tl.sum(gaps, 0))

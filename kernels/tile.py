@@ -55,8 +55,7 @@ def fold_fwd_kernel(
     target = tl.load(labels + row) - first
     c = tl.arange(0, BLOCK)
 
-    # what is overwritten below is read by every thread before the barrier of the maximum
-    old = tl.load(at)
+    # read before the barrier of the maximum: a faster warp may overwrite it in the second loop
     if (target >= 0) & (target < Vs):
         tl.store(at + 2 * step, tl.load(x_row + target))
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -67,6 +66,7 @@ def fold_fwd_kernel(
     top = tl.max(tops, 0)
     top = softcap_logit(top, cap) if HAS_CAP else top  # monotone
 
+    old = tl.load(at)
     m = tl.where(top > old + slack, top, old)
     shift = old - m
     decay = tl.exp(shift)
@@ -95,8 +95,9 @@ def fold_fwd_kernel(
                 tl.store(out2 + row * out2_stride + v, (ze * slope).to(out2.dtype.element_ty), mask=v < Vs)
 
     s = tl.load(at + step)
+    total = tl.sum(sums, 0)  # its barrier comes after every read of `old`, before the write
     tl.store(at, m)
-    tl.store(at + step, s * decay + tl.sum(sums, 0))
+    tl.store(at + step, s * decay + total)
     tl.store(at + 6 * step, tl.maximum(tl.load(at + 6 * step), top))
     if EXTRAS:
         tl.store(at + 3 * step, (tl.load(at + 3 * step) + s * shift) * decay + tl.sum(ze_sums, 0))
