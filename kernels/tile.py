@@ -55,9 +55,6 @@ def fold_fwd_kernel(
     target = tl.load(labels + row) - first
     c = tl.arange(0, BLOCK)
 
-    # read before the barrier of the maximum: a faster warp may overwrite it in the second loop
-    if (target >= 0) & (target < Vs):
-        tl.store(at + 2 * step, tl.load(x_row + target))
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, Vs, BLOCK):
         v = start + c
@@ -65,6 +62,10 @@ def fold_fwd_kernel(
         tops = tl.maximum(tops, x)
     top = tl.max(tops, 0)
     top = softcap_logit(top, cap) if HAS_CAP else top  # monotone
+    if (target >= 0) & (target < Vs):
+        tl.store(at + 2 * step, tl.load(x_row + target))
+    if SAVE > 0:
+        tl.debug_barrier()  # before a faster warp overwrites the target
 
     old = tl.load(at)
     m = tl.where(top > old + slack, top, old)
