@@ -88,7 +88,7 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
         passes, tiles = [(1, True, True)], [(rows, head.held_columns(rows))]
     elif expected.regime == 4:
         passes.append((1, False, True))
-        tiles.append(head.backward(case.labelled, False, dtype == head.accum_dtype, expected.budget_bytes)[:2])
+        tiles.append(head.backward(case.labelled, False, dtype == head.accum_dtype, expected.budget_bytes)[0][:2])
     tile = weight.new_empty(max(rows * columns for rows, columns in tiles))
     u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
     dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)
