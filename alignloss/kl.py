@@ -63,7 +63,7 @@ def linear_kl(
             raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
     if (
         len(weight) != len(ref_weight)
-        or policy.result_dtype != reference.result_dtype
+        or accumulation_dtype(policy.compute_dtype) != accumulation_dtype(reference.compute_dtype)
         or (hidden.device != ref_hidden.device)
     ):
         raise ValueError(
