@@ -5,7 +5,6 @@ logits, at several block sizes, and by cuBLAS with one kernel over each tile of 
 timed at several block sizes beside a copy of their bytes.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
@@ -17,7 +16,7 @@ from alignloss.ops import addmm
 from alignloss.planning import Footprint, default_workspace, total_memory
 
 from .cases import Case, make_inputs
-from .measure import BARE, Row, interleave, synchronize
+from .measure import BARE, Row, interleave, timed
 
 # operand bytes -> (BLOCK_N, BLOCK_V, BLOCK_H, num_warps, num_stages) of stats_fwd_kernel
 GEMM_CANDIDATES = {
@@ -54,14 +53,10 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
         state.zero_()
         state[0], state[6] = -1e30, -torch.inf
 
-    def timed(work: Callable[[], Any], prepare: Callable[[], Any] = begin) -> Timed:
+    def prepared(work: Callable[[], Any], prepare: Callable[[], Any] = begin) -> Timed:
         def run() -> float:
             prepare()
-            synchronize(case.device)
-            start = time.perf_counter()
-            work()
-            synchronize(case.device)
-            return time.perf_counter() - start
+            return timed(case.device, work)
 
         return run
 
@@ -81,12 +76,12 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
         return run
 
     ways: dict[str, Timed] = {
-        BARE: timed(lambda: gemms(wide=False)),
-        "GEMM to float32": timed(lambda: gemms(wide=True)),
-        "GEMM to float32, then fold": timed(lambda: gemms(wide=True, fold=True)),
+        BARE: prepared(lambda: gemms(wide=False)),
+        "GEMM to float32": prepared(lambda: gemms(wide=True)),
+        "GEMM to float32, then fold": prepared(lambda: gemms(wide=True, fold=True)),
     }
     candidates = GEMM_CANDIDATES[weight.element_size()] if hidden.is_cuda else INTERPRETED
-    ways |= {f"Triton GEMM {config}": timed(fused(config)) for config in candidates}
+    ways |= {f"Triton GEMM {config}": prepared(fused(config)) for config in candidates}
     rows = _rows("statistics", ways, rounds, {"tflops": 2e-12 * N * V * H})
 
     source = torch.randn(N, columns, device=device)
@@ -114,14 +109,14 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
     for kind, (work, prepare, cell) in kinds.items():
         moved = N * columns * cell
         copied = torch.empty(2, moved // 2, dtype=torch.uint8, device=device)
-        ways = {COPY: timed(lambda copied=copied: copied[0].copy_(copied[1]))}
+        ways = {COPY: prepared(lambda copied=copied: copied[0].copy_(copied[1]))}
         for block, warps in TILE_CANDIDATES if hidden.is_cuda else TILE_CANDIDATES[:1]:
 
             def run(work: Callable[[], Any] = work, block: int = block, warps: int = warps) -> None:
                 with replaced(vars(tile), "TILE_BLOCK", block), replaced(vars(tile), "TILE_WARPS", warps):
                     work()
 
-            ways[f"{block} entries, {warps} warps"] = timed(run, prepare)
+            ways[f"{block} entries, {warps} warps"] = prepared(run, prepare)
         rows += _rows(kind, ways, rounds, {"gigabytes_per_second": 1e-9 * moved})
     return rows
 

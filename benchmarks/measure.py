@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,7 +118,8 @@ def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[
     work: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
     for mode in dict.fromkeys(mode for _, mode in pairs):
         # those of a mode one after the other: a ratio is of neighbours in time
-        work[BARE, mode] = _timed_gemms(case, bare_gemms(case, inputs, mode))
+        gemms = bare_gemms(case, inputs, mode)
+        work[BARE, mode] = lambda gemms=gemms: (timed(case.device, gemms), 0.0)
         for name in (name for name, its_mode in pairs if its_mode == mode):
             work[name, mode] = _timed_step(case, PROVIDERS[name], inputs, mode)
     seconds, failed = interleave(work, rounds)
@@ -169,18 +171,20 @@ def interleave(work: dict[K, Callable[[], T]], rounds: int) -> tuple[dict[K, lis
     return taken, failed
 
 
+def timed(device: str, work: Callable[[], Any]) -> float:
+    """Seconds of some work and of everything that it has a device do."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+@cache
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a copy that no cache holds."""
     source, target = torch.ones(2, 64 << 20, device=device)
-
-    def copy() -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        return time.perf_counter() - start
-
-    taken, _ = interleave({"copy": copy}, 5)
+    taken, _ = interleave({"copy": lambda: timed(device, lambda: target.copy_(source))}, 5)
     return 2 * source.nbytes / statistics.median(taken["copy"])
 
 
@@ -199,17 +203,6 @@ def _timed_step(case: Case, provider: Provider, inputs: Inputs, mode: str) -> Ca
         backward(output, inputs, mode)
         synchronize(case.device)
         return middle - start, time.perf_counter() - middle
-
-    return run
-
-
-def _timed_gemms(case: Case, gemms: Callable[[], None]) -> Callable[[], tuple[float, float]]:
-    def run() -> tuple[float, float]:
-        synchronize(case.device)
-        start = time.perf_counter()
-        gemms()
-        synchronize(case.device)
-        return time.perf_counter() - start, 0.0
 
     return run
 

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from alignloss.fit import MODELS, estimate, read_model
 from alignloss.measure import peak_bytes
 
 from .cases import Case, Inputs, make_inputs
-from .measure import Row, reason, search, synchronize
+from .measure import Row, interleave, reason, search, synchronize
 from .providers import PROVIDERS
 
 RANK = 16
@@ -97,21 +98,8 @@ def measure_steps(case: Case, run: Run, names: list[str], rounds: int) -> list[R
         trained, inputs = build(case, run), make_labels(case)
     except Exception as error:  # a model that does not fit
         return [{"provider": name, "mode": str(run), "failed": reason(error)} for name in names]
-    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
-    peaks: dict[str, int] = {}
-    failed: dict[str, str] = {}
-    for i in range(rounds + 2):
-        for name in (name for name in names if name not in failed):
-            try:
-                if i == 0:  # warms up, and makes the states
-                    take_step(case, trained, inputs, name)
-                elif i == 1:
-                    trained.model.zero_grad(set_to_none=True)
-                    peaks[name] = peak_bytes(lambda name=name: take_step(case, trained, inputs, name))
-                else:
-                    taken[name].append(take_step(case, trained, inputs, name))
-            except Exception as error:  # out of memory, or whatever else
-                failed[name] = reason(error)
+    steps = {name: partial(take_step, case, trained, inputs, name) for name in names}
+    taken, failed = interleave(steps, rounds)  # the round that warms up makes the states
     rows: list[Row] = []
     for name in names:
         row: Row = {"provider": name, "mode": str(run)}
@@ -120,13 +108,14 @@ def measure_steps(case: Case, run: Run, names: list[str], rounds: int) -> list[R
             row["failed"] = failed[name]
             continue
         whole = [sum(times) for times in taken[name]]
+        trained.model.zero_grad(set_to_none=True)
         row |= {
             "seconds": statistics.median(whole),
             "seconds_spread": [min(whole), max(whole)],
             "tokens_per_second": case.tokens / statistics.median(whole),
             "loss_seconds": statistics.median(loss for _, loss, _ in taken[name]),
             "loss_share": statistics.median(times[1] / sum(times) for times in taken[name]),
-            "peak_bytes": trained.held_bytes + peaks[name],
+            "peak_bytes": trained.held_bytes + peak_bytes(steps[name]),
             **_estimated(case, run, name),
         }
     return rows

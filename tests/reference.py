@@ -52,3 +52,13 @@ def error(got: Tensor, expected: Tensor) -> float:
     """Relative error in the Frobenius norm; NaN never passes a comparison."""
     scale = expected.double().norm()
     return float((got.double() - expected.double()).norm() / scale.clamp(min=1e-300))
+
+
+def replace_kernels(monkeypatch, replacement):
+    """Put replacement(module, name, kernel) in place of every Triton kernel."""
+    from alignloss.kernels import kl, rows, sequence, stats, tile
+
+    for module in (kl, rows, sequence, stats, tile):
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, replacement(module, name, kernel))

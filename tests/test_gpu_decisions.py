@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from reference import error, inputs, leaf, statistics, token_logps
+from reference import error, inputs, leaf, replace_kernels, statistics, token_logps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
@@ -251,12 +251,9 @@ def test_a_transposed_head_stays_within_the_workspace(monkeypatch):
 
 def stand_in(monkeypatch, replacement):
     """Put replacement(module, name) in place of every kernel, and Hopper's block sizes in that of the interpreter's."""
-    from alignloss.kernels import blocks, kl, rows, sequence, stats, tile
+    from alignloss.kernels import blocks, stats
 
-    for module in (kl, rows, stats, tile, sequence):
-        for name in list(vars(module)):
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, replacement(module.__name__, name))
+    replace_kernels(monkeypatch, lambda module, name, kernel: replacement(module.__name__, name))
     for module in (blocks, stats):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
 
