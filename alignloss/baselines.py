@@ -41,12 +41,12 @@ class RunningShift:
     Args:
         momentum: what remains of the older rewards at each update, in [0, 1): an exponential average, unbiased from the
             first step on. None, the default, counts every reward alike.
-        device: where it is kept, that of the hidden states.
+        device: where it is kept at first; it follows the rewards of the first update.
 
     It has `state_dict` and `load_state_dict`, like an optimizer, and is no module: sums and counts stay float64.
     """
 
-    def __init__(self, momentum: float | None = None, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, momentum: float | None = None, *, device: torch.device | str = "cpu") -> None:
         if momentum is not None:
             check_number("momentum", momentum)
             if not 0 <= momentum < 1:
@@ -74,15 +74,18 @@ class RunningShift:
         Raises:
             ValueError: for shapes that differ and, on a CPU, for `desirable` that is neither 0 nor 1.
         """
-        good = torch.as_tensor(desirable, device=self.totals.device)
-        if not isinstance(rewards, Tensor) or rewards.dim() != 1 or good.shape not in ((), rewards.shape):
+        if not isinstance(rewards, Tensor):
+            raise ValueError(f"rewards must be a tensor (B,), got {rewards!r}")
+        self.totals = self.totals.to(rewards.device)
+        good = torch.as_tensor(desirable, device=rewards.device)
+        if rewards.dim() != 1 or good.shape not in ((), rewards.shape):
             raise ValueError(
-                f"rewards must be a tensor (B,) and desirable (B,) or 0-d, got {getattr(rewards, 'shape', rewards)} "
-                f"and {tuple(good.shape)}"
+                f"rewards must be a tensor (B,) and desirable (B,) or 0-d, got {tuple(rewards.shape)} and "
+                f"{tuple(good.shape)}"
             )
         if validates(None, good.device):
             check_binary("desirable", good)
-        rewards = rewards.to(self.totals)
+        rewards = rewards.double()
         kinds = torch.stack([good == 0, good == 1]).view(2, -1) & rewards.isfinite()
         new = torch.stack([torch.where(kinds, rewards, 0).sum(1), kinds.double().sum(1)])
         if group is not None:

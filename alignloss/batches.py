@@ -27,11 +27,12 @@ def mismatched_pairs(
     """Put completion i - 1 (the last for i = 0) after prompt i: samples for KTO's estimate of KL(policy || reference).
 
     Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1. Neighbouring rows must have different prompts, or a pair
-    is matched after all. Padding may be on either side; the result is padded on the right. Runs on the host: call it in
-    the collator.
+    is matched after all. Padding may be on either side; the result is padded on the right, and as long as the longest
+    prompt with another one's completion, which may be longer than T. Runs on the host: call it in the collator.
 
     Raises:
-        ValueError: for fewer than two sequences (a pair would match itself), or shapes that differ.
+        ValueError: for fewer than two sequences (a pair would match itself), shapes that differ, or a completion that
+            is not the end of its row, as with several turns of the assistant.
     """
     for name, value in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
         if not isinstance(input_ids, Tensor) or not isinstance(value, Tensor):
@@ -43,6 +44,13 @@ def mismatched_pairs(
     if count < 2:
         raise ValueError(f"mismatched pairs need at least 2 sequences, got {count}; raise the batch size")
     real, completion = attention_mask.bool(), completion_mask.bool() & attention_mask.bool()
+    # once a completion has begun, every real token belongs to it
+    resumed = (completion.cummax(1).values & real & ~completion).any(1)
+    if bool(resumed.any()):
+        raise ValueError(
+            f"the completion must be the end of its row; in row {int(resumed.nonzero()[0])} prompt tokens follow it. "
+            "Of a conversation with several turns keep the last one as the completion, the others in the prompt"
+        )
     prompts = [ids[keep] for ids, keep in zip(input_ids, real & ~completion, strict=True)]
     completions = [ids[keep] for ids, keep in zip(input_ids, completion, strict=True)]
     return _joined([(prompts[i], completions[i - 1]) for i in range(count)], pad_token_id)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_ROWS, KL_SUM, KL_TOP, Transform
+from .checks import check_kept
 from .logprob import check_known, project
 from .ops import Problem
-from .planning import accumulation_dtype
+from .planning import BOTH_WIDE, Sizes, accumulation_dtype
 
 __all__ = ["linear_kl"]
 
@@ -79,24 +80,27 @@ def linear_kl(
 
 
 class _Heads:
-    """Policy and reference on the same scored tokens, and the sizes of a tile of both."""
+    """Policy and reference on the same scored tokens, and the sizes of a tile of both.
 
-    def __init__(self, policy: Problem, reference: Problem, backward: bool, direct: bool, workspace_bytes: int) -> None:
+    Forward and backward take one tile, the backward's: p - q cancels where the two are sharp, so the logits that it
+    recomputes have to be those of the forward's sums to the last bit, and a GEMM rounds as its shape has it.
+    """
+
+    def __init__(self, policy: Problem, reference: Problem, workspace_bytes: int) -> None:
         self.policy, self.reference, self.transform = policy, reference, policy.transform
         feet = policy.footprint, reference.footprint
         accum = policy.accum_dtype.itemsize
-        row_bytes = sum(foot.width * foot.gemm_dtype.itemsize * foot.copies_rows for foot in feet)
-        column_bytes = sum(foot.slice_bytes for foot in feet)
-        if backward:
-            # rows times their coefficient
-            row_bytes += feet[0].width * feet[0].gemm_dtype.itemsize + feet[0].row_product_bytes
-            column_bytes += feet[0].width * accum * (not direct)
-        # two tiles; in torch one for exponentials or sech^2, a mask, and the gradient as an operand
         self.spare = int(feet[0].backend == "torch")
-        cell_bytes = (2 + self.spare) * accum + self.spare + feet[0].narrow_bytes * backward
-        self.block, self.columns, _ = feet[0].tile(
-            policy.rows, row_bytes, column_bytes, cell_bytes, workspace_bytes, wide=4096
+        sizes = Sizes(
+            # rows as operands, and times their coefficient
+            sum(foot.width * foot.gemm_dtype.itemsize * foot.copies_rows for foot in feet)
+            + feet[0].width * feet[0].gemm_dtype.itemsize
+            + feet[0].row_product_bytes,
+            sum(foot.slice_bytes for foot in feet) + feet[0].width * accum * (not ops.writes_dweight(policy.weight)),
+            # two tiles; in torch one for exponentials or sech^2, a mask, and the gradient as an operand
+            (2 + self.spare) * accum + self.spare + feet[0].narrow_bytes,
         )
+        self.block, self.columns, _ = feet[0].tile(policy.rows, sizes, workspace_bytes, BOTH_WIDE)
         self.both = [(problem, problem.row_buffer(self.block)) for problem in (policy, reference)]
         self.buffers = [problem.weight_buffer(self.columns) for problem, _ in self.both]
         self.tiles = policy.empty(2 + self.spare, self.block * self.columns)
@@ -145,13 +149,13 @@ def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> Ab
 
 def _heads(
     tensors: tuple[Any, ...], labels: Tensor, token_index: Tensor | None, select: bool, dtypes: tuple[Any, Any],
-    ignore_index: int, transform: Transform, backend: str, **options: Any,
+    ignore_index: int, transform: Transform, backend: str, workspace_bytes: int,
 ) -> _Heads:  # fmt: skip
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = tensors
     rows, how = (labels, token_index, select), (ignore_index, transform, backend)
     policy = Problem(hidden, weight, bias, *rows, dtypes[0], *how)
     reference = Problem(ref_hidden, ref_weight, ref_bias, *rows, dtypes[1], *how)
-    return _Heads(policy, reference, **options)
+    return _Heads(policy, reference, workspace_bytes)
 
 
 @torch.library.custom_op("alignloss::linear_kl_fwd", mutates_args=())
@@ -182,7 +186,7 @@ def linear_kl_fwd(
         heads = _heads(
             (hidden, weight, bias, ref_hidden, ref_weight, ref_bias), labels, token_index, select,
             (compute_dtype, ref_dtype), ignore_index, Transform.of(logit_scale, softcap, temperature), backend,
-            backward=False, direct=True, workspace_bytes=workspace_bytes,
+            workspace_bytes,
         )  # fmt: skip
         policy = heads.policy
         kl = policy.empty(len(labels)).zero_()
@@ -231,11 +235,10 @@ def linear_kl_bwd(
     with _computing(dkl, compute_dtype, ref_dtype):
         transform = Transform.of(logit_scale, softcap, temperature)
         dweight = torch.empty_like(weight) if need_dweight else state.new_empty(0)
-        direct = not need_dweight or (dweight.dtype == state.dtype and dweight.is_contiguous())
         heads = _heads(
             (hidden, weight, bias, ref_hidden, ref_weight, ref_bias), labels, token_index, select,
             (compute_dtype, ref_dtype), ignore_index, transform, backend,
-            backward=True, direct=direct, workspace_bytes=workspace_bytes,
+            workspace_bytes,
         )  # fmt: skip
         policy = heads.policy
         index, gemm_dtype = policy.tokens.token_index, policy.gemm_dtype
@@ -250,7 +253,9 @@ def linear_kl_bwd(
         dbias = policy.empty(policy.vocabulary if need_dbias else 0).zero_()
         if need_dweight and policy.rows == 0:
             dweight.zero_()
-        partial = None if direct else policy.empty(heads.columns, policy.width)
+        partial = None
+        if need_dweight and not ops.writes_dweight(weight):
+            partial = policy.empty(heads.columns, policy.width)
         scaled = policy.empty(heads.block if need_dweight else 0, policy.width, dtype=gemm_dtype)
         for first in heads.slices() if policy.rows else ():
             weights = heads.weights(first)
@@ -261,12 +266,13 @@ def linear_kl_bwd(
             for part in heads.blocks():
                 rows, sums = heads.rows(part), state[:, part]
                 tiles = heads.logits(rows, weights, first)
-                dz = policy.primitives.kl_dlogits(*tiles, sums, transform, lift, gemm_dtype)
                 weighed = coefficient[part] if unit is None else coefficient[part] / unit
+                dz = policy.primitives.kl_dlogits(*tiles, sums, transform, weighed, lift, gemm_dtype)
                 if need_dhidden:
                     ops.addmm(dh[part], dz, weights[0], dh[part])
                 if dw is not None:
                     weighed_rows = torch.mul(rows[0], weighed[:, None], out=scaled[: len(rows[0])])
+                    weighed_rows.masked_fill_((weighed == 0)[:, None], 0)  # not 0 * inf
                     ops.addmm(dw, dz.T, weighed_rows, dw, beta=int(part.start > 0))
                 if need_dbias:
                     db = dbias[None, columns]
@@ -315,6 +321,8 @@ def _backward(ctx, dkl, dstate):  # type: ignore[no-untyped-def]
     if dkl is None:
         return (None,) * 18
     needs = ctx.needs_input_grad[:3]
+    names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+    check_kept(**dict(zip(names, ctx.saved_tensors, strict=False)))
     gradients = linear_kl_bwd(dkl.contiguous(), *ctx.saved_tensors, *ctx.options, *needs)
     dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * 15

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from . import backends, ops
+from .checks import check_head, check_tensor, checked_labels, savable
 from .planning import DTYPES, Footprint, accumulation_dtype, check_number, default_workspace, total_memory
 
 __all__ = [
@@ -103,7 +106,7 @@ def linear_logprob(
         workspace_bytes=workspace_bytes,
         validate=validate,
     )
-    return projection.score()[0].view(labels.shape)
+    return projection.score()[0].to(projection.result_dtype).view(labels.shape)
 
 
 def linear_logprob_stats(
@@ -130,13 +133,14 @@ def linear_logprob_stats(
     """
     check_known("linear_logprob_stats", options)
     bits = stat_bits(stats, backends.STATS)
-    outputs = project(hidden, weight, labels, bias, **options).score(bits)
+    projection = project(hidden, weight, labels, bias, **options)
+    outputs = projection.score(bits)
     fields = {
         name: (value if name == "entropy" else value.detach()).view(labels.shape)
         for name, value in zip(backends.STATS, outputs[1:], strict=False)
         if name in stats
     }
-    return LogprobStats(outputs[0].view(labels.shape), **fields)
+    return LogprobStats(outputs[0].to(projection.result_dtype).view(labels.shape), **fields)
 
 
 def sequence_logprob(
@@ -146,6 +150,7 @@ def sequence_logprob(
     bias: Tensor | None = None,  # (V,)
     *,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
+    real_sequences: int | None = None,
     token_weights: Tensor | None = None,  # of the shape of labels
     **options: Any,
 ) -> SequenceLogprob:
@@ -154,7 +159,11 @@ def sequence_logprob(
     Under `torch.no_grad()` this is the way to compute and cache reference log-probabilities.
 
     Args:
-        cu_seqlens: (S + 1,) integers, the offsets of packed sequences, from 0 to the number of tokens.
+        cu_seqlens: (S + 1,) integers, the offsets of packed sequences, rising from 0 to the number of tokens.
+        real_sequences: how many sequences S are real, the first ones, where cu_seqlens is padded to a static shape by
+            repeating its last offset. Without it an offset that does not rise is an error, or, where values are not
+            validated, every result NaN: a padded batch means something else than the same batch without padding.
+            With it, tokens beyond the last real sequence belong to none, and must carry no label.
         token_weights: factors on the token log-probabilities, detached.
         options: the other arguments, as in `linear_logprob`, with the same errors.
 
@@ -164,7 +173,8 @@ def sequence_logprob(
     """
     check_known("sequence_logprob", options)
     ignore_index = options.get("ignore_index", -100)
-    offsets, sequences = sequence_offsets(labels, cu_seqlens, options.get("validate"))
+    labels = checked_labels("labels", labels)
+    offsets, sequences = sequence_offsets(labels, cu_seqlens, options.get("validate"), real_sequences, ignore_index)
     if token_weights is not None:
         check_like("token_weights", token_weights, "labels", labels)
     weights = flat_token_weights(token_weights, labels, ignore_index)
@@ -172,7 +182,7 @@ def sequence_logprob(
     tokens = projection.score()[0]
     sums = ops.sequence_sum(tokens, offsets, sequences, weights, projection.backend)
     lengths = labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)
-    return SequenceLogprob(sums.to(tokens.dtype), lengths)
+    return SequenceLogprob(sums.to(projection.result_dtype), lengths)
 
 
 def next_token_labels(
@@ -180,34 +190,51 @@ def next_token_labels(
     completion_mask: Tensor,  # of the same shape, nonzero at tokens to score
     *,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
+    real_sequences: int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """Labels aligned with hidden states: position t gets token t + 1 if the mask holds there, else `ignore_index`.
 
     The last position of every sequence predicts nothing. Same shape as `input_ids`, int64. Packed sequences need
-    `cu_seqlens` here too: a (1, tokens) input without it is one sequence, scored across the borders.
+    `cu_seqlens` here too: a (1, tokens) input without it is one sequence, scored across the borders. Repeated offsets
+    are empty sequences; tokens beyond the last of `real_sequences` get `ignore_index`. On a GPU, where values are not
+    validated, offsets that do not rise from 0 to the number of tokens give labels outside of every vocabulary.
     """
-    if not isinstance(input_ids, Tensor):
-        raise ValueError(f"input_ids must be a torch.Tensor, got {type(input_ids).__name__}")
+    check_tensor("input_ids", input_ids)
     check_like("completion_mask", completion_mask, "input_ids", input_ids)
     if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
         raise ValueError(
             f"input_ids must be integers (S, T) or packed (tokens,); got {tuple(input_ids.shape)} {input_ids.dtype}"
         )
-    offsets, _ = sequence_offsets(input_ids, cu_seqlens, None)
+    offsets, _ = sequence_offsets(input_ids, cu_seqlens, None, real_sequences, may_be_empty=True)
     labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
     keep = completion_mask[..., 1:].bool()
     labels[..., :-1] = torch.where(keep, input_ids[..., 1:].long(), ignore_index)
     if offsets is None:
         return labels
-    last = offsets[1:][offsets[1:] > offsets[:-1]] - 1
-    return labels.view(-1).index_fill_(0, last, ignore_index).view(labels.shape)
+    # an entry for the position before each offset, the first one for that of offset 0
+    flat = torch.nn.functional.pad(labels.reshape(-1), (1, 0)).index_fill_(0, offsets.clamp(min=0), ignore_index)[1:]
+    beyond = torch.arange(labels.numel(), device=labels.device) >= offsets[-1]
+    flat = torch.where(beyond, torch.where(offsets[-1] < 0, -1 - abs(ignore_index), ignore_index), flat)
+    return flat.view(labels.shape)
 
 
-def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool | None) -> tuple[Tensor | None, int]:
-    """Offsets (S + 1,) int64 of packed sequences in the flattened labels, None for padded ones, and their number S."""
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+def sequence_offsets(
+    labels: Tensor,  # of the positions, int64 wherever ignore_index is given
+    cu_seqlens: Tensor | None,
+    validate: bool | None,
+    real_sequences: int | None,
+    ignore_index: int | None = None,
+    may_be_empty: bool = False,
+) -> tuple[Tensor | None, int]:
+    """Offsets (S + 1,) int64 of packed sequences in the flattened labels, None for padded ones, and their number S.
+
+    Offsets that do not fit are a ValueError where values are validated; elsewhere all -1, which makes sums NaN. With
+    `ignore_index`, labels beyond the last real sequence are looked for. Sequences without tokens are taken where their
+    number is given, or `may_be_empty`.
+    """
+    if real_sequences is not None and cu_seqlens is None:
+        raise ValueError("real_sequences says how many of the sequences in cu_seqlens are real; it needs cu_seqlens")
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise ValueError(
@@ -217,15 +244,30 @@ def sequence_offsets(labels: Tensor, cu_seqlens: Tensor | None, validate: bool |
         return None, labels.shape[0]
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise ValueError(f"with cu_seqlens, labels must be (tokens,) or (1, tokens); got {tuple(labels.shape)}")
-    if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point() or cu_seqlens.is_complex():
         raise ValueError(
             f"cu_seqlens must be a 1-d integer tensor (S + 1,); got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, labels on {labels.device}; move one of them")
-    offsets = ops.sequence_offsets(cu_seqlens, labels.numel(), validates(validate, labels.device))
+    if real_sequences is not None:
+        slots = cu_seqlens.shape[0] - 1
+        if not isinstance(real_sequences, (Integral, torch.SymInt)) or not 0 <= real_sequences <= slots:
+            raise ValueError(
+                f"real_sequences must be an int in [0, {slots}], of the sequences in cu_seqlens; got {real_sequences!r}"
+            )
+        cu_seqlens = cu_seqlens[: real_sequences + 1]
+    validated = validates(validate, labels.device)
+    counted = real_sequences is not None
+    offsets = ops.sequence_offsets(cu_seqlens, labels.numel(), not counted, may_be_empty or counted, validated)
+    if counted and ignore_index is not None and validated and not torch.compiler.is_compiling():
+        beyond = labels.reshape(-1)[int(offsets[-1]) :]
+        if bool((beyond != ignore_index).any()):
+            raise ValueError(
+                f"tokens beyond the {real_sequences} real sequences, which end at {int(offsets[-1])}, belong to none "
+                "and must carry ignore_index as their label"
+            )
     return offsets, cu_seqlens.shape[0] - 1
 
 
@@ -255,12 +297,11 @@ def flat_token_weights(token_weights: Tensor | None, labels: Tensor, ignore_inde
     """Token weights as (M,) float64, detached, 0 at ignored positions."""
     if token_weights is None:
         return None
-    return token_weights.detach().double().masked_fill(labels == ignore_index, 0).reshape(-1)
+    return savable(token_weights.detach()).double().masked_fill(labels == ignore_index, 0).reshape(-1)
 
 
 def check_like(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    check_tensor(name, value)
     if value.shape != model.shape or value.device != model.device:
         raise ValueError(
             f"{name} must have the shape and device of {model_name}, {tuple(model.shape)} on {model.device}; "
@@ -302,6 +343,10 @@ class Projection(NamedTuple):
         return accumulation_dtype(self.compute_dtype)
 
     @property
+    def trains_head(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @property
     def footprint(self) -> Footprint:
         vocabulary, width = self.weight.shape
         indexed, softcap = self.token_index is not None, self.softcap is not None
@@ -313,12 +358,13 @@ class Projection(NamedTuple):
         return backends.Transform.of(self.logit_scale, self.softcap, self.temperature)
 
     def score(self, stats: int = 0, differentiate_entropy: bool = True) -> tuple[Tensor, ...]:
-        """logps and stats of each token, (M,) or empty."""
+        """logps, in float64, and stats of each token, (M,) or empty."""
         save = int(torch.is_grad_enabled() and self.hidden.requires_grad)
         if save and stats & backends.ENTROPY and differentiate_entropy:
             save = 2
         *arguments, backend, workspace_bytes, validate, _ = self
-        outputs = ops.linear_logprob_fwd(*arguments, stats, save, backend, workspace_bytes, validate)
+        recomputed = torch.is_grad_enabled() and self.trains_head
+        outputs = ops.linear_logprob_fwd(*arguments, stats, save, recomputed, backend, workspace_bytes, validate)
         return outputs[: 1 + len(backends.STATS)]
 
 
@@ -339,12 +385,13 @@ def project(
 ) -> Projection:
     """Check the arguments of a call and resolve its options."""
     _check_tensors(hidden, weight, labels, bias, token_index)
+    _check_modes(hidden, weight, bias, token_index, validates(validate, hidden.device))
     check_options(ignore_index, logit_scale, softcap, temperature, workspace_bytes)
     compute_dtype = _compute_dtype(hidden, weight, bias)
-    flat_labels = labels.reshape(-1).long()
+    flat_labels = checked_labels("labels", labels).reshape(-1)
     select, given = False, token_index is not None
     if token_index is not None:
-        token_index = token_index.long()
+        token_index = savable(token_index.long())
     elif torch.compiler.is_compiling():
         select = True  # a shape that depends on data would break the graph
     else:
@@ -378,14 +425,12 @@ def _check_tensors(
 ) -> None:
     required = {"hidden": hidden, "weight": weight, "labels": labels}
     given = {name: value for name, value in (("bias", bias), ("token_index", token_index)) if value is not None}
+    hints = {"weight": "; pass lm_head.weight", "hidden": "; pass the model's last hidden states"}
     for name, value in (required | given).items():
-        if not isinstance(value, Tensor):
-            hint = {"weight": "; pass lm_head.weight", "hidden": "; pass the model's last hidden states"}.get(name, "")
-            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}{hint}")
-        if hasattr(value, "full_tensor"):
-            raise ValueError(f"{name} is a DTensor, of which this op would see a shard; gather it with full_tensor()")
-        if _has_tangent(value):
-            raise RuntimeError(f"{name} carries a forward-mode tangent; alignloss differentiates in reverse mode only")
+        if isinstance(value, Tensor):
+            _check_transforms(name, value)
+        check_tensor(name, value, hints.get(name, ""))
+    check_head("weight", weight)
     if hidden.dim() < 1 or weight.dim() != 2 or 0 in weight.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be (..., H) and weight (V, H) with one H >= 1 and V >= 1; "
@@ -396,8 +441,6 @@ def _check_tensors(
             f"labels must have the leading shape of hidden, {tuple(hidden.shape[:-1])}, one label per position; "
             f"got {tuple(labels.shape)}"
         )
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     if token_index is not None and (token_index.dim() != 1 or token_index.dtype not in (torch.int64, torch.int32)):
@@ -407,10 +450,35 @@ def _check_tensors(
             raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}; move one of them")
 
 
-def _has_tangent(value: Tensor) -> bool:
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(value).tangent is not None
+def _check_modes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_index: Tensor | None, validate: bool
+) -> None:
+    """Tensors without values, and those of inference mode that a backward would need."""
+    if torch.compiler.is_compiling():
+        return
+    if is_fake(hidden) and (token_index is None or validate):
+        raise ValueError(
+            "under FakeTensorMode there are no values to look labelled positions up in, or to check: give token_index "
+            "and validate=False"
+        )
+    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (torch.is_grad_enabled() and trains_head):
+        return
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if value is not None and value.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), and the gradient of the head needs it in the backward, "
+                f"where autograd takes no such tensor: make it under torch.no_grad(), or give {name}.clone()"
+            )
+
+
+def _check_transforms(name: str, value: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name} carries a forward-mode tangent; alignloss differentiates in reverse mode only")
+    if is_gradtrackingtensor(value):
+        raise RuntimeError(f"{name} is inside torch.func.grad or a relative of it; alignloss takes backward() alone")
 
 
 def check_options(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .losses.common import weighted
 from .modules import PreferenceLoss
 from .planning import check_number
 
@@ -54,6 +55,8 @@ class MixtureLoss(PreferenceLoss):
             check_number("a weight", weight)
         check_number("nll_weight", nll_weight)
         nll_weight += sum(weight * module.nll_weight for module, weight in zip(modules, weights, strict=True))
+        if not any(weights) and not nll_weight:
+            raise ValueError("every weight of the mixture is 0, the NLL's too: nothing is left to train")
         couples_batch = couples_batch or any(module.couples_batch for module in modules)
         super().__init__(_Mixture(modules, weights), nll_weight=nll_weight, couples_batch=couples_batch, **options)
         self.mixed, self.weights = nn.ModuleList(modules), weights
@@ -82,6 +85,5 @@ class _Mixture:
         for module in self.modules:
             arguments = [module.defaults.get(n) if given[n] is None else given[n] for n in module.names]
             results.append(module.evaluated(arguments, count))
-        total = sum(weight * result[0] for weight, result in zip(self.weights, results, strict=True))
-        assert isinstance(total, Tensor)
-        return total, *results[0][1:]
+        terms = [weighted(weight, result[0]) for weight, result in zip(self.weights, results, strict=True)]
+        return sum(terms[1:], terms[0]), *results[0][1:]

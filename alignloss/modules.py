@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, losses, ops
+from .checks import check_tensor, checked_labels, savable
 from .logprob import (
     PROJECTION_OPTIONS,
     Projection,
@@ -29,7 +30,7 @@ from .logprob import (
 )
 from .onepass import Batch, NeedsGraph, Results, train_in_one_pass
 from .options import check_ranges
-from .outputs import STATS, PairedOutput, ScoredTokens, UnpairedOutput
+from .outputs import STATS, PairedOutput, ScoredTokens, UnpairedOutput, measured
 from .planning import check_number
 
 __all__ = [
@@ -218,6 +219,7 @@ class PreferenceLoss(_HeadLoss):
         ref_weight: Tensor | None = None,  # (V, H of the reference)
         ref_bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (sequences + 1,)
+        real_sequences: int | None = None,
         token_index: Tensor | None = None,  # (N,)
         token_weights: Tensor | None = None,  # the shape of labels
         pair_weights: Tensor | None = None,  # (B,)
@@ -235,13 +237,16 @@ class PreferenceLoss(_HeadLoss):
             ref_logps: the reference's sums in nats, in the order of the batch, without gradient. Or:
             ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, projected here without gradient,
                 with this module's logit_scale, softcap and temperature.
-            cu_seqlens: offsets of packed sequences.
+            cu_seqlens, real_sequences: offsets of packed sequences, and how many are real where they are padded, as in
+                `sequence_logprob`: the halves of chosen and rejected ones, counts and means are those of the real ones.
             token_weights: factors on the tokens in the sums of policy and reference (not in the NLL), detached.
             pair_weights: factors on `losses`, detached. A pair of weight 0 leaves the sum, not the count; under a loss
                 that couples the batch it still takes part in the losses of the others.
             nll_labels: where the NLL of the chosen sequences runs; by default at labels.
             num_sequences, num_tokens: what sum(losses) and the NLL are divided by; by default this call's pairs
                 (sequences if unpaired) and chosen NLL tokens. Give totals of all micro-batches for accumulation.
+                Under DDP or FSDP, which average gradients over processes, give totals of all processes divided by
+                their number, or processes with few pairs weigh theirs more.
             stats: statistics of the scored tokens for `metrics()` of the result, any of "entropy", "mean_logits",
                 "is_top1"; each costs a reduction over the logits as they pass, and has no gradient.
             data: the other positional parameters of the loss function, each (B,) or 0-d.
@@ -257,14 +262,13 @@ class PreferenceLoss(_HeadLoss):
         self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
         if not self.nll_weight and (nll_labels is not None or num_tokens is not None):
             raise ValueError(f"{type(self).__name__} has nll_weight=0: nll_labels and num_tokens would be ignored")
-        offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate)
+        labels = checked_labels("labels", labels)
+        offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate, real_sequences, self.ignore_index)
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
         count = sequences // 2 if self.paired else sequences
         if token_weights is not None:
             check_like("token_weights", token_weights, "labels", labels)
-        if not labels.is_floating_point():
-            labels = labels.long()  # a narrower dtype need not hold ignore_index
         scored_labels = labels
         if nll_labels is not None:
             end = count * labels.shape[1] if offsets is None else offsets[count]
@@ -281,17 +285,23 @@ class PreferenceLoss(_HeadLoss):
         ref = None
         if ref_hidden is not None and ref_weight is not None:
             options = self.head_options | {"token_index": token_index if nll_labels is None else None}
-            layout = {"cu_seqlens": cu_seqlens, "token_weights": token_weights}
+            layout: dict[str, Any] = {
+                "cu_seqlens": cu_seqlens,
+                "real_sequences": real_sequences,
+                "token_weights": token_weights,
+            }
             try:
                 with torch.no_grad():
-                    ref = sequence_logprob(ref_hidden, ref_weight, labels, ref_bias, **layout, **options).logps
+                    ref = sequence_logprob(
+                        ref_hidden, ref_weight, labels, ref_bias, token_weights=token_weights, **layout, **options
+                    ).logps
             except ValueError as error:
                 raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
         elif ref_logps is not None:
             ref = _given_reference(ref_logps, sequences, device)
 
         batch = Batch(
-            None if token_weights is None else token_weights.detach().reshape(-1),
+            None if token_weights is None else savable(token_weights.detach()).reshape(-1),
             labels.reshape(-1),
             None if nll_labels is None else nll_labels.reshape(-1),
             offsets,
@@ -314,14 +324,10 @@ class PreferenceLoss(_HeadLoss):
         dtype = projection.result_dtype
         values, sums, rewards, nll_loss = (t.detach().to(dtype) for t in (values, sums, rewards, nll_loss))
         if not self.paired:
-            unpaired = UnpairedOutput(loss.to(dtype), values, sums, rewards)
-            unpaired.scored, unpaired.desirable, unpaired.kl = scored, extra.get("desirable"), extra.get("kl")
-            return unpaired
-        paired = PairedOutput(
-            loss.to(dtype), values, sums[:count], sums[count:], rewards[:count], rewards[count:], nll_loss
-        )
-        paired.scored = scored
-        return paired
+            scored = scored._replace(desirable=extra.get("desirable"), kl=extra.get("kl"))
+            return measured(UnpairedOutput(loss.to(dtype), values, sums, rewards), scored)
+        halves = sums[:count], sums[count:], rewards[:count], rewards[count:]
+        return measured(PairedOutput(loss.to(dtype), values, *halves, nll_loss), scored)
 
     def _check_reference(self, **reference: Tensor | None) -> None:
         name, given = type(self).__name__, {name for name, value in reference.items() if value is not None}
@@ -337,10 +343,9 @@ class PreferenceLoss(_HeadLoss):
     def _chosen_nll_labels(self, nll_labels: Tensor, labels: Tensor, end: int | Tensor) -> Tensor:
         """nll_labels with the rejected sequences, from flat position `end` on, ignored."""
         check_like("nll_labels", nll_labels, "labels", labels)
-        if nll_labels.is_floating_point() or nll_labels.is_complex() or nll_labels.dtype == torch.bool:
-            raise ValueError(f"nll_labels must be integers, got {nll_labels.dtype}")
+        nll_labels = checked_labels("nll_labels", nll_labels)
         position = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
-        nll_labels = nll_labels.long().masked_fill(position >= end, self.ignore_index)
+        nll_labels = nll_labels.masked_fill(position >= end, self.ignore_index)
         if validates(self.validate, labels.device) and not torch.compiler.is_compiling():
             both = (labels != self.ignore_index) & (nll_labels != self.ignore_index)
             if bool((both & (labels != nll_labels)).any()):
@@ -361,14 +366,15 @@ class PreferenceLoss(_HeadLoss):
             preferred = labels != self.ignore_index
             weights = preferred.double() if weights is None else weights * preferred
         sums = ops.sequence_sum(tokens, offsets, sequences, weights, batch.backend)
-        logps, factors = sums, batch.pair_weights
+        logps, data, factors = sums, {n: _widened(value) for n, value in batch.data.items()}, batch.pair_weights
         if factors is not None and not self.couples_batch:
             # no gradient into dropped pairs, whose loss need not be finite; the losses of others may need them
-            dropped = (factors == 0).expand(count).repeat(2 if self.paired else 1)
-            logps = torch.where(dropped, sums.detach(), sums)
+            dropped = (factors == 0).expand(count)
+            logps = torch.where(dropped.repeat(2 if self.paired else 1), sums.detach(), sums)
+            data = {n: torch.where(dropped, v.detach(), v) if v.requires_grad else v for n, v in data.items()}
         lengths = labelled_tokens(labels, offsets, sequences, self.ignore_index).clamp(min=1)
         columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths}
-        losses, *rewards = self._call(columns, {name: _widened(value) for name, value in batch.data.items()}, count)
+        losses, *rewards = self._call(columns, data, count)
         weighted = losses if factors is None else torch.where(factors == 0, 0, losses * factors)
         loss = weighted.sum() / (max(count, 1) if batch.num_sequences is None else batch.num_sequences)
         if not self.paired:
@@ -473,15 +479,23 @@ def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
         raise ValueError(f"{name} must be ({count},), in the order of the batch, or 0-d; got {tuple(value.shape)}")
     if value.is_complex():
         raise ValueError(f"{name} must be real, got {value.dtype}")
+    check_tensor(name, value)
+    if value.dim() == 0 and value.device.type == "cpu" != device.type:
+        value = torch.full((), value.item(), device=device, dtype=torch.float64)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, hidden on {device}; move one of them")
-    return value
+    return savable(value)
 
 
 def _given_reference(ref_logps: Any, sequences: int, device: torch.device) -> Tensor:
     if not isinstance(ref_logps, Tensor):
         raise ValueError(f"ref_logps must be a torch.Tensor ({sequences},), got {type(ref_logps).__name__}")
     ref = ref_logps if ref_logps.dim() == 0 else _column("ref_logps", ref_logps, sequences, device)
+    if ref.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"ref_logps must be float32 or float64, got {ref.dtype}: sums in nats lose whole nats in 16 bits. "
+            "FSDP2's cast_forward_inputs casts what a wrapped forward is given: set it False, or pass them around it"
+        )
     if ref.requires_grad or ref.dim() == 0 or not ref.is_floating_point():
         raise ValueError(
             f"ref_logps must be ({sequences},) floating point without gradient, sums made under torch.no_grad(); "
@@ -515,7 +529,7 @@ def _divisor(name: str, value: Any, device: torch.device) -> float | Tensor | No
         )
     if device.type == "cpu" and not torch.compiler.is_compiling():
         check_number(name, value.item(), positive=True)
-    return value.detach()
+    return savable(value.detach())
 
 
 class DPOLoss(PreferenceLoss):
@@ -603,6 +617,7 @@ class SFTLoss(_HeadLoss):
         bias: Tensor | None = None,  # (V,)
         *,
         cu_seqlens: Tensor | None = None,  # (B + 1,)
+        real_sequences: int | None = None,
         token_index: Tensor | None = None,  # (N,)
         token_weights: Tensor | None = None,  # the shape of labels
         num_tokens: float | Tensor | None = None,
@@ -613,12 +628,14 @@ class SFTLoss(_HeadLoss):
 
         loss = -sum of (weighted) token log-probabilities / num_tokens, by default the labelled tokens of this call.
         `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
+        `cu_seqlens` and `real_sequences` as in `sequence_logprob`, `stats` as in `PreferenceLoss`.
         """
         _check_keywords("SFTLoss takes no further data", {}, unknown)
-        offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate)
+        labels = checked_labels("labels", labels)
+        offsets, sequences = sequence_offsets(labels, cu_seqlens, self.validate, real_sequences, self.ignore_index)
         if token_weights is not None:
             check_like("token_weights", token_weights, "labels", labels)
-            token_weights = token_weights.detach().reshape(-1)
+            token_weights = savable(token_weights.detach()).reshape(-1)
         projection = project(hidden, weight, labels, bias, token_index=token_index, **self.head_options)
         divisor = _divisor("num_tokens", num_tokens, labels.device)
         batch = Batch(
@@ -638,8 +655,7 @@ class SFTLoss(_HeadLoss):
         (loss, values, logps, rewards, _), scored = self._run(projection, batch, stats)
         dtype = projection.result_dtype
         output = UnpairedOutput(*(t.to(dtype) for t in (loss, values.detach(), logps.detach(), rewards)))
-        output.scored = scored
-        return output
+        return measured(output, scored)
 
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
         weights = flat_token_weights(batch.token_weights, batch.labels, self.ignore_index)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends import STATE_ROWS
+from .checks import check_kept
 from .logprob import Projection, labelled_tokens
 from .planning import fill_groups
 
@@ -93,9 +94,8 @@ def train_in_one_pass(
     Pairs (sequences, if unpaired) go into groups whose tiles fit the workspace; those that fit no group are a last one,
     whose tiles are recomputed. Raises NeedsGraph.
     """
-    hidden, weight, bias = projection.hidden, projection.weight, projection.bias
-    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not (torch.is_grad_enabled() and hidden.requires_grad and trains_head) or torch.compiler.is_compiling():
+    trains = projection.hidden.requires_grad and projection.trains_head
+    if not (torch.is_grad_enabled() and trains) or torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
         return None
@@ -269,13 +269,14 @@ class _OnePass(torch.autograd.Function):
         projection = Projection(hidden, weight, bias, labels, *ctx.options)
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
+            check_kept(hidden=hidden, weight=weight, bias=bias)
             gradient, *_ = _pass(projection, indices, ctx.groups, ctx.needs, lambda i, logps: dlogps)
-        upstream = upstream.to(dlogps.dtype)
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
         dhidden, *_ = ops.linear_logprob_bwd(
             dlogps * upstream, None, None, None, None, labels, index, state, dlogp, dlogp.new_empty(0), False,
             hidden.dtype, projection.compute_dtype, projection.ignore_index, projection.logit_scale,
-            projection.softcap, projection.temperature, False, False, projection.backend, projection.workspace_bytes,
+            projection.softcap, projection.temperature, 0, 1, False, False, projection.backend,
+            projection.workspace_bytes,
         )  # fmt: skip
         with ops.device_guard(labels):
             dweight, dbias = gradient.times(upstream)
@@ -316,7 +317,7 @@ def _pass(
         start = 0
         for i, problem in enumerate(problems):
             part = slice(start, start := start + problem.rows)
-            logps = new(labels.numel())
+            logps = new(labels.numel(), dtype=torch.float64)
             if indices[i] is not None:
                 logps.zero_()
             outputs = [logps, *wanted]
@@ -324,12 +325,14 @@ def _pass(
                 tiles = None
             held = None if tiles is None else ops.Held(problem, tiles)
             with ops.computing(hidden, projection.compute_dtype):
-                ops.walk_forward(problem, state[:, part], outputs, asked(stats), dlogp[part], None, left, held)
+                ops.walk_forward(
+                    problem, state[:, part], outputs, asked(stats), dlogp[part], None, left, held, recomputed=True
+                )
             dlogps = differentiate(i, logps)
             with ops.computing(hidden, projection.compute_dtype):
                 if held is not None:
                     gradient.add_held(problem, held, state[:, part], dlogps)
                 else:
-                    gradient.add_recomputed(problem, state[:, part], dlogps, left)
+                    gradient.add_recomputed(problem, state[:, part], dlogps, asked(stats), left)
             del held
     return gradient, state, dlogp

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import amx, backends
 from .backends import ENTROPY, REF, STATE_ROWS, STATS, Tokens, Transform
+from .checks import check_kept
 from .planning import Footprint, accumulation_dtype, gemm_dtype
 
 __all__ = [
@@ -158,11 +159,16 @@ def linear_logprob_fwd(
     temperature: float,
     stats: int,  # bits of backends.STATS
     save: int,  # 0: nothing; 1: d logp / d hidden; 2: and d entropy / d hidden
+    recomputed: bool,  # the head trains: a backward will recompute the logits
     backend: str,
     workspace_bytes: int,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logps, *stats, state, dlogp, dentropy); what was not asked for is empty."""
+    """(logps, *stats, state, dlogp, dentropy); what was not asked for is empty.
+
+    logps are float64, so that their gradient is: d loss / d log p may be as large as 1 / (1 - p), beyond float32, where
+    the factor 1 - p that belongs to it is still to come.
+    """
     if validate:
         check_values(labels, token_index, ignore_index, weight.shape[0])
     with computing(hidden, compute_dtype):
@@ -178,12 +184,17 @@ def linear_logprob_fwd(
         # a position that is not scored is 0
         new = labels.new_empty if problem.tokens.token_index is None else labels.new_zeros
         asked = [True, *(bool(stats >> i & 1) for i in range(len(STATS)))]
-        kinds = [torch.bool if name == "is_top1" else problem.accum_dtype for name in ("logps", *STATS)]
+        kinds = output_dtypes(problem.accum_dtype)
         outputs = [new(labels.shape if wanted else 0, dtype=kind) for wanted, kind in zip(asked, kinds, strict=True)]
         given = [output if wanted else None for wanted, output in zip(asked, outputs, strict=True)]
         dlogp, dentropy = (t if t.dim() == 2 else None for t in saved)
-        walk_forward(problem, state, given, stats, dlogp, dentropy, workspace_bytes)
+        walk_forward(problem, state, given, stats, dlogp, dentropy, workspace_bytes, recomputed=recomputed)
         return (*outputs, state, *saved)  # type: ignore[return-value]
+
+
+def output_dtypes(accum_dtype: torch.dtype) -> list[torch.dtype]:
+    """Of logps and STATS."""
+    return [torch.float64, *(torch.bool if name == "is_top1" else accum_dtype for name in STATS)]
 
 
 @contextmanager
@@ -207,13 +218,15 @@ def walk_forward(
     dentropy: Tensor | None,  # (N or more, H)
     workspace_bytes: int,
     held: "Held | None" = None,  # keeps the tiles
+    recomputed: bool = False,  # a backward will recompute them
 ) -> None:
     if problem.rows == 0:
         return
     primitives, transform = problem.primitives, problem.transform
     save = (dlogp is not None) + (dentropy is not None)
     tiles = problem.footprint.fold_tiles(stats, save)
-    block, columns, _ = problem.footprint.forward(problem.rows, stats, save, workspace_bytes)
+    direct = writes_dweight(problem.weight)
+    block, columns, _ = problem.footprint.forward(problem.rows, stats, save, workspace_bytes, recomputed, direct)
     if held is not None:
         block, columns = problem.rows, held.columns
     in_place = held is not None and held.in_place
@@ -228,6 +241,7 @@ def walk_forward(
         primitives.gather(problem.tokens, part, labels, copy, sums)
         u = u2 = None
         fused = not save and not problem.footprint.casts_weight
+        fused &= not (recomputed and problem.footprint.recomputes_exactly)
         if not fused or not primitives.statistics(
             rows, problem.weight, problem.bias, labels, sums, transform, stats, workspace_bytes
         ):
@@ -272,6 +286,11 @@ def walk_forward(
         primitives.finish(problem.tokens, part, labels, sums, u, u2, problem.weight, transform, outputs, *derivatives)
 
 
+def writes_dweight(weight: Tensor) -> bool:
+    """Whether a GEMM can write slices of the gradient of a weight like this, which is wide enough and contiguous."""
+    return weight.dtype == accumulation_dtype(weight.dtype) and weight.is_contiguous()
+
+
 class Held:
     """The tiles of a walk, kept as exponentials in the dtype of the GEMM, with the references they are relative to."""
 
@@ -313,7 +332,7 @@ class HeadGradient:
             last = min(first + held.columns, problem.vocabulary)
             reference = held.references[first // held.columns]
             dz = held.tile(first, last)
-            primitives.held_dlogits(dz, reference, state, problem.labels, first, problem.transform)
+            primitives.held_dlogits(dz, reference, state, problem.labels, first, problem.transform, weighed.coefficient)
             if self.dweight.dim() == 2:
                 dw = self.dweight[first:last] if partial is None else partial[: last - first]
                 addmm(dw, dz.T, scaled, dw, beta=self.begun)
@@ -324,14 +343,15 @@ class HeadGradient:
                 addmm(db, weighed.coefficient[None].to(dz.dtype), dz, db, beta=self.begun)
         self.begun = 1
 
-    def add_recomputed(self, problem: Problem, state: Tensor, dlogps: Tensor, workspace_bytes: int) -> None:
+    def add_recomputed(self, problem: Problem, state: Tensor, dlogps: Tensor, stats: int, workspace_bytes: int) -> None:
         """Add the part of rows whose tiles are not held, after groups whose tiles were: in the accumulation dtype."""
-        _walk_backward(problem, _Rows(problem, state, dlogps), self.dweight, self.dbias, self.begun, workspace_bytes)
+        rows = _Rows(problem, state, dlogps)
+        _walk_backward(problem, rows, self.dweight, self.dbias, self.begun, stats, 1, workspace_bytes)
         self.begun = 1
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(dweight, dbias) for an upstream gradient, in the buffers themselves where the dtype is the weight's."""
-        factor = upstream if self.unit is None else upstream * self.unit
+        factor = (upstream if self.unit is None else upstream * self.unit).to(self.dbias.dtype)
         for gradient in (self.dweight, self.dbias):
             self.primitives.scale(gradient, factor)
         dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None
@@ -340,7 +360,7 @@ class HeadGradient:
 
 @torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=())
 def linear_logprob_bwd(
-    dlogps: Tensor,  # (M,)
+    dlogps: Tensor,  # (M,) float64
     dentropies: Tensor | None,  # (M,)
     hidden: Tensor | None,  # (M, H), for dweight and dbias
     weight: Tensor | None,  # (V, H), for dweight and dbias
@@ -357,6 +377,8 @@ def linear_logprob_bwd(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    stats: int,  # of the forward, as the next
+    save: int,
     need_dweight: bool,
     need_dbias: bool,
     backend: str,
@@ -377,7 +399,7 @@ def linear_logprob_bwd(
         dweight = state.new_empty(0) if weight is None or not need_dweight else torch.empty_like(weight)
         dbias = problem.empty(problem.vocabulary if need_dbias else 0)
         if need_dweight or need_dbias:
-            _walk_backward(problem, rows, dweight, dbias, 0, workspace_bytes)
+            _walk_backward(problem, rows, dweight, dbias, 0, stats, save, workspace_bytes)
         else:
             rows.weigh(slice(0, problem.rows))
         return dhidden, dweight, dbias
@@ -448,6 +470,8 @@ def _walk_backward(
     dweight: Tensor,  # (V, H), of the weight's dtype or of the accumulation, or empty (0,)
     dbias: Tensor,  # (V,) or empty
     begun: int,  # 0: they are filled; 1: they are added to, in the accumulation dtype
+    stats: int,  # of the forward, as the next
+    save: int,
     workspace_bytes: int,
 ) -> None:
     primitives, transform = weighed.primitives, problem.transform
@@ -462,16 +486,17 @@ def _walk_backward(
         weighed.find_unit()
 
     tiles = problem.footprint.dlogits_tiles(weighed.mix is not None)
-    direct = not need_dweight or (dweight.dtype == problem.accum_dtype and dweight.is_contiguous())
+    # the tile of the forward, which knew the weight and not whether it trains
+    direct = writes_dweight(dweight if need_dweight else problem.weight)
     assert not begun or (direct and weighed.unit is None)
     (block, columns, _), direct = problem.footprint.backward(
-        problem.rows, weighed.mix is not None, direct, workspace_bytes, rounded=dweight.is_contiguous()
+        problem.rows, stats, save, direct, workspace_bytes, rounded=dweight.is_contiguous()
     )
     weight_buffer = problem.weight_buffer(columns)
     row_buffer = problem.row_buffer(block)
     scaled_buffer = problem.empty(block, problem.width, dtype=problem.gemm_dtype)
     tile, scratch = problem.empty(block * columns), problem.empty(tiles, block * columns)
-    partial = None if direct else problem.empty(columns, problem.width)
+    partial = problem.empty(columns, problem.width) if need_dweight and not direct else None
     for first in range(0, problem.vocabulary, columns):
         last = min(first + columns, problem.vocabulary)
         w = problem.weight_slice(first, last, weight_buffer)
@@ -491,6 +516,7 @@ def _walk_backward(
                 problem.labels[part],
                 first,
                 transform,
+                weighed.coefficient[part],
                 None if weighed.mix is None else weighed.mix[:, part],
                 problem.gemm_dtype,
             )
@@ -511,15 +537,16 @@ def _walk_backward(
 @linear_logprob_fwd.register_fake
 def _(  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, token_index, select, compute_dtype, ignore_index, logit_scale, softcap,
-    temperature, stats, save, backend, workspace_bytes, validate,
+    temperature, stats, save, recomputed, backend, workspace_bytes, validate,
 ):  # fmt: skip
     tokens = labels.shape[0]
     rows = tokens if token_index is None else token_index.shape[0]
     dtype = accumulation_dtype(compute_dtype)
-    outputs = [labels.new_empty(tokens, dtype=dtype)]
-    for i, name in enumerate(STATS):
-        kind = torch.bool if name == "is_top1" else dtype
-        outputs.append(labels.new_empty(tokens if stats >> i & 1 else 0, dtype=kind))
+    asked = [True, *(bool(stats >> i & 1) for i in range(len(STATS)))]
+    outputs = [
+        labels.new_empty(tokens if wanted else 0, dtype=kind)
+        for wanted, kind in zip(asked, output_dtypes(dtype), strict=True)
+    ]
     outputs.append(labels.new_empty((STATE_ROWS, rows), dtype=dtype))
     for i in range(2):
         outputs.append(labels.new_empty((rows, hidden.shape[1]) if save > i else 0, dtype=compute_dtype))
@@ -529,7 +556,8 @@ def _(  # type: ignore[no-untyped-def]
 @linear_logprob_bwd.register_fake
 def _(  # type: ignore[no-untyped-def]
     dlogps, dentropies, hidden, weight, bias, labels, token_index, state, dlogp, dentropy, select, hidden_dtype,
-    compute_dtype, ignore_index, logit_scale, softcap, temperature, need_dweight, need_dbias, backend, workspace_bytes,
+    compute_dtype, ignore_index, logit_scale, softcap, temperature, stats, save, need_dweight, need_dbias, backend,
+    workspace_bytes,
 ):  # fmt: skip
     shape = (labels.shape[0], dlogp.shape[1]) if dlogp.dim() == 2 else (0,)
     return (
@@ -551,23 +579,24 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, token_index, state, dlogp, dentropy = ctx.saved_tensors
-    select, compute_dtype, ignore_index, logit_scale, softcap, temperature, stats, _, backend, workspace, _ = (
+    select, compute_dtype, ignore_index, logit_scale, softcap, temperature, stats, save, _, backend, workspace, _ = (
         ctx.options
     )
     need_dhidden, need_dweight, need_dbias = ctx.needs_input_grad[:3]
     if dlogps is None and dentropies is None:
-        return (None,) * 16
+        return (None,) * 17
+    check_kept(hidden=hidden, weight=weight, bias=bias)
     dhidden, dweight, dbias = linear_logprob_bwd(
-        (torch.zeros_like(dentropies) if dlogps is None else dlogps).contiguous(),
+        (torch.zeros_like(dentropies) if dlogps is None else dlogps).double().contiguous(),
         None if dentropies is None or not stats & ENTROPY else dentropies.contiguous(),
         hidden, weight, bias, labels, token_index, state, dlogp, dentropy, select, ctx.hidden_dtype, compute_dtype,
-        ignore_index, logit_scale, softcap, temperature, need_dweight, need_dbias, backend, workspace,
+        ignore_index, logit_scale, softcap, temperature, stats, save, need_dweight, need_dbias, backend, workspace,
     )  # fmt: skip
     return (
         dhidden if need_dhidden else None,
         dweight if need_dweight else None,
         dbias.to(ctx.bias_dtype) if need_dbias else None,
-        *(None,) * 13,
+        *(None,) * 14,
     )
 
 
@@ -583,19 +612,31 @@ linear_logprob_bwd.register_autograd(no_double_backward)
 
 
 @torch.library.custom_op("alignloss::sequence_offsets", mutates_args=())
-def sequence_offsets(cu_seqlens: Tensor, tokens: int, validate: bool) -> Tensor:
-    """Offsets (S + 1,) as int64 within [0, tokens]; with `validate`, a ValueError unless they rise from 0 to tokens."""
-    if validate:
-        ordered = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
-        if not ordered or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu_seqlens.tolist()[:8]} ..."
-            )
-    return cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format).clamp_(0, tokens)
+def sequence_offsets(
+    cu_seqlens: Tensor,  # (S + 1,)
+    tokens: int,
+    whole: bool,  # the last sequence ends with the tokens
+    may_be_empty: bool,  # a sequence may have no tokens
+    validate: bool,
+) -> Tensor:
+    """Offsets (S + 1,) as int64, if they rise from 0 to `tokens`; else a ValueError with `validate`, all -1 without."""
+    offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    lengths = offsets.diff()
+    fits = (lengths >= (0 if may_be_empty else 1)).all() & (offsets[0] == 0)
+    fits &= (offsets[-1] == tokens) if whole else (offsets[-1] <= tokens)
+    if not validate:
+        return torch.where(fits, offsets, -1)
+    if not bool(fits):
+        empty = not may_be_empty and bool((lengths >= 0).all())
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {offsets.tolist()[:8]} ..."
+            + ("; where it is padded by repeated offsets, give real_sequences, how many are real" if empty else "")
+        )
+    return offsets
 
 
 @sequence_offsets.register_fake
-def _(cu_seqlens, tokens, validate):  # type: ignore[no-untyped-def]
+def _(cu_seqlens, tokens, whole, may_be_empty, validate):  # type: ignore[no-untyped-def]
     return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int64)
 
 
@@ -617,11 +658,10 @@ def sequence_scatter(
     cu_seqlens: Tensor | None,  # (S + 1,) int64
     token_weights: Tensor | None,  # (M,)
     tokens: int,
-    dtype: torch.dtype,
     backend: str,
-) -> Tensor:  # (M,)
+) -> Tensor:  # (M,) float64
     with device_guard(dsums):
-        return backends.get(backend).sequence_scatter(dsums, cu_seqlens, token_weights, tokens, dtype)
+        return backends.get(backend).sequence_scatter(dsums, cu_seqlens, token_weights, tokens)
 
 
 @sequence_sum.register_fake
@@ -630,19 +670,19 @@ def _(values, cu_seqlens, sequences, token_weights, backend):  # type: ignore[no
 
 
 @sequence_scatter.register_fake
-def _(dsums, cu_seqlens, token_weights, tokens, dtype, backend):  # type: ignore[no-untyped-def]
-    return dsums.new_empty(tokens, dtype=dtype)
+def _(dsums, cu_seqlens, token_weights, tokens, backend):  # type: ignore[no-untyped-def]
+    return dsums.new_empty(tokens)
 
 
 def _sequence_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     values, cu_seqlens, _, token_weights, backend = inputs
     ctx.save_for_backward(cu_seqlens, token_weights)
-    ctx.tokens, ctx.dtype, ctx.backend = values.shape[0], values.dtype, backend
+    ctx.tokens, ctx.backend = values.shape[0], backend
 
 
 def _sequence_backward(ctx, dsums):  # type: ignore[no-untyped-def]
     cu_seqlens, token_weights = ctx.saved_tensors
-    dvalues = sequence_scatter(dsums.contiguous(), cu_seqlens, token_weights, ctx.tokens, ctx.dtype, ctx.backend)
+    dvalues = sequence_scatter(dsums.contiguous(), cu_seqlens, token_weights, ctx.tokens, ctx.backend)
     return dvalues, None, None, None, None
 
 
@@ -652,7 +692,7 @@ sequence_scatter.register_autograd(no_double_backward)
 
 @torch.library.custom_op("alignloss::preference", mutates_args=())
 def preference(
-    values: Tensor,  # (M,) fp32 token log-probabilities
+    values: Tensor,  # (M,) token log-probabilities
     token_weights: Tensor | None,  # (M,)
     labels: Tensor,  # (M,) int64: where the sums run
     nll_labels: Tensor | None,  # (M,) int64: where the NLL of the chosen sequences runs; by default at labels
@@ -711,7 +751,7 @@ def preference_backward(
     cu_seqlens: Tensor | None,  # (S + 1,)
     paired: bool,
     ignore_index: int,
-) -> Tensor:  # (M,) fp32
+) -> Tensor:  # (M,) float64
     with device_guard(dloss):
         return backends.get("triton").preference_backward(
             dloss,
@@ -730,13 +770,13 @@ def preference_backward(
 def _(values, token_weights, labels, nll_labels, cu_seqlens, sequences, *data):  # type: ignore[no-untyped-def]
     count = sequences if data[6] == "kto" else sequences // 2
     shapes = [(), (count,), (sequences,), (sequences,), ()]
-    outputs = [values.new_empty(shape) for shape in shapes]
+    outputs = [values.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return (*outputs, *(values.new_empty(n, dtype=torch.float64) for n in (sequences, 2)))
 
 
 @preference_backward.register_fake
 def _(dloss, slopes, scales, token_weights, labels, *rest):  # type: ignore[no-untyped-def]
-    return dloss.new_empty(labels.shape)
+    return dloss.new_empty(labels.shape, dtype=torch.float64)
 
 
 def _preference_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

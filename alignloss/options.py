@@ -48,7 +48,7 @@ def _check_divergence(divergence: Any) -> None:
     problem = "is not callable"
     if callable(divergence):
         try:
-            value = divergence(torch.zeros(2))
+            value = divergence(torch.zeros(2, dtype=torch.float64, device="cpu"))
             if isinstance(value, Tensor) and value.shape == (2,) and bool(value.isfinite().all()):
                 return
             problem = f"gives {value} for log u = [0, 0]"

@@ -1,6 +1,6 @@
 """What a loss module returns, and the metrics that training logs are made of."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,14 +9,18 @@ from . import ops
 from .logprob import labelled_tokens
 from .losses.common import log_odds
 
-__all__ = ["PairedOutput", "ScoredTokens", "UnpairedOutput"]
+__all__ = ["PairedOutput", "ScoredTokens", "UnpairedOutput", "measured"]
 
 # statistics of `linear_logprob_stats` that metrics are made of
 STATS = ("entropy", "mean_logits", "is_top1")
 
 
 class ScoredTokens(NamedTuple):
-    """The M positions of a call with S sequences, and their statistics, detached; None where not asked for."""
+    """The M positions of a call with S sequences, and their statistics, detached; None where not asked for.
+
+    It belongs to a result without being a field of it, and hangs on its tensor `losses`: what rebuilds the tuple from
+    its fields (accelerate, DDP, FSDP2, `_replace`, a tree map) mostly hands that tensor on.
+    """
 
     labels: Tensor  # (M,)
     offsets: Tensor | None  # (S + 1,) of packed sequences; None: S parts of one length
@@ -25,6 +29,8 @@ class ScoredTokens(NamedTuple):
     entropy: Tensor | None = None  # (M,) nats
     mean_logits: Tensor | None = None  # (M,)
     is_top1: Tensor | None = None  # (M,)
+    desirable: Tensor | None = None  # (S,) or 0-d, of an unpaired loss, as given
+    kl: Tensor | None = None  # of an unpaired loss, as given
 
     def lengths(self) -> Tensor:
         """Labelled tokens of each sequence, (S,) int64, at least 1."""
@@ -38,7 +44,7 @@ class ScoredTokens(NamedTuple):
             for values in (getattr(self, name) * labelled, labelled)
         )
         if members is not None:
-            sums, counts = sums * members, counts * members
+            sums, counts = (torch.where(members > 0, values, 0) for values in (sums, counts))
         return sums.sum() / counts.sum()
 
     def metrics(self, groups: dict[str, Tensor | None], accuracy_of: Tensor | None = None) -> dict[str, Tensor]:
@@ -66,9 +72,6 @@ class _PairedFields(NamedTuple):
 class PairedOutput(_PairedFields):
     """Result of a paired loss. Only `loss` is differentiable; log-probabilities are sums in nats."""
 
-    # beside the tuple: of the 2B sequences; None where something rebuilt the tuple from its fields
-    scored: ScoredTokens | None = None
-
     def metrics(self) -> dict[str, Tensor]:
         """What TRL's DPO and ORPO trainers log, by their names: detached 0-d tensors of this process.
 
@@ -77,29 +80,32 @@ class PairedOutput(_PairedFields):
         `log_odds_chosen` (log odds ratio of the sequences' mean log-probabilities) and `log_odds_ratio` (its log
         sigmoid). `nll_loss` is per chosen token. From the statistics that the call asked for, means over labelled
         tokens: `entropy`; `logits/chosen`, `logits/rejected` ("mean_logits"); `mean_token_accuracy` of the chosen
-        ("is_top1"). Nothing waits for a GPU until a value is read.
+        ("is_top1"). A value that is not a number stays one in its means. Nothing waits for a GPU until a value is read.
+
+        Raises:
+            RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of.
         """
+        scored = _scored(self)
+        count, lengths = len(self.chosen_logps), scored.lengths()
+        means = torch.cat([self.chosen_logps, self.rejected_logps]).double() / lengths
+        odds = log_odds(means[:count]) - log_odds(means[count:])
+        chosen = (torch.arange(2 * count, device=lengths.device) < count).double()
+        margins = self.chosen_rewards - self.rejected_rewards
+        right = torch.where(margins.isnan(), margins, (self.chosen_rewards > self.rejected_rewards).to(margins.dtype))
         metrics = {
             "rewards/chosen": self.chosen_rewards.mean(),
             "rewards/rejected": self.rejected_rewards.mean(),
-            "rewards/margins": (self.chosen_rewards - self.rejected_rewards).mean(),
-            "rewards/accuracies": (self.chosen_rewards > self.rejected_rewards).double().mean(),
+            "rewards/margins": margins.mean(),
+            "rewards/accuracies": right.mean(),
             "logps/chosen": self.chosen_logps.mean(),
             "logps/rejected": self.rejected_logps.mean(),
             "nll_loss": self.nll_loss,
+            "lengths/chosen": lengths[:count].double().mean(),
+            "lengths/rejected": lengths[count:].double().mean(),
+            "log_odds_chosen": odds.mean(),
+            "log_odds_ratio": torch.nn.functional.logsigmoid(odds).mean(),
+            **scored.metrics({"/chosen": chosen, "/rejected": 1 - chosen}, accuracy_of=chosen),
         }
-        if self.scored is not None:
-            count, lengths = len(self.chosen_logps), self.scored.lengths()
-            means = torch.cat([self.chosen_logps, self.rejected_logps]).double() / lengths
-            odds = log_odds(means[:count]) - log_odds(means[count:])
-            chosen = (torch.arange(2 * count, device=lengths.device) < count).double()
-            metrics |= {
-                "lengths/chosen": lengths[:count].double().mean(),
-                "lengths/rejected": lengths[count:].double().mean(),
-                "log_odds_chosen": odds.mean(),
-                "log_odds_ratio": torch.nn.functional.logsigmoid(odds).mean(),
-                **self.scored.metrics({"/chosen": chosen, "/rejected": 1 - chosen}, accuracy_of=chosen),
-            }
         return {name: value.to(self.loss.dtype) for name, value in metrics.items()}
 
 
@@ -113,11 +119,6 @@ class _UnpairedFields(NamedTuple):
 class UnpairedOutput(_UnpairedFields):
     """Result of an unpaired loss. Only `loss` is differentiable; log-probabilities are sums in nats."""
 
-    # beside the tuple: of the B sequences; None where something rebuilt the tuple from its fields
-    scored: ScoredTokens | None = None
-    desirable: Tensor | None = None  # (B,) or 0-d, as given
-    kl: Tensor | None = None  # as given
-
     def metrics(self) -> dict[str, Tensor]:
         """What TRL's KTO trainer logs, by its names: detached 0-d tensors of this process.
 
@@ -127,20 +128,41 @@ class UnpairedOutput(_UnpairedFields):
         the statistics that the call asked for, means over labelled tokens: `entropy`; `logits/chosen`,
         `logits/rejected` or `logits` ("mean_logits"); `mean_token_accuracy` ("is_top1"). Nothing waits for a GPU until
         a value is read.
+
+        Raises:
+            RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of.
         """
-        metrics = {}
-        if self.kl is not None:
-            metrics["kl"] = self.kl.detach().double().clamp(min=0).mean()
+        scored, metrics = _scored(self), {}
+        if scored.kl is not None:
+            metrics["kl"] = scored.kl.detach().double().clamp(min=0).mean()
         groups: dict[str, Tensor | None] = {"": None}
-        if self.desirable is not None:
-            chosen = self.desirable.double().expand(len(self.losses))
+        if scored.desirable is not None:
+            chosen = scored.desirable.double().expand(len(self.losses))
             groups = {"/chosen": chosen, "/rejected": 1 - chosen}
         for group, members in groups.items():
             for name, values in (("rewards", self.rewards), ("logps", self.logps)):
                 kept = values if members is None else torch.where(members > 0, values, 0)
                 metrics[name + group] = kept.sum() / (len(values) if members is None else members.sum())
-        if self.desirable is not None:
+        if scored.desirable is not None:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        if self.scored is not None:
-            metrics |= {"lengths": self.scored.lengths().double().mean(), **self.scored.metrics(groups)}
+        metrics |= {"lengths": scored.lengths().double().mean(), **scored.metrics(groups)}
         return {name: value.to(self.loss.dtype) for name, value in metrics.items()}
+
+
+_Output = TypeVar("_Output", PairedOutput, UnpairedOutput)
+
+
+def measured(output: _Output, scored: ScoredTokens) -> _Output:
+    """A result with what its metrics are made of."""
+    output.losses._alignloss_scored = scored  # type: ignore[attr-defined]
+    return output
+
+
+def _scored(output: PairedOutput | UnpairedOutput) -> ScoredTokens:
+    scored: ScoredTokens | None = getattr(output.losses, "_alignloss_scored", None)
+    if scored is None:
+        raise RuntimeError(
+            "this result was rebuilt around other tensors than the loss module returned, and what metrics() needs "
+            "beside its fields stayed with those: call metrics() on the module's own result, and pass the dictionary on"
+        )
+    return scored

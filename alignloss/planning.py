@@ -24,6 +24,8 @@ MIB = 1 << 20
 # tokens that a group of several has room for, on a GPU: each reads and writes dweight, 971 / tokens of a GEMM in
 # float32 on an H100 (3 TB/s, 728 TFLOP/s), and with fewer that costs more than the GEMM that it saves
 LEAST_GROUP = 1024
+# vocabulary entries of a slice that forward and backward share, on a GPU
+BOTH_WIDE = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -62,6 +64,14 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     bytes: int
+
+
+class Sizes(NamedTuple):
+    """Bytes of the temporary buffers of a walk."""
+
+    row: int  # per row of a block
+    column: int  # per vocabulary entry of a slice
+    cell: int  # per entry of the tile
 
 
 class Footprint(NamedTuple):
@@ -120,17 +130,43 @@ class Footprint(NamedTuple):
         """How many tiles beside the logits tile the gradient of the logits needs."""
         return 0 if self.backend == "triton" else int(self.softcap) + int(entropy)
 
-    def forward(self, rows: int, stats: int, save: int, workspace_bytes: int) -> Tile:
-        """The tile of a forward that saves so many derivatives of N = `rows` tokens."""
+    @property
+    def recomputes_exactly(self) -> bool:
+        """Whether a backward has to recompute the logits to the last bit, or the forward's sums would not be theirs.
+
+        A GEMM rounds as its shape has it, so then both take one tile. With 16-bit operands the gradient is rounded by
+        more than that, and each takes the tile that suits it.
+        """
+        return self.dtype == self.accum_dtype
+
+    def _forward_bytes(self, stats: int, save: int) -> "Sizes":
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
-        return self.tile(
-            rows,
+        return Sizes(
             self.width * (save * accum + self.copies_rows * gemm) + (save > 0) * self.row_product_bytes,
             self.slice_bytes,
             accum * (1 + self.fold_tiles(stats, save)) + self.narrow_bytes * save,
-            workspace_bytes,
-            16384,  # a slice reads and writes U once
         )
+
+    def _backward_bytes(self, entropy: bool, direct: bool) -> "Sizes":
+        accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
+        return Sizes(
+            self.width * gemm * (1 + self.copies_rows) + self.row_product_bytes,
+            self.slice_bytes + self.width * accum * (not direct),
+            accum * (1 + self.dlogits_tiles(entropy)) + self.narrow_bytes,
+        )
+
+    def forward(
+        self, rows: int, stats: int, save: int, workspace_bytes: int, recomputed: bool = False, direct: bool = True
+    ) -> Tile:
+        """The tile of a forward that saves so many derivatives of N = `rows` tokens.
+
+        recomputed: a backward will recompute it; direct: as in `backward`.
+        """
+        sizes, wide = self._forward_bytes(stats, save), 16384  # a slice reads and writes U once
+        if not (recomputed and self.recomputes_exactly):
+            return self.tile(rows, sizes, workspace_bytes, wide)
+        other = self._backward_bytes(bool(stats & backends.ENTROPY), direct)
+        return self.tile(rows, sizes, workspace_bytes, BOTH_WIDE, other)
 
     @property
     def gemm_rounds_dweight(self) -> bool:
@@ -143,37 +179,32 @@ class Footprint(NamedTuple):
         return self.weight_dtype == self.gemm_dtype == torch.bfloat16
 
     def backward(
-        self, rows: int, entropy: bool, direct: bool, workspace_bytes: int, rounded: bool = True
+        self, rows: int, stats: int, save: int, direct: bool, workspace_bytes: int, rounded: bool = True
     ) -> tuple[Tile, bool]:
         """The tile of a backward that recomputes, and whether dweight is written without a slice in the wide dtype.
 
-        direct: such a slice is not needed, whatever the tile. rounded: a GEMM may round it, where it can.
+        stats, save: of the forward. direct: such a slice is not needed, whatever the tile. rounded: a GEMM may round
+        it, where it can.
         """
         if not direct and rounded and self.gemm_rounds_dweight:
-            tile, _ = self.backward(rows, entropy, True, workspace_bytes)
+            tile, _ = self.backward(rows, stats, save, True, workspace_bytes)
             if tile.rows >= rows:
                 return tile, True
-        accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
-        tile = self.tile(
-            rows,
-            self.width * gemm * (1 + self.copies_rows) + self.row_product_bytes,
-            self.slice_bytes + self.width * accum * (not direct),
-            accum * (1 + self.dlogits_tiles(entropy)) + self.narrow_bytes,
-            workspace_bytes,
-            2048,  # a block of rows reads and writes a slice of dweight once
-        )
-        return tile, direct
+        sizes, wide = self._backward_bytes(bool(stats & backends.ENTROPY), direct), 2048  # a block adds to dweight once
+        if not self.recomputes_exactly:
+            return self.tile(rows, sizes, workspace_bytes, wide), direct
+        return self.tile(rows, sizes, workspace_bytes, BOTH_WIDE, self._forward_bytes(stats, save)), direct
 
     def tile(
         self,
         rows: int,
-        row_bytes: int,  # buffers per row of a block
-        column_bytes: int,  # buffers per vocabulary entry of a slice
-        cell_bytes: int,  # bytes per entry of the tile
+        sizes: "Sizes",
         workspace_bytes: int,
         wide: int,  # vocabulary entries of a slice beyond which a GPU gains more from further rows
+        other: "Sizes | None" = None,  # of another walk that the same tile has to fit
     ) -> Tile:
         """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16."""
+        row_bytes, column_bytes, cell_bytes = map(max, sizes, other or sizes)
         if self.device_type == "cuda":
             most_columns = self.vocabulary
             wide = max(16, min(wide, self.vocabulary, workspace_bytes // 4 // max(column_bytes, 1)))
@@ -186,7 +217,7 @@ class Footprint(NamedTuple):
         free = workspace_bytes - block * row_bytes
         most = max(16, min(most_columns, free // (block * cell_bytes + column_bytes)))
         columns = _even_parts(self.vocabulary, most, 128 if most >= 128 else 16)
-        return Tile(block, columns, block * row_bytes + columns * column_bytes + block * columns * cell_bytes)
+        return Tile(block, columns, block * sizes.row + columns * sizes.column + block * columns * sizes.cell)
 
     def held_columns(self, rows: int) -> int:
         """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
@@ -412,7 +443,7 @@ def plan(
     gradients = positions * hidden_size * stored.itemsize * save + dweight
     # one pass without a wider accumulator makes the gradient of the head itself in the forward
     early = dweight if regime == 3 and not backward else 0
-    results = accum * positions  # log-probabilities; their gradients
+    results = 8 * positions  # log-probabilities in float64; their gradients
     forward, backward = (size + accum * vocabulary * bias for size in (forward, backward))  # the bias, widened
     peak = saved + results + index + early + forward + state * (regime == 1)
     if regime > 1:
@@ -443,19 +474,19 @@ def _workspace(
         forward = head.one_pass_bytes(arranged.largest, several, head.held_columns(arranged.largest))
         if arranged.recomputed:
             tiles = (
-                head.forward(arranged.recomputed, 0, save, budget - shared),
-                head.backward(arranged.recomputed, False, True, budget - shared)[0],
+                head.forward(arranged.recomputed, 0, save, budget - shared, recomputed=True),
+                head.backward(arranged.recomputed, 0, save, True, budget - shared)[0],
             )
             forward = max(forward, *(shared + tile.bytes for tile in tiles))
         return forward, shared
-    tile = head.forward(tokens, 0, save, budget)
+    direct = head.weight_dtype == head.accum_dtype
+    tile = head.forward(tokens, 0, save, budget, regime == 4, direct)
     if regime == 1 and head.backend == "triton" and not head.casts_weight:
         # the fused kernel holds partial statistics of a block of rows instead of a tile
         block_v = blocks.gemm_blocks(_architecture(head), head.gemm_dtype.itemsize, head.softcap)[1]
         partials = tile.rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
         return tile.rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
-    direct = head.weight_dtype == head.accum_dtype
-    return tile.bytes, head.backward(tokens, False, direct, budget)[0].bytes if regime == 4 else 0
+    return tile.bytes, head.backward(tokens, 0, save, direct, budget)[0].bytes if regime == 4 else 0
 
 
 def _architecture(head: Footprint) -> str:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .checks import check_tensor
 from .planning import check_number
 
 __all__ = ["update_reference"]
@@ -18,7 +19,9 @@ def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0
     `mix` in float32.
 
     Raises:
-        ValueError: where names or shapes of the parameters differ, as between a model and one with adapters.
+        ValueError: where names or shapes of the parameters differ, as between a model and one with adapters; for
+            parameters without values (emptied by ZeRO-3 or FSDP1, on the meta device), of which nothing would be
+            copied; before any parameter moves.
     """
     for name, value in (("reference", reference), ("model", model)):
         if not isinstance(value, nn.Module):
@@ -35,5 +38,16 @@ def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0
         raise ValueError(
             f"reference and model must have the same parameters; {len(different)} differ, e.g. {different[:3]}"
         )
+    if not ours:
+        raise ValueError("reference and model have no parameters, so there is nothing to move")
+    for what, parameters in (("reference", ours), ("model", theirs)):
+        for name, parameter in parameters.items():
+            if type(parameter).__name__ != "DTensor":  # of which every process moves its shard
+                check_tensor(f"{what}.{name}", parameter)
+            if parameter.numel() == 0:
+                raise ValueError(
+                    f"{what}.{name} is empty here, {tuple(parameter.shape)}: gather the parameters of both first "
+                    "(deepspeed.zero.GatheredParameters, FullyShardedDataParallel.summon_full_params)"
+                )
     for name, parameter in ours.items():
         parameter.lerp_(theirs[name].to(parameter), mix)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .checks import checked_labels
 from .logprob import LogprobStats, check_like, labelled_tokens, sequence_offsets
 from .ops import sequence_sum
 from .planning import check_number
@@ -15,12 +16,14 @@ def ld_dpo_token_weights(
     *,
     tail_weight: float,
     cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    real_sequences: int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """`token_weights` of LD-DPO, for labels aligned with hidden: 1 up to the shorter length of a pair, then less.
 
     Liu et al. 2024 (arXiv:2409.06411), whose alpha is `tail_weight` in [0, 1]: the log-probabilities of labelled tokens
     beyond min(|y_chosen|, |y_rejected|) count by it. The first half of the sequences are the chosen ones.
+    `cu_seqlens` and `real_sequences` as in `sequence_logprob`.
 
     Returns:
         The shape of labels, float32; 0 at ignored positions.
@@ -28,15 +31,18 @@ def ld_dpo_token_weights(
     check_number("tail_weight", tail_weight)
     if not 0 <= tail_weight <= 1:
         raise ValueError(f"tail_weight must lie in [0, 1], got {tail_weight!r}")
-    rank, shorter = _ranks(labels, cu_seqlens, ignore_index)
-    weights = torch.where(rank < shorter, 1.0, float(tail_weight))
-    return weights.masked_fill(labels == ignore_index, 0).to(torch.float32)
+    labels = checked_labels("labels", labels)
+    offsets, sequences = _pair_offsets(labels, cu_seqlens, real_sequences, ignore_index)
+    rank, shorter = _ranks(labels, offsets, sequences, ignore_index)
+    weights = torch.full(labels.shape, tail_weight, dtype=torch.float32, device=labels.device)
+    return _of_labels(weights.masked_fill_(rank < shorter, 1), labels, offsets, ignore_index)
 
 
 def sampo_token_weights(
     labels: Tensor,  # (2B, T), or packed (tokens,) or (1, tokens)
     *,
     cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    real_sequences: int | None = None,
     ignore_index: int = -100,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -44,30 +50,39 @@ def sampo_token_weights(
 
     Lu et al. 2024 (arXiv:2406.10957): min(|y_chosen|, |y_rejected|) labelled tokens of each sequence keep weight 1,
     drawn without replacement. Policy and reference take the same ones: compute `ref_logps` by `sequence_logprob` with
-    these weights, or give `ref_hidden`.
+    these weights, or give `ref_hidden`. `cu_seqlens` and `real_sequences` as in `sequence_logprob`.
 
     Returns:
         The shape of labels, float32, of 0 and 1.
     """
+    labels = checked_labels("labels", labels)
     noise = torch.rand(labels.shape, generator=generator, device=labels.device, dtype=torch.float64)
-    rank, shorter = _ranks(labels, cu_seqlens, ignore_index, noise)
-    return ((rank < shorter) & (labels != ignore_index)).to(torch.float32)
+    offsets, sequences = _pair_offsets(labels, cu_seqlens, real_sequences, ignore_index)
+    rank, shorter = _ranks(labels, offsets, sequences, ignore_index, noise)
+    return _of_labels((rank < shorter).to(torch.float32), labels, offsets, ignore_index)
 
 
-def _pair_offsets(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+def _of_labels(weights: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
+    """Weights with 0 at ignored positions; all NaN for offsets that did not fit."""
+    weights = weights.masked_fill(labels == ignore_index, 0)
+    return weights if offsets is None else torch.where(offsets[0] < 0, torch.nan, weights)
+
+
+def _pair_offsets(
+    labels: Tensor, cu_seqlens: Tensor | None, real_sequences: int | None, ignore_index: int
+) -> tuple[Tensor | None, int]:
     """`sequence_offsets` of 2B sequences."""
-    offsets, sequences = sequence_offsets(labels, cu_seqlens, None)
+    offsets, sequences = sequence_offsets(labels, cu_seqlens, None, real_sequences, ignore_index)
     if sequences % 2:
         raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
     return offsets, sequences
 
 
 def _ranks(
-    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, order: Tensor | None = None
+    labels: Tensor, offsets: Tensor | None, sequences: int, ignore_index: int, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of each position, its rank among the labelled tokens of its sequence, by `order` or from left to right, and the
     shorter length of its pair; both of the shape of labels."""
-    offsets, sequences = _pair_offsets(labels, cu_seqlens)
     counts = labelled_tokens(labels, offsets, sequences, ignore_index)
     shorter = torch.minimum(*counts.view(2, sequences // 2)).repeat(2)
     flat, position = labels.reshape(-1), torch.arange(labels.numel(), device=labels.device)
@@ -90,13 +105,15 @@ def wpo_pair_weights(
     labels: Tensor,  # (2B, T), or packed (tokens,) or (1, tokens)
     *,
     cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    real_sequences: int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """`pair_weights` of WPO: how likely the policy itself is to write the two sequences, on average per token.
 
     Zhou et al. 2024 (arXiv:2406.11827), eq. 2, with its sampled alignment: the product over both sequences of
     exp(mean over tokens of log p_y - log sum_v p_v^2). `stats` are those of the policy, from
-    `linear_logprob_stats(..., stats=("log_sum_sq_probs",))` under `torch.no_grad()`.
+    `linear_logprob_stats(..., stats=("log_sum_sq_probs",))` under `torch.no_grad()`. `cu_seqlens` and `real_sequences`
+    as in `sequence_logprob`.
 
     Returns:
         (B,), detached.
@@ -105,8 +122,9 @@ def wpo_pair_weights(
         raise ValueError(f"stats must be what linear_logprob_stats returns, got {type(stats).__name__}")
     if stats.log_sum_sq_probs is None:
         raise ValueError('WPO needs log_sum_sq_probs: ask linear_logprob_stats for stats=("log_sum_sq_probs",)')
+    labels = checked_labels("labels", labels)
     check_like("stats.logps", stats.logps, "labels", labels)
-    offsets, sequences = _pair_offsets(labels, cu_seqlens)
+    offsets, sequences = _pair_offsets(labels, cu_seqlens, real_sequences, ignore_index)
     values = (stats.logps - stats.log_sum_sq_probs).detach().masked_fill(labels == ignore_index, 0).reshape(-1)
     sums = sequence_sum(values, offsets, sequences, None, "torch")
     means = sums / labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)

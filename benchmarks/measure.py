@@ -83,13 +83,14 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     hidden = inputs.hidden.detach().flatten(0, 1)[: case.labelled].to(head.gemm_dtype)
     weight = inputs.weight.detach().to(head.gemm_dtype)
     passes = [(1, expected.gemms > 1, False)]  # logits, U, dweight
-    tiles = [head.forward(case.labelled, 0, int(expected.gemms > 1), expected.budget_bytes)[:2]]
+    save, direct = int(expected.gemms > 1), dtype == head.accum_dtype
+    tiles = [head.forward(case.labelled, 0, save, expected.budget_bytes, expected.regime == 4, direct)[:2]]
     if expected.regime == 3:
         rows = -(-case.labelled // expected.groups)
         passes, tiles = [(1, True, True)], [(rows, head.held_columns(rows))]
     elif expected.regime == 4:
         passes.append((1, False, True))
-        tiles.append(head.backward(case.labelled, False, dtype == head.accum_dtype, expected.budget_bytes)[0][:2])
+        tiles.append(head.backward(case.labelled, 0, save, direct, expected.budget_bytes)[0][:2])
     tile = weight.new_empty(max(rows * columns for rows, columns in tiles))
     u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
     dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)

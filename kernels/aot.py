@@ -66,7 +66,7 @@ _SCALARS = {
     ),
 }
 _INT64_POINTERS = ("labels", "nll_labels", "row_labels", "index", "offsets")
-_FP64_POINTERS = ("weights", "dsums", "kl", "slopes", "scales", "nll")
+_FP64_POINTERS = ("logps", "dlogps", "values", "dvalues", "weights", "dsums", "kl", "slopes", "scales", "nll")
 
 
 def variants(blocks: str) -> list[Variant]:

@@ -70,6 +70,7 @@ def kl_bwd_kernel(
     ref_tile,  # (C, Vs) fp32 x of the reference
     out,  # (C, Vs), in the memory of `tile`
     state,  # (5, C): max, log-sum, max and log-sum of the reference
+    coefficient,  # (C,); where it is 0 the result is too, whatever the logits
     Vs,
     tile_stride,
     out_stride,
@@ -84,6 +85,7 @@ def kl_bwd_kernel(
     step = tl.cast(state_stride, tl.int64)
     top, log_sum = tl.load(state + row), tl.load(state + row + step)
     ref_top, ref_log_sum = tl.load(state + row + 2 * step), tl.load(state + row + 3 * step)
+    used = tl.load(coefficient + row) != 0
     c = tl.arange(0, BLOCK)
     for start in range(0, Vs, BLOCK):
         v = start + c
@@ -94,6 +96,7 @@ def kl_bwd_kernel(
         d = tl.exp(z - top - log_sum) - tl.exp(z_ref - ref_top - ref_log_sum)
         if HAS_CAP:
             d *= sech2(x)
+        d = tl.where(used, d, 0.0)
         if NARROW:
             tl.debug_barrier()
         tl.store(out + row * out_stride + v, (d * lift).to(out.dtype.element_ty), mask=v < Vs)
@@ -116,6 +119,7 @@ def kl_bwd(
     tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten
     ref_tile: Tensor,  # (C, Vs) fp32, contiguous
     state: Tensor,  # (5, C), rows contiguous
+    coefficient: Tensor,  # (C,) contiguous
     cap: float | None,
     lift: float,
     dtype: torch.dtype,  # of the result
@@ -128,6 +132,7 @@ def kl_bwd(
         ref_tile,
         out,
         state,
+        coefficient,
         Vs,
         tile.stride(0),
         out.stride(0),

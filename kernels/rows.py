@@ -74,7 +74,8 @@ def _row(state, n, step, cap, HAS_CAP: tl.constexpr):
     z = tl.load(state + n + 2 * step).to(tl.float64)
     if HAS_CAP:
         z = softcap_logit(z, cap)
-    return m, s, z, tl.log(s) - (z - m)
+    # an infinite logit of the target leaves no distribution either
+    return m, s, z, tl.log(s) - (tl.where(z == float("inf"), float("nan"), z) - m)
 
 
 @triton.jit
@@ -86,8 +87,8 @@ def _bounded(x):
 def _entropy_terms(m, s, z, gap, ze):
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
     p = sigmoid64(-gap)
-    pd = tl.where(p > 0, p * (z - m), 0.0)
-    rest_mean = tl.where(s > 0, ze / tl.where(s > 0, s, 1.0), 0.0)
+    pd = tl.where(p == 0, 0.0, p * (z - m))
+    rest_mean = tl.where(s == 0, 0.0, ze / tl.where(s == 0, 1.0, s))
     mu, pull = pd + sigmoid64(gap) * rest_mean, pd - p * rest_mean
     # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
     return _bounded(mu), _bounded(pull)
@@ -101,8 +102,8 @@ def finish_fwd_kernel(
     u,  # (N, H) fp32
     u2,  # (N, H) fp32
     weight,  # (V, H)
-    logps,  # (M,) fp32, as the next four
-    lse,
+    logps,  # (M,) fp64
+    lse,  # (M,) fp32, as the next three
     entropy,
     mean_logits,
     log_sum_sq,
@@ -134,35 +135,35 @@ def finish_fwd_kernel(
     ignored = label == ignore_index
     m, s, z, gap = _row(state, n, step, cap, HAS_CAP)
     ze = tl.load(state + n + 3 * step).to(tl.float64)
-    unknown = z != z
     logp, log_rest = log_sigmoid64(-gap), log_sigmoid64(gap)
-    tl.store(logps + position, tl.where(ignored, 0.0, logp).to(tl.float32), mask=there)
+    tl.store(logps + position, tl.where(ignored, 0.0, logp), mask=there)
     if LSE:
         value = tl.where(gap > 0, m + tl.log(s) - log_rest, z - logp)
         tl.store(lse + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if ENTROPY:
         p, rest = sigmoid64(-gap), sigmoid64(gap)
-        inside_rest = tl.log(s) - ze / tl.where(s > 0, s, 1.0) - log_rest
-        value = tl.where(rest > 0, rest * inside_rest, 0.0) - tl.where(p > 0, p * logp, 0.0)
-        value = tl.where(unknown, float("nan"), value)
+        inside_rest = tl.log(s) - ze / tl.where(s == 0, 1.0, s) - log_rest
+        # conditions leave a NaN where it is
+        value = tl.where(rest == 0, 0.0, rest * inside_rest) - tl.where(p == 0, 0.0, p * logp)
         tl.store(entropy + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if MEAN_LOGITS:
-        value = tl.where(unknown, float("nan"), tl.load(state + n + 4 * step).to(tl.float64) / V)
+        value = tl.where(z != z, z, tl.load(state + n + 4 * step).to(tl.float64) / V)
         tl.store(mean_logits + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if LOG_SUM_SQ:
         of_rest = 2 * (log_rest - tl.log(s)) + tl.log(tl.load(state + n + 5 * step).to(tl.float64))
-        gap_sq = tl.where(s > 0, 2 * logp - of_rest, 0.0)
-        value = tl.where(s > 0, tl.where(gap_sq > 0, 2 * logp, of_rest) - log_sigmoid64(tl.abs(gap_sq)), 2 * logp)
+        gap_sq = tl.where(s == 0, 0.0, 2 * logp - of_rest)
+        value = tl.where(s == 0, 2 * logp, tl.where(gap_sq > 0, 2 * logp, of_rest) - log_sigmoid64(tl.abs(gap_sq)))
         tl.store(log_sum_sq + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if IS_TOP1:
         # in fp32, as the maximum was found
         x = tl.load(state + n + 2 * step)
         x = softcap_logit(x, tl.full((), cap, tl.float32)) if HAS_CAP else x
-        tl.store(is_top1 + position, (x >= tl.load(state + n + 6 * step)) & (ignored == 0), mask=there)
+        top1 = (x >= tl.load(state + n + 6 * step)) & (logp == logp)
+        tl.store(is_top1 + position, top1 & (ignored == 0), mask=there)
     if SAVE > 0:
         known = (label >= 0) & (label < V) & (ignored == 0)
         at_target = sech2(tl.load(state + n + 2 * step)) if HAS_CAP else 1.0
-        inverse = tl.where(s > 0, 1.0 / tl.where(s > 0, s, 1.0), 0.0).to(tl.float32)
+        inverse = tl.where(s == 0, 0.0, 1.0 / tl.where(s == 0, 1.0, s)).to(tl.float32)
         mu, pull = _entropy_terms(m, s, z, gap, ze)
         mu, pull = mu.to(tl.float32), pull.to(tl.float32)
         w_row = weight + tl.where(known, label, 0) * weight_stride
@@ -183,7 +184,7 @@ def finish_fwd_kernel(
 
 @triton.jit
 def rows_bwd_kernel(
-    dlogps,  # (M,) fp32
+    dlogps,  # (M,) fp64
     dentropies,  # (M,) fp32
     labels,  # (M,) int64
     index,  # (N,) int64
@@ -225,7 +226,7 @@ def rows_bwd_kernel(
     if HAS_INDEX:
         tl.store(row_labels + n, label)
     m, s, z, gap = _row(state, n, step, cap, HAS_CAP)
-    rest = tl.where(ignored, 0.0, sigmoid64(gap) * slope)
+    rest = sigmoid64(gap) * slope
     g = tl.where(ignored, 0.0, tl.load(dlogps + position, mask=there, other=0.0).to(tl.float64))
     g_entropy = tl.zeros_like(g)
     scale = g
@@ -239,8 +240,10 @@ def rows_bwd_kernel(
         tl.store(mix + n, tl.where(ignored, 0.0, a - b * mu).to(tl.float32))
         tl.store(mix + n + mix_step, b.to(tl.float32))
         tl.store(mix + n + 2 * mix_step, tl.where(ignored, 0.0, a - b * pull).to(tl.float32))
-    of_logp, of_entropy = (rest * g).to(tl.float32), (rest * g_entropy).to(tl.float32)
-    weight_of_row = (rest * scale).to(tl.float32)
+    # a row without a gradient upstream has none, whatever is in it: a product would keep what is not finite
+    of_logp = tl.where(g == 0, 0.0, rest * g).to(tl.float32)
+    of_entropy = tl.where(g_entropy == 0, 0.0, rest * g_entropy).to(tl.float32)
+    weight_of_row = tl.where(scale == 0, 0.0, rest * scale).to(tl.float32)
     if HAS_UNIT:
         weight_of_row /= tl.load(unit)
     tl.store(coefficient + n, weight_of_row)
@@ -248,16 +251,18 @@ def rows_bwd_kernel(
     for start in range(0, H, BLOCK):
         inside = start + k < H
         if DHIDDEN:
-            d = tl.load(dlogp + n * H + start + k, mask=inside, other=0.0).to(tl.float32) * of_logp
+            d = tl.load(dlogp + n * H + start + k, mask=inside, other=0.0).to(tl.float32)
+            d = tl.where(of_logp == 0, 0.0, d * of_logp)
             if ENTROPY:
-                d += tl.load(dentropy + n * H + start + k, mask=inside, other=0.0).to(tl.float32) * of_entropy
+                more = tl.load(dentropy + n * H + start + k, mask=inside, other=0.0).to(tl.float32)
+                d += tl.where(of_entropy == 0, 0.0, more * of_entropy)
             tl.store(dhidden + position * H + start + k, d.to(dhidden.dtype.element_ty), mask=inside & there)
         if SCALED:
             at = position * hidden_stride + (start + k).to(tl.int64) * hidden_step
             h = tl.load(hidden + at, mask=inside & (ignored == 0), other=0.0).to(COMPUTE)
             if ROWS:
                 tl.store(rows + n * H + start + k, h.to(rows.dtype.element_ty), mask=inside)
-            h = h.to(tl.float32) * weight_of_row
+            h = tl.where(weight_of_row == 0, 0.0, h.to(tl.float32) * weight_of_row)
             tl.store(scaled + n * H + start + k, h.to(scaled.dtype.element_ty), mask=inside)
 
 
@@ -316,7 +321,7 @@ def finish_fwd(
     u: Tensor | None,  # (N, H) contiguous
     u2: Tensor | None,  # (N, H) contiguous
     weight: Tensor,  # (V, H)
-    logps: Tensor,  # (M,); filled at the scored positions, as the next five where they are given
+    logps: Tensor,  # (M,) fp64; filled at the scored positions, as the next five where they are given
     lse: Tensor | None,
     entropy: Tensor | None,
     mean_logits: Tensor | None,

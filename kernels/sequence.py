@@ -2,9 +2,10 @@
 
 One program per sequence, or per pair of sequences (i and B + i), walks its tokens in a fixed order in fp64: sums are
 deterministic, and the mathematics of a loss keeps full relative precision when it saturates. Sequences are packed
-between `offsets`, or all of one `length`. `preference_fwd_kernel` computes losses, rewards and d loss / d s for the sum
-s of each sequence, by formulas that restate those of the plain losses (dpo, ipo, kto, cpo), against which it is tested;
-one more program reduces them to the scalar loss, and `preference_bwd_kernel` carries its gradient back to the tokens.
+between `offsets` (all -1 where they do not fit: then every result is NaN), or all of one `length`.
+`preference_fwd_kernel` computes losses, rewards and d loss / d s for the sum s of each sequence, by formulas that
+restate those of the plain losses (dpo, ipo, kto, cpo), against which it is tested; one more program reduces them to the
+scalar loss, and `preference_bwd_kernel` carries its gradient back to the tokens.
 """
 
 import torch
@@ -30,7 +31,7 @@ def _span(offsets, length, sequence, PACKED: tl.constexpr):
 
 @triton.jit
 def sequence_fwd_kernel(
-    values,  # (M,) fp32
+    values,  # (M,)
     weights,  # (M,)
     offsets,  # (S + 1,) int64
     sums,  # (S,) fp64
@@ -50,7 +51,7 @@ def sequence_fwd_kernel(
             weight = tl.load(weights + at + t, mask=mask, other=0.0)
             value = tl.where(weight == 0, 0.0, value * weight)  # not 0 * inf
         total += value
-    tl.store(sums + sequence, tl.sum(total, 0))
+    tl.store(sums + sequence, tl.where(start < 0, float("nan"), tl.sum(total, 0)))
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def sequence_bwd_kernel(
     dsums,  # (S,) fp64
     weights,  # (M,)
     offsets,  # (S + 1,) int64
-    dvalues,  # (M,) fp32
+    dvalues,  # (M,) fp64
     length,
     PACKED: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -72,8 +73,9 @@ def sequence_bwd_kernel(
         mask = at + t < stop
         spread = tl.zeros((BLOCK,), tl.float64) + dsum
         if HAS_WEIGHTS:
-            spread *= tl.load(weights + at + t, mask=mask, other=0.0)
-        tl.store(dvalues + at + t, spread.to(tl.float32), mask=mask)
+            weight = tl.load(weights + at + t, mask=mask, other=0.0)
+            spread = tl.where(weight == 0, 0.0, spread * weight)
+        tl.store(dvalues + at + t, spread, mask=mask)
 
 
 @triton.jit
@@ -100,12 +102,13 @@ def _sum_tokens(
             value = tl.where(weight == 0, 0.0, value * weight)  # not 0 * inf
         sums += tl.where(labelled, value, 0.0)
         counts += labelled.to(tl.int64)
-    return tl.sum(sums, 0), tl.sum(counts, 0), tl.sum(nll_sums, 0), tl.sum(nll_counts, 0)
+    unknown = tl.where(start < 0, float("nan"), tl.zeros((), tl.float64))
+    return tl.sum(sums, 0) + unknown, tl.sum(counts, 0), tl.sum(nll_sums, 0) + unknown, tl.sum(nll_counts, 0)
 
 
 @triton.jit
 def preference_fwd_kernel(
-    values,  # (M,) fp32 token log-probabilities
+    values,  # (M,) fp64 token log-probabilities
     weights,  # (M,)
     labels,  # (M,) int64: where the sums run
     nll_labels,  # (M,) int64: where the NLL of chosen sequences runs
@@ -252,7 +255,7 @@ def preference_bwd_kernel(
     labels,  # (M,) int64
     nll_labels,  # (M,) int64
     offsets,  # (S + 1,) int64
-    dvalues,  # (M,) fp32
+    dvalues,  # (M,) fp64
     B,
     length,
     ignore_index,
@@ -280,7 +283,7 @@ def preference_bwd_kernel(
         if PAIRED:
             in_nll = tl.load(nll_labels + at + t, mask=mask, other=0) != ignore_index
             spread += tl.where(in_nll, dnll, 0.0)
-        tl.store(dvalues + at + t, spread.to(tl.float32), mask=mask)
+        tl.store(dvalues + at + t, spread, mask=mask)
 
 
 def sequence_fwd(values: Tensor, weights: Tensor | None, offsets: Tensor | None, sequences: int) -> Tensor:
@@ -301,7 +304,7 @@ def sequence_fwd(values: Tensor, weights: Tensor | None, offsets: Tensor | None,
 
 
 def sequence_bwd(dsums: Tensor, weights: Tensor | None, offsets: Tensor | None, tokens: int) -> Tensor:
-    """(M,) fp32: each token's sequence gradient times its weight, 0 outside of all sequences."""
+    """(M,) fp64: each token's sequence gradient times its weight, 0 outside of all sequences."""
     dvalues = _token_gradients(tokens, offsets, dsums.device)
     if dsums.shape[0]:
         sequence_bwd_kernel[(dsums.shape[0],)](
@@ -318,9 +321,10 @@ def sequence_bwd(dsums: Tensor, weights: Tensor | None, offsets: Tensor | None, 
 
 
 def _token_gradients(tokens: int, offsets: Tensor | None, device: torch.device) -> Tensor:
-    # offsets may leave tokens out; equal parts cover all
-    allocate = torch.empty if offsets is None else torch.zeros
-    return allocate(tokens, dtype=torch.float32, device=device)
+    if offsets is None:
+        return torch.empty(tokens, dtype=torch.float64, device=device)
+    # offsets may leave tokens out, or not fit
+    return torch.where(offsets[0] < 0, torch.nan, torch.zeros(tokens, dtype=torch.float64, device=device))
 
 
 def _stride(value: Tensor | None) -> int:
@@ -329,7 +333,7 @@ def _stride(value: Tensor | None) -> int:
 
 
 def preference_fwd(
-    values: Tensor,  # (M,) fp32
+    values: Tensor,  # (M,)
     weights: Tensor | None,  # (M,)
     labels: Tensor,  # (M,) int64
     nll_labels: Tensor,  # (M,) int64
@@ -422,7 +426,7 @@ def preference_bwd(
     paired: bool,
     ignore_index: int,
 ) -> Tensor:
-    """(M,) fp32: the gradient of the loss with respect to the token log-probabilities."""
+    """(M,) fp64: the gradient of the loss with respect to the token log-probabilities."""
     sequences, tokens = len(slopes), len(labels)
     dvalues = _token_gradients(tokens, offsets, labels.device)
     if sequences:

@@ -81,7 +81,7 @@ def fold_fwd_kernel(
         x = tl.load(x_row + v, mask=v < Vs, other=0.0)
         z = softcap_logit(x, cap) if HAS_CAP else x
         e = tl.where(rest, tl.exp(z - m), 0.0)
-        ze = tl.where(e > 0, (z - m) * e, 0.0)
+        ze = tl.where(e == 0, 0.0, (z - m) * e)
         sums += e
         if EXTRAS:
             ze_sums += ze
@@ -121,6 +121,7 @@ def dlogits_bwd_kernel(
     out,  # (C, Vs), in the memory of `tile`
     state,  # (7, C): m, s
     labels,  # (C,) int64
+    coefficient,  # (C,); where it is 0 the result is too, whatever the logits
     mix,  # (3, C)
     first,
     Vs,
@@ -137,8 +138,9 @@ def dlogits_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
     m, s = tl.load(state + row), tl.load(state + row + step)
+    used = tl.load(coefficient + row) != 0
     target = tl.load(labels + row) - first
-    inverse = tl.where(s > 0, 1.0 / s, 0.0)
+    inverse = tl.where(s == 0, 0.0, 1.0 / s)
     a, b, at_target = 1.0, 0.0, 1.0
     if ENTROPY:
         mix_step = tl.cast(mix_stride, tl.int64)
@@ -152,10 +154,11 @@ def dlogits_bwd_kernel(
         # not exp(z - m - log s): rounding log s together with a large m would unbalance the sum of the q
         q = tl.exp(z - m) * inverse
         if ENTROPY:
-            q = tl.where(q > 0, q * (a + b * (z - m)), 0.0)
+            q = tl.where(q == 0, 0.0, q * (a + b * (z - m)))
         d = tl.where(v == target, at_target, -q)
         if HAS_CAP:
             d *= sech2(x)
+        d = tl.where(used, d, 0.0)
         if NARROW:
             tl.debug_barrier()
         tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < Vs)
@@ -167,6 +170,7 @@ def held_bwd_kernel(
     reference,  # (C,)
     state,  # (7, C): m, s, x_y
     labels,  # (C,) int64
+    coefficient,  # (C,); where it is 0 the result is too
     first,
     Vs,
     tile_stride,
@@ -179,13 +183,14 @@ def held_bwd_kernel(
     m, s = tl.load(state + row), tl.load(state + row + step)
     target = tl.load(labels + row) - first
     at_target = sech2(tl.load(state + row + 2 * step)) if HAS_CAP else 1.0
-    factor = tl.where(s > 0, -tl.exp(tl.load(reference + row) - m) / s, 0.0)
+    factor = tl.where(s == 0, 0.0, -tl.exp(tl.load(reference + row) - m) / s)
+    used = tl.load(coefficient + row) != 0
     c = tl.arange(0, BLOCK)
     for start in range(0, Vs, BLOCK):
         v = start + c
         at = tile + row * tile_stride + v
         e = tl.load(at, mask=v < Vs, other=0.0).to(tl.float32)
-        d = tl.where(v == target, at_target, e * factor)
+        d = tl.where(used, tl.where(v == target, at_target, e * factor), 0.0)
         tl.store(at, d.to(tile.dtype.element_ty), mask=v < Vs)
 
 
@@ -252,6 +257,7 @@ def dlogits_bwd(
     tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
+    coefficient: Tensor,  # (C,) contiguous
     mix: Tensor | None,  # (3, C), for a gradient of the entropy
     first: int,
     cap: float | None,
@@ -265,6 +271,7 @@ def dlogits_bwd(
         out,
         state,
         labels,
+        coefficient,
         mix,
         first,
         Vs,
@@ -286,6 +293,7 @@ def held_bwd(
     reference: Tensor,  # (C,) contiguous
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
+    coefficient: Tensor,  # (C,) contiguous
     first: int,
     cap: float | None,
 ) -> None:
@@ -296,6 +304,7 @@ def held_bwd(
         reference,
         state,
         labels,
+        coefficient,
         first,
         Vs,
         tile.stride(0),

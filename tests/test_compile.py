@@ -102,7 +102,7 @@ def test_opcheck_of_the_sequence_ops(offsets):
     values, weights, dsums = torch.randn(9, requires_grad=True), torch.rand(9).double(), torch.randn(3).double()
     torch.library.opcheck(ops.sequence_sum, (values, offsets, 3, None, "torch"))
     torch.library.opcheck(ops.sequence_sum, (values, offsets, 3, weights, "torch"))
-    torch.library.opcheck(ops.sequence_scatter, (dsums, offsets, None, 9, torch.float32, "torch"))
+    torch.library.opcheck(ops.sequence_scatter, (dsums, offsets, None, 9, "torch"))
 
 
 @pytest.mark.parametrize("offsets", [torch.tensor([0, 2, 4, 4, 8]), None])

@@ -1,5 +1,9 @@
 """`metrics()` of the results: the same in every regime, and only what was asked for."""
 
+import copy
+import pickle
+
+import accelerate
 import pytest
 import torch
 from reference import inputs, leaf, statistics, token_logps
@@ -146,11 +150,35 @@ def test_packed_equals_padded():
     torch.testing.assert_close(packed, padded)
 
 
-def test_a_result_rebuilt_from_its_fields_still_has_what_they_give():
-    hidden, weight, _, labels = inputs(2 * B, T)
-    out = alignloss.CPOLoss()(hidden, weight, labels)
-    rebuilt = alignloss.PairedOutput(*out)
-    assert len(out) == 7
-    assert out.metrics().keys() - rebuilt.metrics().keys() == {
-        "lengths/chosen", "lengths/rejected", "log_odds_chosen", "log_odds_ratio",
-    }  # fmt: skip
+REBUILDS = {
+    "from its fields": lambda out: type(out)(*out),
+    "by a tree map": lambda out: torch.utils._pytree.tree_map(lambda t: t.float(), out),
+    "by accelerate": lambda out: accelerate.utils.convert_outputs_to_fp32(lambda: out)(),
+    "with another loss": lambda out: out._replace(loss=2 * out.loss),
+    "by copy": copy.copy,
+    "by pickle": lambda out: pickle.loads(pickle.dumps(out._replace(loss=out.loss.detach()))),
+}
+
+
+@pytest.mark.parametrize("rebuild", REBUILDS.values(), ids=REBUILDS)
+@pytest.mark.parametrize("loss", ["cpo", "kto"])
+def test_a_result_that_is_rebuilt_keeps_its_metrics(loss, rebuild):
+    hidden, weight, _, labels = inputs(2 * B, T, dtype=torch.float32)
+    if loss == "cpo":
+        out = alignloss.CPOLoss()(leaf(hidden, torch.float32), weight, labels, stats=STATS)
+        assert len(out) == 7
+    else:
+        data = {"ref_logps": torch.zeros(2 * B), "desirable": torch.arange(2 * B) % 2 == 0, "kl": 0.5}
+        out = alignloss.KTOLoss()(leaf(hidden, torch.float32), weight, labels, stats=STATS, **data)
+        assert len(out) == 4
+    rebuilt = rebuild(out)
+    assert rebuilt is not out
+    assert rebuilt.metrics() == out.metrics()
+
+
+@pytest.mark.parametrize("changed", [torch.clone, torch.Tensor.double, lambda t: t * 1])
+def test_a_result_around_other_tensors_says_what_it_lost(changed):
+    hidden, weight, _, labels = inputs(2 * B, T, dtype=torch.float32)
+    out = torch.utils._pytree.tree_map(changed, alignloss.CPOLoss()(hidden, weight, labels))
+    with pytest.raises(RuntimeError, match="call metrics\\(\\) on the module's own result"):
+        out.metrics()

@@ -125,6 +125,8 @@ def test_unknown_statistics():
         ([0, 5], "rise from 0 to the number of tokens, 20"),
         ([0, 12, 7, 20], "rise from 0"),
         ([1, 20], "rise from 0"),
+        ([0, 20, 20], "give real_sequences"),
+        ([0, 0, 20], "give real_sequences"),
         ([0.0, 20.0], "integer tensor"),
     ],
 )
@@ -306,15 +308,15 @@ def test_forward_mode_is_refused():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_offsets_past_the_tokens_are_never_addresses(backend):
-    values, offsets = torch.ones(4, requires_grad=True), torch.tensor([0, 2, 64])
-    checked = alignloss.ops.sequence_offsets(offsets, 4, False)
+@pytest.mark.parametrize("offsets", [[0, 2, 64], [0, 2, -1], [0, 3, 2], [1, 2, 4], [0, 1, 3], [0, 4, 4], [0, -9, 4]])
+def test_offsets_that_do_not_fit_are_never_addresses_and_give_nan(offsets, backend):
+    values, offsets = torch.ones(4, dtype=torch.float64, requires_grad=True), torch.tensor(offsets)
+    checked = alignloss.ops.sequence_offsets(offsets, 4, True, False, False)
     sums = alignloss.ops.sequence_sum(values, checked, 2, None, backend)
     sums.sum().backward()
-    assert sums.tolist() == [2.0, 2.0]
-    assert values.grad.tolist() == [1.0] * 4
+    assert bool(sums.isnan().all() & values.grad.isnan().all())
     with pytest.raises(ValueError, match="rise from 0"):
-        alignloss.ops.sequence_offsets(offsets, 4, True)
+        alignloss.ops.sequence_offsets(offsets, 4, True, False, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

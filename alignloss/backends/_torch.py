@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from . import (
     ENTROPY,
@@ -149,29 +150,29 @@ def finish(
     stats = sum(1 << i for i, output in enumerate(outputs[1:]) if output is not None)
     for output, value in zip(outputs, _row_stats(state, weight.shape[0], transform, stats), strict=True):
         if output is not None and value is not None:
-            output[at] = value.masked_fill(ignored, 0)
+            output[at] = value.masked_fill(ignored, 0).to(output.dtype)
 
 
 def _row_stats(state: Tensor, vocabulary: int, transform: Transform, stats: int) -> list[Tensor | None]:
-    z = _logit(state[TARGET], transform)
-    log_sum = state[SUM].log()
-    gap = _gap(state, transform)
+    # in float64: log p of a nearly certain token is finer than float32. Conditions leave a NaN where it is
+    wide = state.double()
+    z, log_sum, gap = _logit(wide[TARGET], transform), wide[SUM].log(), _gap(state, transform)
     logps, log_rest = F.logsigmoid(-gap), F.logsigmoid(gap)
     lse = entropy = mean_logits = is_top1 = log_sum_sq = None
     if stats & LSE:
-        lse = torch.where(gap > 0, state[REF] + log_sum - log_rest, z - logps)
+        lse = torch.where(gap > 0, wide[REF] + log_sum - log_rest, z - logps)
     if stats & ENTROPY:
         p, rest = logps.exp(), torch.sigmoid(gap)
-        inside_rest = log_sum - state[SUM_ZE] / state[SUM] - log_rest
-        entropy = torch.where(rest > 0, rest * inside_rest, 0) - torch.where(p > 0, p * logps, 0)
-        entropy += _poison(state)
+        inside_rest = log_sum - wide[SUM_ZE] / wide[SUM] - log_rest
+        entropy = torch.where(rest == 0, 0, rest * inside_rest) - torch.where(p == 0, 0, p * logps)
     if stats & MEAN_LOGITS:
-        mean_logits = state[SUM_Z] / vocabulary + _poison(state)
+        mean_logits = torch.where(z.isnan(), z, wide[SUM_Z] / vocabulary)
     if stats & IS_TOP1:
-        is_top1 = z >= state[TOP]
+        # in the dtype that the maximum was found in
+        is_top1 = (_logit(state[TARGET], transform) >= state[TOP]) & ~logps.isnan()
     if stats & LOG_SUM_SQ:
-        of_rest = 2 * (log_rest - log_sum) + state[SUM_EE].log()
-        log_sum_sq = torch.where(state[SUM] > 0, torch.logaddexp(2 * logps, of_rest), 2 * logps)
+        of_rest = 2 * (log_rest - log_sum) + wide[SUM_EE].log()
+        log_sum_sq = torch.where(wide[SUM] == 0, 2 * logps, torch.logaddexp(2 * logps, of_rest))
     return [logps, lse, entropy, mean_logits, is_top1, log_sum_sq]
 
 
@@ -193,10 +194,10 @@ def _derivative(
     target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
     if transform.cap is not None:
         target.mul_(sech2(state[TARGET])[:, None])
-    inverse = torch.where(state[SUM] > 0, 1 / state[SUM], 0)[:, None]
+    inverse = torch.where(state[SUM] == 0, 0, 1 / state[SUM])[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
-        mu, pull = _entropy_terms(state, transform)
+        mu, pull = (term.to(u.dtype) for term in _entropy_terms(state, transform))
         u2.mul_(inverse).addcmul_(u, mu[:, None], value=-1).addcmul_(target, pull[:, None])
         dentropy.copy_(u2.neg_())
     dlogp.copy_(torch.sub(target, u, out=u))
@@ -208,7 +209,7 @@ def weigh(
     labels: Tensor,  # (C,); filled if tokens.token_index is given
     state: Tensor,  # (7, C)
     transform: Transform,
-    dlogps: Tensor,  # (M,)
+    dlogps: Tensor,  # (M,) float64
     dentropies: Tensor | None,  # (M,)
     coefficient: Tensor,  # (C,); filled with slope (1 - p_y) times the upstream gradient, or times its scale
     mix: Tensor | None,  # (3, C), given with dentropies; filled for `dlogits`
@@ -227,29 +228,34 @@ def weigh(
     _gather_rows(tokens, part, labels, rows)
     at = part if tokens.token_index is None else tokens.token_index[part]
     ignored = labels == tokens.ignore_index
-    rest = (torch.sigmoid(_gap(state, transform)) * transform.slope).masked_fill(ignored, 0)
-    g = dlogps[at].masked_fill(ignored, 0)
+    rest = torch.sigmoid(_gap(state, transform)) * transform.slope
+    g = dlogps[at].double().masked_fill(ignored, 0)
     g_entropy, scale = None, g
     if dentropies is not None and mix is not None:
-        g_entropy = dentropies[at].masked_fill(ignored, 0)
+        g_entropy = dentropies[at].double().masked_fill(ignored, 0)
         scale = g.abs() + g_entropy.abs()
         divisor = torch.where(scale == 0, 1, scale)
         mu, pull = (term.masked_fill(ignored, 0) for term in _entropy_terms(state, transform))
         a, b = g / divisor, g_entropy / divisor
         mix[0], mix[1], mix[2] = a - b * mu, b, a - b * pull
-    coefficient.copy_(scale * rest)
+    # an upstream gradient may be as large as 1 / (1 - p): float64 holds both, and their product is narrow again
+    coefficient.copy_(torch.where(scale == 0, 0, scale * rest))
     if unit is not None:
         coefficient.div_(unit)
     if scaled is not None and tokens.hidden is not None:
         torch.mul(tokens.hidden[part] if rows is None else rows, coefficient[:, None], out=scaled)
+        _clear(scaled, coefficient)
     if dhidden is None or dlogp is None:
         return
+    factors = [torch.where(upstream == 0, 0, upstream * rest) for upstream in (g, g_entropy) if upstream is not None]
+    of_logp, *of_entropy = (factor.to(state.dtype) for factor in factors)
     block = max(16, WEIGHED_AT_ONCE // dlogp.shape[1])  # the product is wider than its operands
     for start in range(0, dlogp.shape[0], block):
         some = slice(start, start + block)
-        d = dlogp[some] * (rest * g)[some, None]
-        if g_entropy is not None and dentropy is not None:
-            d += dentropy[some] * (rest * g_entropy)[some, None]
+        d = dlogp[some] * of_logp[some, None]
+        if of_entropy and dentropy is not None:
+            d += dentropy[some] * of_entropy[0][some, None]
+        _clear(d, coefficient[some])
         to = (
             slice(part.start + start, part.start + start + len(d))
             if tokens.token_index is None
@@ -265,6 +271,7 @@ def dlogits(
     labels: Tensor,  # (C,)
     first: int,
     transform: Transform,
+    coefficient: Tensor,  # (C,) from `weigh`; where it is 0 the result is too, whatever the logits
     mix: Tensor | None,  # (3, C) from `weigh`, for an entropy with gradient
     dtype: torch.dtype,  # of the result, an operand of the next GEMM
 ) -> Tensor:
@@ -280,7 +287,7 @@ def dlogits(
         slope = sech2(tile, out=scratch[0])
         tile.tanh_().mul_(transform.cap)
     tile.sub_(state[REF, :, None])
-    negative_inverse = torch.where(state[SUM] > 0, -1 / state[SUM], 0)
+    negative_inverse = torch.where(state[SUM] == 0, 0, -1 / state[SUM])
     at_target = torch.ones_like(negative_inverse)
     tilt = None
     if mix is not None:
@@ -293,7 +300,9 @@ def dlogits(
         tile.mul_(tilt)
     if slope is not None:
         tile.mul_(slope)
-    return tile.scatter_(1, index, torch.where(inside, at_target[:, None], tile.gather(1, index))).to(dtype)
+    tile.scatter_(1, index, torch.where(inside, at_target[:, None], tile.gather(1, index)))
+    _clear(tile, coefficient)
+    return tile.to(dtype)
 
 
 def held_dlogits(
@@ -303,22 +312,36 @@ def held_dlogits(
     labels: Tensor,  # (C,)
     first: int,
     transform: Transform,
+    coefficient: Tensor,  # (C,) as in `dlogits`
 ) -> None:
     """Turn a tile of exponentials into what `dlogits` makes of its logits."""
     index, inside = _target_column(tile, labels, first)
-    factor = torch.where(state[SUM] > 0, -(reference - state[REF]).exp() / state[SUM], 0)
+    factor = torch.where(state[SUM] == 0, 0, -(reference - state[REF]).exp() / state[SUM])
     tile.mul_(factor[:, None])
     at_target = torch.ones_like(factor) if transform.cap is None else sech2(state[TARGET])
     tile.scatter_(1, index, torch.where(inside, at_target[:, None].to(tile.dtype), tile.gather(1, index)))
+    _clear(tile, coefficient)
+
+
+def _clear(rows: Tensor, coefficient: Tensor) -> None:
+    """Set the rows to 0 whose coefficient is 0: a product would keep what is not finite in them."""
+    unused = coefficient == 0
+    if may_hold(unused):
+        rows.masked_fill_(unused[:, None], 0)
+
+
+def may_hold(flags: Tensor) -> bool:
+    """Whether any flag is set. True where asking would wait for a device, or where there are no values to ask."""
+    return flags.device.type != "cpu" or is_fake(flags) or bool(flags.any())
 
 
 def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
-    gap = _gap(state, transform)
-    d = _logit(state[TARGET], transform) - state[REF]
-    rest_mean = torch.where(state[SUM] > 0, state[SUM_ZE] / state[SUM], 0)
+    gap, wide = _gap(state, transform), state.double()
+    d = _logit(wide[TARGET], transform) - wide[REF]
+    rest_mean = torch.where(wide[SUM] == 0, 0, wide[SUM_ZE] / wide[SUM])
     p = torch.sigmoid(-gap)
-    pd = torch.where(p > 0, p * d, 0)
+    pd = torch.where(p == 0, 0, p * d)
     mu, pull = pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
     if state.dtype == torch.float64:
         return mu, pull
@@ -358,6 +381,7 @@ def kl_dlogits(
     scratch: Tensor,  # (C, Vs)
     state: Tensor,  # (5, C), with log-sums
     transform: Transform,
+    coefficient: Tensor,  # (C,) of the rows; where it is 0 the result is too
     lift: float,
     dtype: torch.dtype,  # of the result, an operand of the next GEMM
 ) -> Tensor:
@@ -371,19 +395,20 @@ def kl_dlogits(
     tile.sub_(ref_tile.sub_(state[KL_REF_TOP, :, None]).sub_(state[KL_REF_SUM, :, None]).exp_())
     if slope is not None:
         tile.mul_(slope)
+    _clear(tile, coefficient)
     return (tile if lift == 1 else tile.mul_(lift)).to(dtype)
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
     """Multiply a gradient by a factor, 0-d, in place; on a CPU not by 1."""
-    if gradient.device.type != "cpu" or float(factor) != 1:
+    if may_hold(factor != 1):
         # one dimension more, or a 16-bit gradient would round the factor first
         gradient.mul_(factor.view((1,) * gradient.dim()))
 
 
 def sequence_sum(
     values: Tensor,  # (M,) per token
-    cu_seqlens: Tensor | None,  # (S + 1,) int64 offsets; None: equal parts
+    cu_seqlens: Tensor | None,  # (S + 1,) int64 offsets, all -1 if they did not fit: NaN; None: equal parts
     sequences: int,
     token_weights: Tensor | None,  # (M,)
 ) -> Tensor:  # (S,) fp64
@@ -393,7 +418,8 @@ def sequence_sum(
         values = torch.where(token_weights == 0, 0, values * token_weights)  # not 0 * inf
     if cu_seqlens is None:
         return values.view(sequences, len(values) // max(sequences, 1)).sum(1)
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True, initial=0)
+    sums = torch.segment_reduce(values, "sum", offsets=cu_seqlens.clamp(min=0), unsafe=True, initial=0)
+    return torch.where(cu_seqlens[0] < 0, torch.nan, sums)
 
 
 def sequence_scatter(
@@ -401,8 +427,7 @@ def sequence_scatter(
     cu_seqlens: Tensor | None,  # (S + 1,)
     token_weights: Tensor | None,  # (M,)
     tokens: int,  # M
-    dtype: torch.dtype,
-) -> Tensor:  # (M,) dtype
+) -> Tensor:  # (M,) fp64
     """The adjoint of `sequence_sum`: each token takes its sequence's gradient times its weight; 0 outside of all."""
     if cu_seqlens is None:
         spread = dsums.repeat_interleave(tokens // max(len(dsums), 1))
@@ -410,8 +435,10 @@ def sequence_scatter(
         position = torch.arange(tokens, device=dsums.device)
         sequence = torch.searchsorted(cu_seqlens, position, right=True)
         padded = F.pad(dsums, (1, 1))  # positions before the first and after the last offset belong to no sequence
-        spread = padded[sequence]
-    return (spread if token_weights is None else spread * token_weights).to(dtype, copy=True)
+        spread = torch.where(cu_seqlens[0] < 0, torch.nan, padded[sequence])
+    if token_weights is not None:
+        spread = torch.where(token_weights == 0, 0, spread * token_weights)  # not 0 * inf
+    return spread
 
 
 def _target_column(tile: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -430,10 +457,8 @@ def _logit(x: Tensor, transform: Transform) -> Tensor:
 
 
 def _gap(state: Tensor, transform: Transform) -> Tensor:
-    """log((1 - p_y) / p_y); the reference leaves before the log-sum joins, so a shared offset costs nothing."""
-    return state[SUM].log() - (_logit(state[TARGET], transform) - state[REF])
-
-
-def _poison(state: Tensor) -> Tensor:
-    """NaN where the label was outside the vocabulary, else 0."""
-    return torch.where(state[TARGET].isnan(), torch.nan, 0.0).to(state.dtype)
+    """log((1 - p_y) / p_y) in float64; the reference leaves before the log-sum joins: a shared offset costs nothing."""
+    wide = state.double()
+    z = _logit(wide[TARGET], transform)
+    # an infinite logit of the target leaves no distribution either
+    return wide[SUM].log() - (z.masked_fill(z == torch.inf, torch.nan) - wide[REF])

@@ -167,16 +167,23 @@ def dlogits(
     labels: Tensor,
     first: int,
     transform: Transform,
+    coefficient: Tensor,
     mix: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return tile.dlogits_bwd(x, state, labels, mix, first, transform.cap, dtype)
+    return tile.dlogits_bwd(x, state, labels, coefficient, mix, first, transform.cap, dtype)
 
 
 def held_dlogits(
-    held: Tensor, reference: Tensor, state: Tensor, labels: Tensor, first: int, transform: Transform
+    held: Tensor,
+    reference: Tensor,
+    state: Tensor,
+    labels: Tensor,
+    first: int,
+    transform: Transform,
+    coefficient: Tensor,
 ) -> None:
-    tile.held_bwd(held, reference, state, labels, first, transform.cap)
+    tile.held_bwd(held, reference, state, labels, coefficient, first, transform.cap)
 
 
 def kl_fold(x: Tensor, x_ref: Tensor, scratch: Tensor, state: Tensor, transform: Transform) -> None:
@@ -184,9 +191,16 @@ def kl_fold(x: Tensor, x_ref: Tensor, scratch: Tensor, state: Tensor, transform:
 
 
 def kl_dlogits(
-    x: Tensor, x_ref: Tensor, scratch: Tensor, state: Tensor, transform: Transform, lift: float, dtype: torch.dtype
+    x: Tensor,
+    x_ref: Tensor,
+    scratch: Tensor,
+    state: Tensor,
+    transform: Transform,
+    coefficient: Tensor,
+    lift: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return kl.kl_bwd(x, x_ref, state, transform.cap, lift, dtype)
+    return kl.kl_bwd(x, x_ref, state, coefficient, transform.cap, lift, dtype)
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
@@ -197,9 +211,7 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor | None, sequences: int, toke
     return sequence.sequence_fwd(*_contiguous(values, token_weights, cu_seqlens), sequences)
 
 
-def sequence_scatter(
-    dsums: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, tokens: int, dtype: torch.dtype
-) -> Tensor:
+def sequence_scatter(dsums: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, tokens: int) -> Tensor:
     return sequence.sequence_bwd(*_contiguous(dsums, token_weights, cu_seqlens), tokens)
 
 

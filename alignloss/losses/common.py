@@ -6,20 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MAX_EXPONENT", "Paired", "Unpaired", "bounded_exp", "deformed_log", "log_odds", "logistic"]
+__all__ = ["MAX_EXPONENT", "Paired", "Unpaired", "bounded_exp", "deformed_log", "log_odds", "logistic", "weighted"]
 
 Paired = tuple[Tensor, Tensor, Tensor]  # losses, chosen_rewards, rejected_rewards
 Unpaired = tuple[Tensor, Tensor]  # losses, rewards
 
-MAX_EXPONENT = 80.0  # e^80 and its gradient times a few powers of ten stay within float32
+MAX_EXPONENT = 60.0  # e^60 = 1e26 leaves its gradient 12 powers of ten below the range of float32, for loss scales
+
+
+def weighted(weight: float, term: Tensor) -> Tensor:
+    """weight * term; a weight of 0 leaves the term out, where it is not finite too."""
+    return weight * term if weight else torch.zeros_like(term)
 
 
 def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - e) log sigmoid(m) - e log sigmoid(-m)."""
-    losses = -(1 - label_smoothing) * F.logsigmoid(margins)
-    if label_smoothing:  # not 0 * inf, where the rejected sequence is impossible
-        losses = losses - label_smoothing * F.logsigmoid(-margins)
-    return losses
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - weighted(label_smoothing, F.logsigmoid(-margins))
 
 
 def bounded_exp(exponents: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def bounded_exp(exponents: Tensor) -> Tensor:
 
 
 def deformed_log(logs: Tensor, alpha: float) -> Tensor:
-    """(1 - u^-alpha) / alpha from log u, and its limit log u at alpha = 0; constant where -alpha log u is beyond 80."""
+    """(1 - u^-alpha) / alpha from log u, and its limit log u at alpha = 0; constant where -alpha log u is beyond 60."""
     if alpha == 0:
         return logs
     return -torch.expm1((-alpha * logs).clamp(max=MAX_EXPONENT)) / alpha
@@ -36,7 +38,9 @@ def deformed_log(logs: Tensor, alpha: float) -> Tensor:
 
 def log_odds(logps: Tensor) -> Tensor:
     """log(p / (1 - p)) from log p <= 0, of full relative precision at both ends; finite, and constant, at p = 1."""
-    x = torch.where(logps < 0, logps, -torch.finfo(torch.float32).tiny)
+    # its slope is 1 / |x|: room in the range for what comes to it
+    least = torch.finfo(logps.dtype).tiny / torch.finfo(logps.dtype).eps
+    x = torch.where(logps > -least, -least, logps)
     near_one, nearer = x > -math.log(2), x > -1e-3
     # log(1 - p) by log1p, expm1 or its series, which is exact there and does not lean on expm1, whose compiled form
     # loses small arguments; each branch sees only its own x

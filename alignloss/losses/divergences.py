@@ -21,7 +21,7 @@ def reverse_kl(logratios: Tensor) -> Tensor:
 
 
 def forward_kl(logratios: Tensor) -> Tensor:
-    """f(u) = -log u, f'(u) = -1 / u. -log u in 1 / u is clamped at 80, and there is no gradient beyond."""
+    """f(u) = -log u, f'(u) = -1 / u. -log u in 1 / u is clamped at 60, and there is no gradient beyond."""
     return -bounded_exp(-logratios)
 
 
@@ -34,6 +34,6 @@ def alpha_divergence(logratios: Tensor, *, divergence_alpha: float) -> Tensor:
     """f'(u) = (1 - u^-a) / a with a = `divergence_alpha`: 0 is the limit, reverse KL, and 1 forward KL.
 
     As in the paper. TRL 1.16's `f_alpha_divergence_coef` is 1 - a; in older versions it was a. The exponent -a log u is
-    clamped at 80, and there is no gradient beyond.
+    clamped at 60, and there is no gradient beyond.
     """
     return deformed_log(logratios, divergence_alpha)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Paired, bounded_exp, logistic
+from .common import Paired, bounded_exp, logistic, weighted
 from .divergences import Divergence
 
 __all__ = [
@@ -57,7 +57,7 @@ def robust_dpo_loss(
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     margins = chosen_rewards - rejected_rewards
-    losses = logistic(margins) - label_smoothing / (1 - 2 * label_smoothing) * margins
+    losses = logistic(margins) - weighted(label_smoothing / (1 - 2 * label_smoothing), margins)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -100,7 +100,7 @@ def r_dpo_loss(
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    margins = chosen_rewards - rejected_rewards + length_weight * (chosen_lengths - rejected_lengths)
+    margins = chosen_rewards - rejected_rewards + weighted(length_weight, chosen_lengths - rejected_lengths)
     losses = logistic(margins)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
@@ -122,7 +122,7 @@ def irpo_loss(
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    losses = logistic(chosen_rewards - rejected_rewards) - nll_weight * chosen_logps / chosen_lengths
+    losses = logistic(chosen_rewards - rejected_rewards) - weighted(nll_weight, chosen_logps / chosen_lengths)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -142,7 +142,7 @@ def dpop_loss(
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    losses = logistic(chosen_rewards - rejected_rewards - penalty_weight * F.relu(-chosen_rewards))
+    losses = logistic(chosen_rewards - rejected_rewards - weighted(penalty_weight, F.relu(-chosen_rewards)))
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -222,7 +222,7 @@ def chi_po_loss(
     """Chi-squared preference optimization: DPO with r = beta (u + log u), u = pi / pi_ref.
 
     Huang et al. 2024 (arXiv:2407.13399). With `reward_bound` = R the margin is clipped to [-2R, 2R], beyond which there
-    is no gradient. log u in u is clamped at 80, where the value would overflow; the gradient of u beyond is 0.
+    is no gradient. log u in u is clamped at 60, where the value would overflow; the gradient of u beyond is 0.
     """
     chosen_logratios, rejected_logratios = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     chosen_rewards = beta * (bounded_exp(chosen_logratios) + chosen_logratios)
@@ -336,5 +336,5 @@ def tdpo2_loss(
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     differences = beta * (rejected_seq_kl - chosen_seq_kl.detach())
-    losses = logistic(chosen_rewards - rejected_rewards - kl_weight * differences)
+    losses = logistic(chosen_rewards - rejected_rewards - weighted(kl_weight, differences))
     return losses, chosen_rewards.detach(), rejected_rewards.detach()

@@ -95,7 +95,7 @@ def alphapo_loss(
     """AlphaPO: SimPO with r = beta (1 - p^-alpha) / alpha, p = exp(log pi / |y|), the probability per token.
 
     Gupta et al. 2025 (arXiv:2501.03884). `alpha` = 0 is the limit, SimPO. For `alpha` > 0 and p -> 0 the reward
-    overflows: -alpha log p is clamped at 80, and there is no gradient beyond.
+    overflows: -alpha log p is clamped at 60, and there is no gradient beyond.
     """
     chosen_rewards = beta * deformed_log(chosen_logps / chosen_lengths, alpha)
     rejected_rewards = beta * deformed_log(rejected_logps / rejected_lengths, alpha)
@@ -115,7 +115,7 @@ def orpo_loss(
 
     Hong et al. 2024 (arXiv:2403.07691), eqs. 6 and 7, with lambda = beta; its NLL term is `nll_weight` of the module.
     odds = p / (1 - p) with p = exp(log pi / |y|), computed exactly as p -> 1. A sequence without labels has p = 1,
-    taken as log odds of 87. Rewards are beta log pi / |y|.
+    taken as log odds of 672 (71 in float32). Rewards are beta log pi / |y|.
     """
     chosen_rewards = beta * chosen_logps / chosen_lengths
     rejected_rewards = beta * rejected_logps / rejected_lengths

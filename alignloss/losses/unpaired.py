@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import Unpaired, logistic
+from .common import Unpaired, logistic, weighted
 
 __all__ = ["apo_zero_unpaired_loss", "bco_loss", "kto_loss", "npo_loss", "sft_loss"]
 
@@ -31,7 +31,11 @@ def kto_loss(
     """
     rewards = beta * (logps - ref_logps)
     gains = rewards - beta * kl.detach().clamp(min=0)
-    losses = _by_label(desirable, desirable_weight * torch.sigmoid(-gains), undesirable_weight * torch.sigmoid(gains))
+    losses = _by_label(
+        desirable,
+        weighted(desirable_weight, torch.sigmoid(-gains)),
+        weighted(undesirable_weight, torch.sigmoid(gains)),
+    )
     return losses, rewards.detach()
 
 
