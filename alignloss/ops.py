@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import amx, backends
+from . import backends, cpu_bf16
 from .backends import ENTROPY, REF, STATE_ROWS, STATS, Tokens, Transform
 from .planning import Footprint, accumulation_dtype, gemm_dtype
 
@@ -190,7 +190,7 @@ def linear_logprob_fwd(
 def computing(tensor: Tensor, dtype: torch.dtype) -> Iterator[None]:
     """What every walk runs under: no autocast, the device of `tensor`, the products that suit the dtype."""
     kind = tensor.device.type
-    with torch.autocast(kind, enabled=False), device_guard(tensor), amx.bf16_products(dtype, kind):
+    with torch.autocast(kind, enabled=False), device_guard(tensor), cpu_bf16.bf16_products(dtype, kind):
         yield
 
 
