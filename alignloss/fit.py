@@ -258,8 +258,9 @@ def estimate(
         labelled: the fraction of positions that are scored.
         lora: train adapters of `rank` on every linear layer but the head, instead of every parameter.
         checkpointing: keep the input of each layer alone, and recompute the layer in the backward.
-        precision: "bf16": everything in bf16. "mixed": under bf16 autocast, with parameters, gradients and states
-            in fp32 (with LoRA those of the adapters; the base is in bf16).
+        precision: "bf16": everything in bf16, adapters too (PEFT makes those beside weights quantized to 8 bits fp32,
+            with a copy of their inputs, unless they are cast). "mixed": under bf16 autocast, with parameters, gradients
+            and states in fp32 (with LoRA those of the adapters; the base is in bf16).
         optimizer: "adamw" (two states in the dtype of the parameter), "adamw8bit" (two of one byte) or "sgd" (none).
         reference_model: a frozen copy of the model beside it, in bf16 or quantized like it; without it, reference
             log-probabilities are cached or come from the same weights without adapters.

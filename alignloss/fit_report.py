@@ -78,12 +78,12 @@ def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
     if model.beside_parameters:
         beside = (
             f", {model.beside_parameters / 1e6:,.0f}M of them beside the decoder (vision tower, projector): frozen, in "
-            "weights of 16 bits alone; positions of images count as tokens"
+            "weights alone; positions of images count as tokens"
         )
     if model.quantized_bytes is not None:
         quantized = (
             f"quantized by bitsandbytes to {model.quantized_bytes / GIB:.2f} GiB, what it leaves out in 16 bits "
-            "(PEFT's prepare_model_for_kbit_training makes that 32): LoRA alone; "
+            "(PEFT's prepare_model_for_kbit_training makes that 32): LoRA alone, adapters as the precision says; "
         )
     return (
         f"{model.parameters / 1e6:,.0f}M parameters{beside}; {quantized}{options['precision']}, "

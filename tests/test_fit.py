@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -108,6 +109,17 @@ def test_parameters_of_models_that_see_images(tmp_path, kind):
     assert full.weights == 2 * model.parameters
     assert full.gradients == 2 * (model.parameters - model.beside_parameters)
     assert lora.weights == 2 * model.parameters + lora.gradients
+
+
+def test_nothing_is_looked_up_in_the_network(tmp_path, monkeypatch):
+    def connect(*_):
+        raise OSError("a network is used")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    names = {"_name_or_path": "somebody/llava", "architectures": ["LlavaForConditionalGeneration"]}
+    settings = MULTIMODAL["llava"] | {"model_type": "llava"} | names
+    settings["text_config"] = TEXT | {"_name_or_path": "somebody/text"}
+    assert read_model(written(tmp_path, settings)).layers == 2
 
 
 def test_what_the_class_fills_in(tmp_path):
