@@ -10,6 +10,9 @@ Hq = heads x head_dim, I the intermediate size and r the rank of an adapter, 16-
                 under autocast)
     linear      the inputs of those that train or carry an adapter: shared where they are one tensor, one copy for
                 each where autocast casts it; an adapter's r numbers
+
+What stands beside the decoder, a vision tower and its projector, is frozen: weights alone. Its forward leaves nothing
+for the backward; the positions of an image count as tokens.
 """
 
 import json
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .fit_config import count, installed, quantization_of
 from .planning import Plan, plan
 
 __all__ = ["MODELS", "Estimate", "Model", "estimate", "most_tokens", "read_model"]
@@ -34,6 +38,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "head_dim": 256, "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+# the decoder of a model that sees images, and the family whose layers it has
+_SAME_LAYERS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIMIZER_STATES = {"adamw": 2, "adamw8bit": 2, "sgd": 0}
 
@@ -54,6 +60,8 @@ class Model(NamedTuple):
     output_bias: bool
     mlp_bias: bool
     softcap: float | None
+    beside_parameters: int = 0  # of a vision tower and its projector
+    quantized_bytes: int | None = None  # of all weights; None where they have 16 bits
 
     @property
     def query_size(self) -> int:
@@ -82,9 +90,18 @@ class Model(NamedTuple):
         return sum(i * o for i, o in self.linears) + biases + norms
 
     @property
-    def parameters(self) -> int:
+    def decoder_parameters(self) -> int:
         embeddings = self.vocabulary * self.hidden_size * (1 if self.tied else 2)
         return embeddings + self.layers * self.layer_parameters + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        return self.decoder_parameters + self.beside_parameters
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of all weights where none trains."""
+        return 2 * self.parameters if self.quantized_bytes is None else self.quantized_bytes
 
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of LoRA on every linear layer but the head."""
@@ -123,17 +140,54 @@ def read_model(name: str) -> Model:
         raise ValueError(f"{name!r} is neither a config.json nor one of {', '.join(MODELS)}")
     if not isinstance(config, dict):
         raise ValueError(f"{name} is not the configuration of a model: it holds a {type(config).__name__}")
-    if isinstance(config.get("text_config"), dict):
-        tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
-        config = config["text_config"] | tied
+    try:
+        return _built(config) if name.lower() not in MODELS and installed() else _plain(config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _built(config: dict[str, Any]) -> Model:
+    """With what transformers knows: defaults, what stands beside the decoder, quantization."""
+    if _has(config, "auto_map"):
+        raise ValueError(
+            "auto_map names code that comes with the checkpoint, which is never run; where transformers has the model "
+            "itself, take auto_map out of the config.json"
+        )
+    counted = count(config, (*_FAMILIES, *_SAME_LAYERS))
+    settings = counted.settings
+    model = _plain(settings | {"model_type": _SAME_LAYERS.get(settings["model_type"], settings["model_type"])})
+    if (model.decoder_parameters, model.vocabulary) != (counted.decoder_parameters, counted.vocabulary):
+        raise ValueError(
+            f"the decoder has {counted.decoder_parameters:,} parameters and {counted.vocabulary:,} tokens where "
+            f"{model.family!r} with these sizes has {model.decoder_parameters:,} and {model.vocabulary:,}: a variant "
+            "that is not estimated"
+        )
+    beside = counted.parameters - counted.decoder_parameters
+    return model._replace(beside_parameters=beside, quantized_bytes=counted.quantized_bytes)
+
+
+def _has(config: dict[str, Any], key: str) -> bool:
+    return bool(config.get(key)) or any(_has(value, key) for value in config.values() if isinstance(value, dict))
+
+
+def _plain(config: dict[str, Any]) -> Model:
+    """A decoder alone, from the content of its config.json."""
     family = config.get("model_type")
+    if _has(config, "auto_map") or any(
+        key.endswith("_config") and isinstance(value, dict) for key, value in config.items()
+    ):
+        quantization_of(config)
+        raise ValueError(
+            "a configuration with parts (text_config, vision_config, quantization_config) or with code (auto_map) is "
+            "read through transformers; in the project's folder: pip install '.[fit]'"
+        )
     if family not in _FAMILIES:
-        raise ValueError(f"{name}: the model type {family!r} is not estimated; those are: {', '.join(_FAMILIES)}")
+        raise ValueError(f"the model type {family!r} is not estimated; those are: {', '.join(_FAMILIES)}")
     config = _FAMILIES[family] | config
-    hidden_size, intermediate_size, layers, heads, vocabulary = (_size(name, config, key) for key in _SIZES)
+    hidden_size, intermediate_size, layers, heads, vocabulary = (_size(config, key) for key in _SIZES)
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise ValueError(f"{name}: tie_word_embeddings must be true or false, got {tied!r}")
+        raise ValueError(f"tie_word_embeddings must be true or false, got {tied!r}")
     bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3", "gemma2")
     return Model(
         family,
@@ -141,8 +195,8 @@ def read_model(name: str) -> Model:
         intermediate_size,
         layers,
         heads,
-        _size(name, config, "num_key_value_heads", heads),
-        _size(name, config, "head_dim", max(hidden_size // heads, 1)),
+        _size(config, "num_key_value_heads", heads),
+        _size(config, "head_dim", max(hidden_size // heads, 1)),
         vocabulary,
         tied,
         bias or family == "qwen2",
@@ -152,12 +206,12 @@ def read_model(name: str) -> Model:
     )
 
 
-def _size(name: str, config: dict[str, Any], key: str, default: int | None = None) -> int:
+def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: {key} must be a positive integer, got {value!r}")
+        raise ValueError(f"{key} must be a positive integer, got {value!r}")
     return value
 
 
@@ -168,7 +222,7 @@ class Estimate(NamedTuple):
     gradients: int
     optimizer: int
     activations: int  # saved from forward to backward
-    recomputed: int  # by checkpointing, in the backward of one layer
+    recomputed: int  # in the backward of one layer: by checkpointing, and a quantized matrix in 16 bits
     loss_layer: Plan
     loss_bytes: int  # of alignloss's loss layer, above inputs and the gradient of the head
     full_logits_bytes: int  # the same of full logits
@@ -204,16 +258,17 @@ def estimate(
         labelled: the fraction of positions that are scored.
         lora: train adapters of `rank` on every linear layer but the head, instead of every parameter.
         checkpointing: keep the input of each layer alone, and recompute the layer in the backward.
-        precision: "bf16": everything in bf16. "mixed": under bf16 autocast, with parameters, gradients and states
-            in fp32 (with LoRA those of the adapters; the base is in bf16).
+        precision: "bf16": everything in bf16, adapters too (PEFT makes those beside weights quantized to 8 bits fp32,
+            with a copy of their inputs, unless they are cast). "mixed": under bf16 autocast, with parameters, gradients
+            and states in fp32 (with LoRA those of the adapters; the base is in bf16).
         optimizer: "adamw" (two states in the dtype of the parameter), "adamw8bit" (two of one byte) or "sgd" (none).
-        reference_model: a frozen copy of the model beside it, in bf16; without it, reference log-probabilities are
-            cached or come from the same weights without adapters.
+        reference_model: a frozen copy of the model beside it, in bf16 or quantized like it; without it, reference
+            log-probabilities are cached or come from the same weights without adapters.
         gpu_memory: total bytes, from which the default workspace follows.
         workspace_bytes: of the loss layer.
 
     Raises:
-        ValueError: for a name or number out of range.
+        ValueError: for a name or number out of range, and for quantized weights without `lora`.
     """
     if precision not in ("bf16", "mixed") or optimizer not in OPTIMIZER_STATES:
         raise ValueError(
@@ -225,11 +280,18 @@ def estimate(
             "labelled must lie in (0, 1], length in [1, tokens], rank be positive; "
             f"got {labelled}, {length} of {tokens}, {rank}"
         )
+    if model.quantized_bytes is not None and not lora:
+        raise ValueError(
+            "quantized weights do not train: lora=True trains adapters beside them; to train every parameter, give the "
+            "config.json without quantization_config"
+        )
     mixed = precision == "mixed"
-    trained = model.adapter_parameters(rank) if lora else model.parameters
+    trained = model.adapter_parameters(rank) if lora else model.decoder_parameters
     wide = 4 if mixed else 2
-    weights = 2 * model.parameters + wide * trained if lora else wide * trained
-    weights += 2 * model.parameters * reference_model
+    weights = wide * trained + (model.frozen_bytes if lora else 2 * model.beside_parameters)
+    weights += model.frozen_bytes * reference_model
+    # the backward unpacks one quantized matrix at a time
+    unpacked = 0 if model.quantized_bytes is None else 2 * max(i * o for i, o in model.linears)
     states = OPTIMIZER_STATES[optimizer] * (1 if optimizer == "adamw8bit" else wide)
 
     residual = 4 if mixed and not lora else 2
@@ -263,7 +325,7 @@ def estimate(
         wide * trained,
         states * trained,
         activations,
-        (layer + copies) * checkpointing,
+        (layer + copies) * checkpointing + unpacked,
         loss,
         loss.peak_bytes - head * (loss.regime > 2),
         loss.full_logits_bytes + dhidden,

@@ -32,7 +32,8 @@ def report(name: str, tokens: int, *, gpu_memory: float, reserve: float, **optio
     for header in HEADERS:
         table.add_column(header, justify="right", no_wrap=True)
     plans: dict[str, str] = {}
-    for lora, checkpointing in product((False, True), (False, True)):
+    ways = (False, True) if model.quantized_bytes is None else (True,)
+    for lora, checkpointing in product(ways, (False, True)):
         options |= {"lora": lora, "checkpointing": checkpointing}
         step = estimate(model, tokens, **options)
         room = memory - round(reserve * GIB)
@@ -71,12 +72,25 @@ def _loss_line(step: Estimate) -> str:
 
 
 def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
-    reference = "a frozen copy in bf16" if options["reference_model"] else "cached, or the base without adapters"
+    copy = "a frozen copy in bf16" if model.quantized_bytes is None else "a frozen copy, quantized too"
+    reference = copy if options["reference_model"] else "cached, or the base without adapters"
+    beside = quantized = ""
+    if model.beside_parameters:
+        beside = (
+            f", {model.beside_parameters / 1e6:,.0f}M of them beside the decoder (vision tower, projector): frozen, in "
+            "weights alone; positions of images count as tokens"
+        )
+    if model.quantized_bytes is not None:
+        quantized = (
+            f"quantized by bitsandbytes to {model.quantized_bytes / GIB:.2f} GiB, what it leaves out in 16 bits "
+            "(PEFT's prepare_model_for_kbit_training makes that 32): LoRA alone, adapters as the precision says; "
+        )
     return (
-        f"{model.parameters / 1e6:,.0f}M parameters; {options['precision']}, {options['optimizer']}, LoRA rank "
-        f"{options['rank']} on every linear layer but the head; reference: {reference}. Sequences of "
-        f"{options['length']:,} in pairs, {options['labelled']:.0%} labelled, padded, fused attention. Fits: total <= "
-        f"memory - {reserve:g} GiB. With checkpoints the backward recomputes a layer, which counts where it exceeds "
-        "the loss. Gradients count as held from the micro-batch before. An estimate: the loss layer is checked against "
-        "measurement, activations against what autograd saves in transformers."
+        f"{model.parameters / 1e6:,.0f}M parameters{beside}; {quantized}{options['precision']}, "
+        f"{options['optimizer']}, LoRA rank {options['rank']} on every linear layer of the decoder but the head; "
+        f"reference: {reference}. Sequences of {options['length']:,} in pairs, {options['labelled']:.0%} labelled, "
+        f"padded, fused attention. Fits: total <= memory - {reserve:g} GiB. With checkpoints the backward recomputes a "
+        "layer, which counts where it exceeds the loss. Gradients count as held from the micro-batch before. An "
+        "estimate: the loss layer is checked against measurement, activations against what autograd saves in "
+        "transformers."
     )

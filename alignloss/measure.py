@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from . import amx
+from . import cpu_bf16
 
 __all__ = ["environment", "peak_bytes"]
 
@@ -79,7 +79,7 @@ def _device_name() -> str:
         cpu = next(line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}" + ", AMX" * amx.available()
+    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}" + ", AMX" * bool(cpu_bf16.capabilities().get("amx_bf16"))
 
 
 def _commit() -> str | None:

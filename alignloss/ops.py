@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import amx, backends
+from . import backends, cpu_bf16
 from .backends import ENTROPY, REF, STATE_ROWS, STATS, Tokens, Transform
 from .checks import check_kept
 from .planning import Footprint, accumulation_dtype, gemm_dtype
@@ -201,7 +201,7 @@ def output_dtypes(accum_dtype: torch.dtype) -> list[torch.dtype]:
 def computing(tensor: Tensor, dtype: torch.dtype) -> Iterator[None]:
     """What every walk runs under: no autocast, the device of `tensor`, the products that suit the dtype."""
     kind = tensor.device.type
-    with torch.autocast(kind, enabled=False), device_guard(tensor), amx.bf16_products(dtype, kind):
+    with torch.autocast(kind, enabled=False), device_guard(tensor), cpu_bf16.bf16_products(dtype, kind):
         yield
 
 

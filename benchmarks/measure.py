@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import alignloss
-from alignloss import amx
+from alignloss import cpu_bf16
 from alignloss.measure import peak_bytes
 from alignloss.planning import Footprint, Plan
 
@@ -95,7 +95,7 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
     dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)
 
-    @amx.bf16_products(dtype, case.device)
+    @cpu_bf16.bf16_products(dtype, case.device)
     def run() -> None:
         for (block, columns), (logits, derivative, head_gradient) in zip(tiles, passes, strict=True):
             for start in range(0, case.labelled, block):

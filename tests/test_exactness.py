@@ -7,7 +7,7 @@ import torch
 from reference import error, inputs, leaf, statistics, token_logps
 
 import alignloss
-from alignloss import amx
+from alignloss import cpu_bf16
 
 TRANSFORMS = [{}, {"logit_scale": 1.3, "temperature": 0.7}, {"softcap": 2.0, "logit_scale": 0.5, "temperature": 1.5}]
 BACKENDS = ["torch", "triton"]
@@ -221,7 +221,7 @@ def test_strided_vectors_are_read_with_their_strides(backend):
 def test_autocast_rounds_the_target_row_like_the_others(monkeypatch):
     # rows of W share a mean 100 times their spread: W_y - sum q_v W_v is all cancellation, which shows any rounding,
     # that of q too where the products take it in bf16
-    monkeypatch.setattr(amx, "available", lambda: False)
+    monkeypatch.setattr(cpu_bf16, "available", lambda: False)
     hidden, weight, _, labels = inputs(30, masked=0.0, dtype=torch.float32)
     weight = 5 + 0.05 * weight
     h = leaf(hidden, torch.float32)

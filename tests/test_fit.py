@@ -1,7 +1,9 @@
 """`alignloss fit`: parameters and activations as transformers and autograd have them, and a table that adds up."""
 
+import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 import transformers
 
+from alignloss import fit
 from alignloss.fit import MODELS, estimate, most_tokens, read_model
+from alignloss.fit_config import _linear_bytes
 
 GIB = 1 << 30
 SMALL = {
@@ -23,9 +27,12 @@ SMALL = {
     "tie_word_embeddings": False,
 }
 
+MROPE = {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+
 
 def config_of(settings):
-    return transformers.CONFIG_MAPPING[settings["model_type"]](**settings)
+    # a copy: transformers writes into nested settings
+    return transformers.CONFIG_MAPPING[settings["model_type"]](**copy.deepcopy(settings))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -47,9 +54,198 @@ def test_parameters_where_a_configuration_leaves_out_what_it_may(tmp_path, famil
     assert read_model(str(tmp_path)).parameters == model.num_parameters()
 
 
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 400, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+# the least that each says; the classes fill in the rest
+MULTIMODAL = {
+    "llava": {"vision_config": VISION | {"model_type": "clip_vision_model"}, "text_config": TEXT},
+    "llava_next": {"vision_config": VISION | {"model_type": "clip_vision_model"}, "text_config": TEXT},
+    "llava_onevision": {"vision_config": VISION | {"model_type": "siglip_vision_model"}, "text_config": TEXT},
+    "idefics3": {"vision_config": VISION, "text_config": TEXT | {"model_type": "llama"}, "pad_token_id": 0},
+    "smolvlm": {"vision_config": VISION, "text_config": TEXT | {"model_type": "llama"}, "pad_token_id": 0},
+    "mistral3": {
+        "vision_config": VISION | {"head_dim": 16, "model_type": "pixtral"},
+        "text_config": TEXT | {"model_type": "mistral"},
+    },
+    "internvl": {"vision_config": VISION, "text_config": TEXT, "tie_word_embeddings": False},
+    "paligemma": {
+        "vision_config": VISION | {"model_type": "siglip_vision_model"},
+        "text_config": TEXT | {"model_type": "gemma2"},
+    },
+    "qwen2_vl": {
+        "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
+        "text_config": TEXT,
+    },
+    "qwen2_5_vl": {
+        "vision_config": {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "num_heads": 4,
+                          "intermediate_size": 96},
+        "text_config": TEXT | {"tie_word_embeddings": True},
+    },
+}  # fmt: skip
+
+
+def written(folder, settings):
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_parameters_of_models_that_see_images(tmp_path, kind):
+    settings = MULTIMODAL[kind] | {"model_type": kind}
+    model = read_model(written(tmp_path, settings))
+    with torch.device("meta"):
+        whole = transformers.AutoModelForImageTextToText.from_config(config_of(settings))
+    assert model.parameters == whole.num_parameters()
+    tower = sum(p.numel() for name, p in whole.named_parameters() if "language_model" not in name)
+    tower -= sum(p.numel() for name, p in whole.named_parameters() if name.startswith("lm_head"))
+    if kind not in ("idefics3", "smolvlm"):  # whose decoder is called otherwise
+        assert model.beside_parameters == tower
+    assert model.beside_parameters > 50_000
+    full, lora = (estimate(model, 64, length=32, lora=lora) for lora in (False, True))
+    assert full.weights == 2 * model.parameters
+    assert full.gradients == 2 * (model.parameters - model.beside_parameters)
+    assert lora.weights == 2 * model.parameters + lora.gradients
+
+
+def test_nothing_is_looked_up_in_the_network(tmp_path, monkeypatch):
+    def connect(*_):
+        raise OSError("a network is used")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    names = {"_name_or_path": "somebody/llava", "architectures": ["LlavaForConditionalGeneration"]}
+    settings = MULTIMODAL["llava"] | {"model_type": "llava"} | names
+    settings["text_config"] = TEXT | {"_name_or_path": "somebody/text"}
+    assert read_model(written(tmp_path, settings)).layers == 2
+
+
+def test_what_the_class_fills_in(tmp_path):
+    model = read_model(written(tmp_path, {"model_type": "llava", "text_config": {"num_hidden_layers": 2}}))
+    assert (model.family, model.hidden_size, model.layers, model.vocabulary) == ("llama", 4096, 2, 32000)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 3}')
+    assert read_model(str(tmp_path)).hidden_size == transformers.Qwen2Config().hidden_size
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tie_word_embeddings": True},
+        {"torch_dtype": "float32"},
+        {"num_local_experts": 8, "num_experts": 8},
+        {"layer_types": ["full_attention", "full_attention"], "num_hidden_layers": 2},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_keys_that_may_change_the_count(tmp_path, family, more):
+    settings = TEXT | {"model_type": family} | more
+    model = read_model(written(tmp_path, settings))
+    with torch.device("meta"):
+        assert model.parameters == transformers.AutoModelForCausalLM.from_config(config_of(settings)).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("key", "family"),
+    [(key, family) for key in ("head_dim", "num_key_value_heads") for family in ("llama", "mistral", "qwen2", "qwen3")],
+)
+def test_null_is_counted_or_refused_as_transformers_has_it(tmp_path, key, family):
+    settings = TEXT | {"model_type": family, key: None}
+    path = written(tmp_path, settings)
+    try:
+        with torch.device("meta"):
+            parameters = transformers.AutoModelForCausalLM.from_config(config_of(settings)).num_parameters()
+    except Exception:
+        parameters = None
+    refused = [("head_dim", "qwen2"), ("head_dim", "qwen3"), ("num_key_value_heads", "mistral")]
+    assert (parameters is None) == ((key, family) in refused)
+    if parameters is None:
+        with pytest.raises(ValueError, match="transformers does not"):
+            read_model(path)
+    else:
+        assert read_model(path).parameters == parameters
+
+
+def test_a_decoder_that_its_sizes_do_not_explain_is_refused(tmp_path, monkeypatch):
+    path = written(tmp_path, TEXT | {"model_type": "llama"})
+    assert read_model(path).layers == 2
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "LlamaMLP", lambda config: torch.nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"a variant that is not estimated"):
+        read_model(path)
+
+
+def quantized(**options):
+    return TEXT | {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"} | options}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [  # of a weight of 33 x 37, as bitsandbytes 0.50.2 holds it on a CPU
+        ({"load_in_4bit": True}, 611 + 4 * 20 + 64),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 611 + 20 + 4 + 4 + 1024 + 64),
+        ({"load_in_8bit": True}, 33 * 37 + 4 * 33),
+    ],
+)
+def test_bytes_of_a_quantized_weight(options, expected):
+    assert _linear_bytes(33, 37, options) == expected
+
+
+def test_linear_layers_are_quantized_and_the_rest_is_not(tmp_path):
+    H, I, Q, K = 64, 96, 64, 32  # noqa: E741
+    linears = [(Q, H), (K, H), (K, H), (H, Q), (I, H), (I, H), (H, I)]
+    rest = 2 * 400 * H + 5 * H  # embeddings, head, norms
+    for options in ({"load_in_4bit": True}, {"load_in_8bit": True}):
+        model = read_model(written(tmp_path, quantized(**options)))
+        assert model.quantized_bytes == 2 * rest + 2 * sum(_linear_bytes(*size, options) for size in linears)
+    # as in transformers: where modules are named, those alone, which are then not the head
+    skipping = {"load_in_8bit": True, "llm_int8_skip_modules": ["down_proj"]}
+    model = read_model(written(tmp_path, quantized(**skipping)))
+    expected = 2 * sum(_linear_bytes(*size, skipping) for size in linears[:-1]) + _linear_bytes(400, H, skipping)
+    assert model.quantized_bytes == 2 * (rest - 400 * H + 2 * H * I) + expected
+    step = estimate(model, 64, length=32, lora=True)
+    assert step.weights == model.quantized_bytes + step.gradients
+    assert step.recomputed == 2 * H * I  # a matrix in 16 bits
+    with pytest.raises(ValueError, match="quantized weights do not train: lora=True"):
+        estimate(model, 64, length=32)
+
+
+def test_a_quantized_tower_and_the_command(tmp_path):
+    settings = MULTIMODAL["llava"] | {"model_type": "llava", "quantization_config": {"load_in_4bit": True}}
+    path = written(tmp_path, settings)
+    model = read_model(path)
+    whole = read_model(written(tmp_path, {k: v for k, v in settings.items() if k != "quantization_config"}))
+    assert whole.beside_parameters == model.beside_parameters
+    # the tower's linear layers: 0.5 bytes and a scale each 64
+    assert model.quantized_bytes < 2 * model.parameters - 2 * (4 * 64 * 64 + 2 * 64 * 96) * 1.4
+    written(tmp_path, settings)
+    done = command("--model", path, "--tokens", "128", "--length", "64")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "beside the decoder" in text and "quantized by bitsandbytes" in text
+    assert "LoRA alloc" not in text and "full +checkpoint" not in text and "Loss layer, full" not in text
+
+
+def test_without_transformers_a_plain_decoder_is_read_and_the_rest_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "installed", lambda: False)
+    monkeypatch.setattr(fit, "count", None)
+    assert read_model(written(tmp_path, TEXT | {"model_type": "llama"})).vocabulary == 400
+    needs = ({"model_type": "llava"} | MULTIMODAL["llava"], quantized(load_in_4bit=True), {"model_type": "llama",
+             "auto_map": {"AutoConfig": "code.Config"}} | TEXT)  # fmt: skip
+    for settings in needs:
+        with pytest.raises(ValueError, match=r"read through transformers; .* pip install '\.\[fit\]'"):
+            read_model(written(tmp_path, settings))
+    with pytest.raises(ValueError, match="'gptq' are not known"):
+        read_model(written(tmp_path, quantized(quant_method="gptq")))
+    with pytest.raises(ValueError, match="intermediate_size must be a positive integer, got None"):
+        read_model(written(tmp_path, {"model_type": "llama", "hidden_size": 64}))
+
+
 def saved_bytes(family, layers, lora, mixed):
     """Bytes that autograd saves in the decoder, parameters left out, for 4 padded sequences of 64 tokens."""
-    config = config_of(SMALL | {"model_type": family, "num_hidden_layers": layers, "use_cache": False})
+    settings = SMALL | MROPE if family in fit._SAME_LAYERS else SMALL
+    config = config_of(settings | {"model_type": family, "num_hidden_layers": layers, "use_cache": False})
     dtype = torch.float32 if mixed and not lora else torch.bfloat16
     model = transformers.AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
     if lora:
@@ -57,9 +253,15 @@ def saved_bytes(family, layers, lora, mixed):
             model, peft.LoraConfig(r=8, target_modules="all-linear"), autocast_adapter_dtype=mixed
         )
         model.enable_input_require_grads()
-    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     mask = torch.ones(4, 64, dtype=torch.long)
     mask[0, -1] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        return saved_by(model, input_ids=torch.randint(0, 512, (4, 64)), attention_mask=mask)
+
+
+def saved_by(model, **inputs):
+    """Bytes that autograd saves in a call, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     saved = {}  # keeps the storages alive, so that no address comes twice
 
     def pack(tensor):
@@ -68,19 +270,35 @@ def saved_bytes(family, layers, lora, mixed):
             saved[storage.data_ptr()] = storage
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
-    ):
-        model(input_ids=torch.randint(0, 512, (4, 64)), attention_mask=mask)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**inputs)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def test_a_frozen_tower_leaves_nothing_for_the_backward():
+    settings = MULTIMODAL["llava"] | {"model_type": "llava", "image_token_index": 399}
+    settings["vision_config"] = settings["vision_config"] | {"image_size": 56, "patch_size": 14, "num_hidden_layers": 3}
+    config = config_of(settings | {"vision_feature_layer": -1})
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).model
+    model.requires_grad_(False)
+    model.language_model.requires_grad_(True)
+    ids = torch.randint(0, 399, (2, 64))
+    text = saved_by(model, input_ids=ids)
+    ids[:, 4:20] = 399
+    image = saved_by(model, input_ids=ids, pixel_values=torch.randn(2, 3, 56, 56, dtype=torch.bfloat16))
+    # where the image goes in, one mask, and its values
+    assert image - text <= 2 * 64 * 64 * 3
+    model.vision_tower.requires_grad_(True)
+    trained = saved_by(model, input_ids=ids, pixel_values=torch.randn(2, 3, 56, 56, dtype=torch.bfloat16))
+    assert trained - text > 10 * (image - text)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "qwen2_vl_text", "qwen2_5_vl_text"])
 def test_activations_of_a_layer_within_a_tenth(tmp_path, family, lora, mixed):
-    settings = SMALL | {"model_type": family, "num_hidden_layers": 2}
+    settings = SMALL | (MROPE if family in fit._SAME_LAYERS else {})
+    settings |= {"model_type": fit._SAME_LAYERS.get(family, family), "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     model = read_model(str(tmp_path))
     step = {"length": 64, "lora": lora, "rank": 8, "precision": "mixed" if mixed else "bf16"}
@@ -119,13 +337,13 @@ def test_the_most_tokens_are_the_most():
     assert most_tokens(model, 1 * GIB, False, **step) == 0
 
 
-def fit(*arguments):
-    command = [sys.executable, "-m", "alignloss.cli", "fit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+def command(*arguments):
+    line = [sys.executable, "-m", "alignloss.cli", "fit", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
 
 
 def test_the_command_prints_a_table():
-    done = fit("--model", "llama-3.2-1b", "--tokens", "8192", "--gpu-memory", "24")
+    done = command("--model", "llama-3.2-1b", "--tokens", "8192", "--gpu-memory", "24")
     assert done.returncode == 0, done.stderr
     assert "1,236M parameters" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -145,7 +363,7 @@ def test_the_command_prints_a_table():
     ],
 )
 def test_bad_input_is_explained(arguments, message):
-    done = fit(*arguments)
+    done = command(*arguments)
     assert done.returncode == 1
     assert message in done.stderr
 
@@ -156,7 +374,33 @@ def test_bad_input_is_explained(arguments, message):
         ("{", "is not JSON"),
         ("[]", "it holds a list"),
         ('{"model_type": "mamba"}', "'mamba' is not estimated; those are: llama"),
-        ('{"model_type": "llama", "hidden_size": 64}', "intermediate_size must be a positive integer, got None"),
+        ("{}", "model type None is not"),
+        ('{"model_type": "gpt-6"}', "'gpt-6' is not"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "does not take this configuration"),
+        ('{"model_type": "llama", "intermediate_size": [96, 96]}', "does not take this configuration"),
+        ('{"model_type": "llama", "auto_map": {"AutoConfig": "code.Config"}}', "code .* is never run"),
+        ('{"model_type": "llava", "text_config": {"model_type": "llama", "auto_map": {"A": "b.C"}}}', "is never run"),
+        ('{"model_type": "paligemma"}', r"'gemma' \(the decoder in a 'paligemma'\) is not estimated"),
+        ('{"model_type": "gemma3"}', "'gemma3_text' .* is not estimated"),
+        ('{"model_type": "mllama"}', "'mllama_text_model' .* is not estimated"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}', "'gptq' are not known"),
+        ('{"model_type": "qwen2", "quantization_config": {"quant_method": "awq"}}', "'awq' are not known"),
+        ('{"model_type": "qwen3", "quantization_config": {"quant_method": "fp8"}}', "'fp8' are not known"),
+        ('{"model_type": "qwen3", "quantization_config": {"quant_method": "mxfp4"}}', "'mxfp4' are not known"),
+        ('{"model_type": "qwen3", "quantization_config": {"quant_method": "torchao"}}', "'torchao' are not known"),
+        ('{"model_type": "llama", "compression_config": {"format": "dense"}}', "quantization None are not known"),
+        (
+            '{"model_type": "llava", "text_config": {"quantization_config": {"quant_method": "hqq"}}}',
+            "'hqq' are not known",
+        ),
+        (
+            '{"model_type": "llama", "quantization_config": {"load_in_8bit": true, "llm_int8_has_fp16_weight": true}}',
+            "llm_int8_has_fp16_weight is not estimated",
+        ),
+        (
+            '{"model_type": "llama", "quantization_config": {"load_in_4bit": true, "bnb_4bit_quant_type": "int4"}}',
+            "must be nf4 or fp4, got 'int4'",
+        ),
     ],
 )
 def test_a_configuration_that_does_not_serve(tmp_path, content, message):
