@@ -292,9 +292,7 @@ class PreferenceLoss(_HeadLoss):
             }
             try:
                 with torch.no_grad():
-                    ref = sequence_logprob(
-                        ref_hidden, ref_weight, labels, ref_bias, token_weights=token_weights, **layout, **options
-                    ).logps
+                    ref = sequence_logprob(ref_hidden, ref_weight, labels, ref_bias, **layout, **options).logps
             except ValueError as error:
                 raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
         elif ref_logps is not None:
