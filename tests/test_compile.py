@@ -92,7 +92,7 @@ def test_opcheck_of_the_log_probability(stats, with_index):
     index = torch.nonzero(labels != -100).squeeze(1) if with_index else None
     arguments = (
         *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, not with_index, torch.float32,
-        -100, 1.2, 2.0, 0.9, stats, 2 if stats else 1, "torch", 4_000, True,
+        -100, 1.2, 2.0, 0.9, stats, 2 if stats else 1, True, "torch", 4_000, True,
     )  # fmt: skip
     torch.library.opcheck(ops.linear_logprob_fwd, arguments)
 

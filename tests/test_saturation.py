@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import error, inputs, leaf, token_logps
+from test_packing import FUSED, data_of, module_of
 
 import alignloss
 from alignloss import losses
@@ -102,3 +103,63 @@ def test_saturated_kto_keeps_relative_precision():
     expected.backward()
     assert error(out.loss.detach(), expected.detach()) <= 2e-5
     assert error(h.grad, exact.grad) <= 2e-5
+
+
+GAPS = [-1e4, -300.0, -100.0, -30.0, 0.5, 30.0, 60.0, 84.0, 89.0, 95.0, 100.0, 300.0, 600.0]
+# hidden states alone; the head too: one pass, recomputed
+REGIMES = {"frozen": (False, None), "one pass": (True, None), "recomputed": (True, 16)}
+
+
+def of_gaps(gaps, dtype, trained):
+    """Sequences of one token whose logit is `gap` above that of the only other token."""
+    hidden = leaf(gaps[:, None, None], dtype)
+    weight = leaf(torch.tensor([[1.0], [0.0]]), dtype, trained)
+    return hidden, weight, torch.zeros(len(gaps), 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65_536.0])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(("name", "backend"), [*((n, "torch") for n in sorted(losses.LOSSES)), ("orpo", "triton")])
+def test_the_gradient_of_a_module_is_exact_at_every_gap(name, backend, regime, scale):
+    """Against float64, where log p = log sigmoid(gap): as p -> 1 the slope of a loss in log p leaves float32."""
+    trained, workspace = REGIMES[regime]
+    gaps = torch.tensor(GAPS if backend == "torch" else GAPS[2::3])
+    gaps = torch.cartesian_prod(gaps, gaps).T.reshape(-1)
+    module = module_of(name, backend)
+    module.head_options["workspace_bytes"] = workspace
+    if workspace is not None:
+        module.couples_batch = True  # the whole batch is recomputed
+    data = data_of(module, len(gaps))
+    hidden, weight, labels = of_gaps(gaps, torch.float32, trained)
+    out = module(hidden, weight, labels, **data, num_sequences=1)
+    (scale * out.loss).backward()
+    assert bool(hidden.grad.isfinite().all())
+    assert weight.grad is None or bool(weight.grad.isfinite().all())
+
+    exact = leaf(gaps)
+    logps = torch.nn.functional.logsigmoid(exact)
+    count = len(gaps) // 2 if module.paired else len(gaps)
+    columns = {"logps": logps, "ref_logps": data.get("ref_logps"), "lengths": torch.ones(len(gaps)).double()}
+    arguments = []
+    for parameter in module.names:
+        if parameter in module.filled:
+            column, half = module.filled[parameter]
+            value = columns[column].double()
+            arguments.append(value if half is None else value[:count] if half == 0 else value[count:])
+        else:
+            arguments.append(data[parameter].double() if parameter != "desirable" else data[parameter])
+    values = module.fn(*arguments, **module.options)[0]
+    (scale * values.sum()).backward()
+    got, expected = hidden.grad.flatten().double(), exact.grad
+    # relative, down to where float32 ends; logits of 1e4 round to 1e-3, of which exponentials make 1e-3
+    tiny = 1e-30 * scale
+    assert bool(((got - expected).abs() <= 1e-4 * expected.abs() + tiny).all())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_gradient_of_a_fused_loss_is_finite_at_every_gap(name):
+    gaps = torch.tensor(GAPS).repeat(2)
+    module = module_of(name, "triton")
+    hidden, weight, labels = of_gaps(gaps, torch.float32, True)
+    (65_536 * module(hidden, weight, labels, **data_of(module, len(gaps))).loss).backward()
+    assert bool(hidden.grad.isfinite().all()) and bool(weight.grad.isfinite().all())
