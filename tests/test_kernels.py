@@ -55,6 +55,57 @@ def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
         assert float((got - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
 
 
+def set_precision(switch, value):
+    """Set one of torch's switches for float32 products; of "matmul", "cuda" and "all", the first that is set decides."""
+    if switch == "legacy flag":
+        torch.backends.cuda.matmul.allow_tf32 = value == "tf32"
+    elif switch == "legacy function":
+        torch.set_float32_matmul_precision({"ieee": "highest", "tf32": "high", "bf16": "medium"}[value])
+    elif switch == "cuda":
+        torch._C._set_fp32_precision_setter("cuda", "all", value)
+    else:
+        (torch.backends.cuda.matmul if switch == "matmul" else torch.backends).fp32_precision = value
+
+
+SWITCHES = [
+    *itertools.product(("matmul", "cuda"), ("tf32", "ieee", "none")),
+    *itertools.product(("all",), ("tf32", "ieee", "none", "bf16")),
+    *itertools.product(("legacy flag",), ("tf32", "ieee")),
+    *itertools.product(("legacy function",), ("tf32", "ieee", "bf16")),
+]
+
+
+@pytest.fixture
+def _precision_as_it_was():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the legacy switches alone")
+    yield
+    set_precision("legacy function", "ieee")
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    for switch in ("matmul", "cuda", "all"):
+        set_precision(switch, "none")
+
+
+@pytest.mark.usefixtures("_precision_as_it_was")
+@pytest.mark.parametrize("first", SWITCHES, ids=" ".join)
+def test_float32_products_are_as_exact_as_those_of_torch_however_it_was_told(first, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stats, "stats_fwd", lambda *arguments: asked.append(arguments[-1]))
+    hidden, weight, _, labels = (t.to(DEVICE) for t in inputs(3, dtype=torch.float32))
+    for then in SWITCHES:
+        own = dict.fromkeys(("matmul", "cuda", "all"), "none")
+        for switch in own:
+            set_precision(switch, "none")
+        for switch, value in (first, then):
+            set_precision(switch, value)
+            # a legacy switch sets the one of cuBLAS, and its third level is TF32 on a GPU
+            legacy = switch.startswith("legacy")
+            own["matmul" if legacy else switch] = "tf32" if legacy and value == "bf16" else value
+        _triton.statistics(hidden, weight, None, labels, fresh_state(3), T(1.0, None, 1.0), 0, 1 << 20)
+        decides = next((value for value in own.values() if value != "none"), "none")
+        assert asked.pop() == ("tf32" if decides == "tf32" else "ieee"), then
+
+
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("save", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
