@@ -56,12 +56,14 @@ def kl_fwd_kernel(
         ref_sums += e_ref
         gaps += tl.where(e_ref > 0, e_ref * (z_ref - z), 0.0)  # not 0 * inf
     ref_decay = tl.exp(ref_old - ref_top)
-    total = tl.sum(sums, 0)  # its barrier comes after every read of the old maxima, before their writes
+    # every load of the state comes before a reduction, whose barrier comes before every store
+    s, ref_s, gap = tl.load(at + step), tl.load(at + 3 * step), tl.load(at + 4 * step)
+    total = tl.sum(sums, 0)
     tl.store(at, top)
-    tl.store(at + step, tl.load(at + step) * tl.exp(old - top) + total)
+    tl.store(at + step, s * tl.exp(old - top) + total)
     tl.store(at + 2 * step, ref_top)
-    tl.store(at + 3 * step, tl.load(at + 3 * step) * ref_decay + tl.sum(ref_sums, 0))
-    tl.store(at + 4 * step, tl.load(at + 4 * step) * ref_decay + tl.sum(gaps, 0))
+    tl.store(at + 3 * step, ref_s * ref_decay + tl.sum(ref_sums, 0))
+    tl.store(at + 4 * step, gap * ref_decay + tl.sum(gaps, 0))
 
 
 @triton.jit

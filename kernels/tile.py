@@ -95,15 +95,18 @@ def fold_fwd_kernel(
             if SAVE > 1:
                 tl.store(out2 + row * out2_stride + v, (ze * slope).to(out2.dtype.element_ty), mask=v < Vs)
 
-    s = tl.load(at + step)
-    total = tl.sum(sums, 0)  # its barrier comes after every read of `old`, before the write
+    # every load of the state comes before a reduction, whose barrier comes before every store
+    s, largest = tl.load(at + step), tl.load(at + 6 * step)
+    if EXTRAS:
+        ze, z_sum, ee = tl.load(at + 3 * step), tl.load(at + 4 * step), tl.load(at + 5 * step)
+    total = tl.sum(sums, 0)
     tl.store(at, m)
     tl.store(at + step, s * decay + total)
-    tl.store(at + 6 * step, tl.maximum(tl.load(at + 6 * step), top))
+    tl.store(at + 6 * step, tl.maximum(largest, top))
     if EXTRAS:
-        tl.store(at + 3 * step, (tl.load(at + 3 * step) + s * shift) * decay + tl.sum(ze_sums, 0))
-        tl.store(at + 4 * step, tl.load(at + 4 * step) + tl.sum(z_sums, 0))
-        tl.store(at + 5 * step, tl.load(at + 5 * step) * decay * decay + tl.sum(ee_sums, 0))
+        tl.store(at + 3 * step, (ze + s * shift) * decay + tl.sum(ze_sums, 0))
+        tl.store(at + 4 * step, z_sum + tl.sum(z_sums, 0))
+        tl.store(at + 5 * step, ee * decay * decay + tl.sum(ee_sums, 0))
     if RESCALE:
         if m != old:
             for start in range(0, H, BLOCK):

@@ -56,7 +56,7 @@ def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
 
 
 def set_precision(switch, value):
-    """Set one of torch's switches for float32 products; of "matmul", "cuda" and "all", the first that is set decides."""
+    """Set a switch of torch for float32 products; of "matmul", "cuda" and "all", the first that is set decides."""
     if switch == "legacy flag":
         torch.backends.cuda.matmul.allow_tf32 = value == "tf32"
     elif switch == "legacy function":
@@ -106,19 +106,25 @@ def test_float32_products_are_as_exact_as_those_of_torch_however_it_was_told(fir
         assert asked.pop() == ("tf32" if decides == "tf32" else "ieee"), then
 
 
+def several_blocks(monkeypatch):
+    """Let a row take several blocks, and a block several warps, which have to wait for each other."""
+    for name, value in (("TILE_BLOCK", 64), ("TILE_WARPS", 2)):
+        monkeypatch.setattr(tile, name, value)
+
+
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("save", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monkeypatch):
-    monkeypatch.setattr(tile, "TILE_BLOCK", 32)  # a row takes several blocks
-    N, H, V = 5, 33, 90
+    several_blocks(monkeypatch)
+    N, H, V = 5, 33, 300
     x = torch.randn(N, V, dtype=torch.float64, device=DEVICE) * 3
-    x[:2, 50:] += 60  # the reference has to move
-    labels = torch.tensor([0, 60, 89, 44, 45], device=DEVICE)
+    x[:2, 160:] += 60  # the reference has to move
+    labels = torch.tensor([0, 200, 299, 149, 150], device=DEVICE)
     weight = torch.randn(V, H, dtype=torch.float64, device=DEVICE)
     state = fresh_state(N)
     u, u2 = torch.zeros(N, H, device=DEVICE), torch.zeros(N, H, device=DEVICE)
-    for first, last in ((0, 45), (45, 90)):
+    for first, last in ((0, 150), (150, 300)):
         part = x[:, first:last].float().contiguous()
         spare = torch.empty_like(part) if save == 2 else None
         e, ze = tile.fold_fwd(
@@ -145,10 +151,10 @@ def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monke
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dlogits_against_autograd(cap, entropy, dtype, monkeypatch):
-    monkeypatch.setattr(tile, "TILE_BLOCK", 32)
-    N, V = 5, 90
+    several_blocks(monkeypatch)
+    N, V = 5, 300
     x = leaf(torch.randn(N, V) * 2)
-    labels = torch.tensor([0, 60, 89, 44, 45])
+    labels = torch.tensor([0, 200, 299, 149, 150])
     a, b = (torch.randn(N, dtype=torch.float64) for _ in range(2)) if entropy else (torch.ones(N).double(), None)
     z = x if cap is None else cap * torch.tanh(x)
     logps = z.log_softmax(1)
@@ -157,22 +163,19 @@ def test_dlogits_against_autograd(cap, entropy, dtype, monkeypatch):
         value = value + (b * torch.special.entr(logps.exp()).sum(1)).sum()
     value.backward()
     rest = 1 - logps.detach().exp().gather(1, labels[:, None])
-    state = expected_state(x.detach(), labels, cap)(z.detach().amax(1)).float().to(DEVICE)
+    state = expected_state(x.detach(), labels, cap)(z.detach().amax(1)).float()
     mix = None
     if b is not None:
-        tokens = Tokens(None, labels.to(DEVICE), None, -100, torch.float32)
-        mix = torch.empty(3, N, device=DEVICE)
-        upstream = (a.float().to(DEVICE), b.float().to(DEVICE))
-        coefficient = torch.empty(N, device=DEVICE)
+        tokens = Tokens(None, labels, None, -100, torch.float32)
+        mix, coefficient = torch.empty(3, N), torch.empty(N)
+        upstream = a.float(), b.float()
         _torch.weigh(
             tokens, slice(0, N), tokens.labels, state, T(1.0, cap, 1.0), *upstream, coefficient, mix, *(None,) * 6
         )
         rest = (a.abs() + b.abs())[:, None] * rest
     first_half, second_half = (
-        tile.dlogits_bwd(
-            x.detach()[:, s].float().contiguous().to(DEVICE), state, labels.to(DEVICE), mix, s.start, cap, dtype
-        ).cpu()
-        for s in (slice(0, 45), slice(45, 90))
+        tile.dlogits_bwd(x.detach()[:, s].float().contiguous(), state, labels, mix, s.start, cap, dtype)
+        for s in (slice(0, 150), slice(150, 300))
     )
     got = torch.cat([first_half, second_half], 1).double() * rest * (cap or 1.0)  # dz / dx = cap sech^2(x)
     assert error(got, x.grad) <= (2e-5 if dtype == torch.float32 else 1e-3)
@@ -237,24 +240,24 @@ def test_scaling_in_place_and_not_by_one(dtype, factor, monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_sequence_sums_and_their_adjoint(packed, weighted):
-    values = torch.randn(2500, device=DEVICE)
-    weights = torch.rand(2500, dtype=torch.float64, device=DEVICE) if weighted else None
+    values = torch.randn(2500)
+    weights = torch.rand(2500, dtype=torch.float64) if weighted else None
     # packed: an empty sequence, a long one, a token of none
     bounds = (
         [(0, 1), (1, 1), (1, 1300), (1300, 2499)] if packed else [(0, 625), (625, 1250), (1250, 1875), (1875, 2500)]
     )
-    offsets = torch.tensor([0, *(stop for _, stop in bounds)], device=DEVICE) if packed else None
-    factors = torch.ones(2500, dtype=torch.float64) if weights is None else weights.cpu()
-    expected = torch.stack([(values.cpu().double() * factors)[i:j].sum() for i, j in bounds])
+    offsets = torch.tensor([0, *(stop for _, stop in bounds)]) if packed else None
+    factors = torch.ones(2500, dtype=torch.float64) if weights is None else weights
+    expected = torch.stack([(values.double() * factors)[i:j].sum() for i, j in bounds])
     for backend in (_torch, _triton):
-        torch.testing.assert_close(backend.sequence_sum(values, offsets, 4, weights).cpu(), expected)
-    dsums = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64, device=DEVICE)
+        torch.testing.assert_close(backend.sequence_sum(values, offsets, 4, weights), expected)
+    dsums = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64)
     spread = torch.zeros(2500, dtype=torch.float64)
     for (i, j), g in zip(bounds, dsums.tolist(), strict=True):
         spread[i:j] = g
     for backend in (_torch, _triton):
         got = backend.sequence_scatter(dsums, offsets, weights, 2500, torch.float32)
-        torch.testing.assert_close(got.cpu(), (spread * factors).float())
+        torch.testing.assert_close(got, (spread * factors).float())
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
@@ -271,12 +274,8 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
     desirable, kl = torch.arange(6) % 2 == 0, torch.linspace(-1, 1, 6, dtype=torch.float64)
     pairwise = torch.tensor([1.0, 0.0, 0.5] * (2 if loss == "kto" else 1), dtype=torch.float64)
     options = {"beta": 0.3, "label_smoothing": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
-
-    def on_device(*tensors):
-        return [None if t is None else t.to(DEVICE) for t in tensors]
-
     *got, slopes, scales = sequence.preference_fwd(
-        *on_device(values, None, labels, nll_labels, offsets), 6, *on_device(ref, desirable, kl, pairwise, None, None),
+        values, None, labels, nll_labels, offsets, 6, ref, desirable, kl, pairwise, None, None,
         loss, -100, 0.4, *options.values(),
     )  # fmt: skip
     exact = leaf(values)
@@ -298,13 +297,12 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
         expected[0] = total = total + 0.4 * nll_loss
         expected.append(nll_loss)
     for value, e in zip(got, expected, strict=False):
-        torch.testing.assert_close(value.cpu(), e.detach().float(), rtol=1e-6, atol=1e-30)
+        torch.testing.assert_close(value, e.detach().float(), rtol=1e-6, atol=1e-30)
     (2 * total).backward()
     dvalues = sequence.preference_bwd(
-        torch.tensor(2.0, device=DEVICE), slopes, scales, *on_device(None, labels, nll_labels, offsets),
-        loss != "kto", -100,
-    )  # fmt: skip
-    torch.testing.assert_close(dvalues.cpu(), exact.grad.float(), rtol=1e-6, atol=1e-30)
+        torch.tensor(2.0), slopes, scales, None, labels, nll_labels, offsets, loss != "kto", -100
+    )
+    torch.testing.assert_close(dvalues, exact.grad.float(), rtol=1e-6, atol=1e-30)
 
 
 def test_the_backend_reaches_every_kernel(monkeypatch):
