@@ -8,7 +8,7 @@ from reference import error, inputs, leaf, logits, replace_kernels
 
 pytest.importorskip("triton")
 
-from alignloss.kernels import rows, sequence, stats, tile
+from alignloss.kernels import blocks, kl, rows, sequence, stats, tile
 
 import alignloss
 from alignloss import losses
@@ -145,6 +145,56 @@ def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monke
         assert error(u, e @ weight) <= tolerance
     if save == 2:
         assert error(u2, (e * (z - state[0, :, None])) @ weight) <= tolerance
+
+
+def padded(values):
+    """Values (N, V) as a tile of a GPU is stored, with NaN in the padding and beyond the last row."""
+    rows, columns = values.shape
+    pitch = -(-columns // blocks.PITCH) * blocks.PITCH
+    memory = torch.full((rows * pitch + 64,), torch.nan, dtype=values.dtype)
+    tile = memory[: rows * pitch].view(rows, pitch)[:, :columns]
+    tile.copy_(values)
+    return tile, memory[rows * pitch :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("V", [150, 64, 1])
+def test_padded_rows_are_the_same_as_dense_ones(V, dtype, monkeypatch):
+    several_blocks(monkeypatch)
+    N, first = 3, 50
+    x, x_ref = torch.randn(2, N, V)
+    labels = torch.tensor([first, first + V - 1, first + V])  # the last one is in the padding, or beyond
+    state, kl_state = fresh_state(N), torch.zeros(5, N)
+    kl_state[[0, 2]] = -1e30
+
+    def run(of):
+        sums, tops = state.clone(), kl_state.clone()
+        tiles = [of(t) for t in (x, x, x, x, x, x_ref, x, x_ref)]
+        (a, _), (spare, _), (b, _), (c, _), *kl_tiles = tiles
+        results = [*tile.fold_fwd(a, spare, sums, labels, None, None, first, 2.0, 2, True, dtype), sums.clone()]
+        results.append(tile.dlogits_bwd(b, sums, labels, None, first, 2.0, dtype))
+        held, _ = of(c.to(dtype))
+        tile.held_bwd(held, torch.zeros(N), sums, labels, first, None)
+        (p, _), (q, _), (p2, _), (q2, _) = kl_tiles
+        kl.kl_fwd(p, q, tops, 2.0)
+        results += [held, tops.clone(), kl.kl_bwd(p2, q2, tops.abs(), 2.0, 1.0, dtype)]
+        assert all(beyond.isnan().all() for _, beyond in tiles)
+        return results
+
+    dense = run(lambda values: (values.clone(), torch.full((1,), torch.nan)))
+    for got, expected in zip(run(padded), dense, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("label", [-(2**63), -(2**31) - 1, -100, 2**31 + 3, 2**32 + 3, 2**63 - 1])
+def test_a_label_outside_the_vocabulary_is_in_no_tile_however_far(label):
+    x, state = torch.randn(1, 40), fresh_state(1)
+    out, _ = tile.fold_fwd(x.clone(), None, state, torch.tensor([label]), None, None, 0, None, 1, False, torch.float32)
+    assert bool(state[2].isnan()) and float(out.min()) > 0
+    z = x.double() - state[0].double()
+    torch.testing.assert_close(state[1].double(), z.exp().sum(1), rtol=1e-6, atol=0)
+    d = tile.dlogits_bwd(x.clone(), state, torch.tensor([label]), None, 0, None, torch.float32)
+    assert float(d.max()) < 0
 
 
 @pytest.mark.parametrize("cap", CAPS)
