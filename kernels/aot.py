@@ -17,10 +17,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from . import kl, rows, sequence, stats, tile
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_WARPS, SEQUENCE_BLOCK, TILE_BLOCK, WIDTH_BLOCK, gemm_blocks
+from .blocks import (
+    COMBINE_BLOCK_N,
+    COMBINE_BLOCK_T,
+    OPTIONS,
+    ROW_WARPS,
+    SEQUENCE_BLOCK,
+    TILE_BLOCK,
+    WIDTH_BLOCK,
+    gemm_blocks,
+)
 
 # target -> (Triton's target, row of the table of blocks, bytes of shared memory per program)
 TARGETS = {
@@ -201,7 +211,7 @@ def compile_variant(name: str, target: str) -> Report:
     """Compile one configuration for one target and read its resources from the assembler."""
     gpu, blocks, limit = TARGETS[target]
     variant = next(v for v in variants(blocks) if v.name == name)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages} | OPTIONS
     compiled = triton.compile(_source(variant), target=gpu, options=options)
     shared = compiled.metadata.shared
     if gpu.backend == "hip":
@@ -222,8 +232,7 @@ def compile_variant(name: str, target: str) -> Report:
 
 
 def _assemble(ptx: str, arch: int) -> str:
-    # Blackwell has an assembler of its own in Triton's wheel
-    tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    tool = get_ptxas(arch)  # there are several in Triton's wheel
     gpu = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"

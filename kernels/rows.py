@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
+from .blocks import OPTIONS, ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
 from .math import log_sigmoid64, sech2, sigmoid64, softcap_logit
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -306,6 +306,7 @@ def gather_fwd(
         COMPUTE=DTYPES[compute_dtype],
         BLOCK=_block(H),
         num_warps=ROW_WARPS,
+        **OPTIONS,
     )
 
 
@@ -362,6 +363,7 @@ def finish_fwd(
         SAVE=0 if dlogp is None else 1 if dentropy is None else 2,
         BLOCK=_block(H),
         num_warps=ROW_WARPS,
+        **OPTIONS,
     )
 
 
@@ -424,6 +426,7 @@ def rows_bwd(
         COMPUTE=DTYPES[compute_dtype],
         BLOCK=_block(H),
         num_warps=ROW_WARPS,
+        **OPTIONS,
     )
 
 
@@ -434,7 +437,9 @@ def scale_bwd(
     """Multiply a gradient by a factor, in fp32, without a touch of its memory where the factor is 1."""
     if gradient.numel():
         programs = min(SCALE_PROGRAMS, triton.cdiv(gradient.numel(), WIDTH_BLOCK))
-        scale_bwd_kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK=WIDTH_BLOCK, num_warps=ROW_WARPS)
+        scale_bwd_kernel[(programs,)](
+            gradient, factor, gradient.numel(), BLOCK=WIDTH_BLOCK, num_warps=ROW_WARPS, **OPTIONS
+        )
 
 
 def _block(width: int) -> int:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import PITCH, TILE_BLOCK, TILE_WARPS
+from .blocks import OPTIONS, PITCH, TILE_BLOCK, TILE_WARPS
 from .math import sech2, softcap_logit
 
 
@@ -222,7 +222,7 @@ def reach(*tiles: Tensor | None) -> int:
 def program(columns: int) -> dict[str, int]:
     """Entries that a program takes at once, and its warps: of four entries per thread where the tile is narrow."""
     block = min(TILE_BLOCK, triton.next_power_of_2(columns))
-    return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block * TILE_WARPS // TILE_BLOCK))}
+    return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block * TILE_WARPS // TILE_BLOCK))} | OPTIONS
 
 
 def fold_fwd(
