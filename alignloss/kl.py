@@ -154,7 +154,7 @@ def _heads(
     return _Heads(policy, reference, **options)
 
 
-@torch.library.custom_op("alignloss::linear_kl_fwd", mutates_args=())
+@torch.library.custom_op("alignloss::linear_kl_fwd", mutates_args=(), tags=ops.UNSAFE_IN_GRAPHS)
 def linear_kl_fwd(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
@@ -202,7 +202,7 @@ def linear_kl_fwd(
         return kl, state
 
 
-@torch.library.custom_op("alignloss::linear_kl_bwd", mutates_args=())
+@torch.library.custom_op("alignloss::linear_kl_bwd", mutates_args=(), tags=ops.UNSAFE_IN_GRAPHS)
 def linear_kl_bwd(
     dkl: Tensor,  # (M,)
     hidden: Tensor,

@@ -148,7 +148,11 @@ def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, 
         )
 
 
-@torch.library.custom_op("alignloss::linear_logprob_fwd", mutates_args=())
+# `select` looks for the labelled rows on the host, which no CUDA graph can hold
+UNSAFE_IN_GRAPHS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("alignloss::linear_logprob_fwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
 def linear_logprob_fwd(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
@@ -345,7 +349,7 @@ class HeadGradient:
         return dweight, self.dbias if self.dbias.numel() else None
 
 
-@torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=())
+@torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
 def linear_logprob_bwd(
     dlogps: Tensor,  # (M,)
     dentropies: Tensor | None,  # (M,)
