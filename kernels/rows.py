@@ -162,9 +162,9 @@ def finish_fwd_kernel(
     if SAVE > 0:
         known = (label >= 0) & (label < V) & (ignored == 0)
         at_target = sech2(tl.load(state + n + 2 * step)) if HAS_CAP else 1.0
-        inverse = tl.where(s > 0, 1.0 / tl.where(s > 0, s, 1.0), 0.0).to(tl.float32)
         mu, pull = _entropy_terms(m, s, z, gap, ze)
         mu, pull = mu.to(tl.float32), pull.to(tl.float32)
+        inverse = tl.where(s > 0, 1.0 / tl.where(s > 0, s, 1.0), 0.0).to(tl.float32)
         w_row = weight + tl.where(known, label, 0) * weight_stride
         k = tl.arange(0, BLOCK)
         for start in range(0, H, BLOCK):
