@@ -103,7 +103,7 @@ class _Heads:
         self.block, self.columns, _ = feet[0].tile(policy.rows, sizes, workspace_bytes, BOTH_WIDE)
         self.both = [(problem, problem.row_buffer(self.block)) for problem in (policy, reference)]
         self.buffers = [problem.weight_buffer(self.columns) for problem, _ in self.both]
-        self.tiles = policy.empty(2 + self.spare, self.block * self.columns)
+        self.tiles = policy.empty(2 + self.spare, self.block * feet[0].pitch(self.columns))
         self.unused = policy.empty(backends.STATE_ROWS, self.block)  # what `gather` begins for a log-probability
         self.gathered: slice | None = None
         self.operands: list[Tensor] = []
@@ -136,7 +136,7 @@ class _Heads:
     def logits(self, rows: list[Tensor], weights: list[Tensor], first: int) -> tuple[Tensor, Tensor, Tensor]:
         """x of both, and a tile for what the backend needs beside them, empty if nothing."""
         shape = len(rows[0]), len(weights[0])
-        tiles = [tile[: shape[0] * shape[1]].view(shape) for tile in self.tiles]
+        tiles = [self.policy.tile_view(tile, *shape) for tile in self.tiles]
         for (problem, _), r, w, tile in zip(self.both, rows, weights, tiles, strict=False):
             problem.logits_tile(r, w, first, tile)
         return tiles[0], tiles[1], tiles[2] if self.spare else self.tiles[:0]
@@ -158,7 +158,7 @@ def _heads(
     return _Heads(policy, reference, workspace_bytes)
 
 
-@torch.library.custom_op("alignloss::linear_kl_fwd", mutates_args=())
+@torch.library.custom_op("alignloss::linear_kl_fwd", mutates_args=(), tags=ops.UNSAFE_IN_GRAPHS)
 def linear_kl_fwd(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
@@ -206,7 +206,7 @@ def linear_kl_fwd(
         return kl, state
 
 
-@torch.library.custom_op("alignloss::linear_kl_bwd", mutates_args=())
+@torch.library.custom_op("alignloss::linear_kl_bwd", mutates_args=(), tags=ops.UNSAFE_IN_GRAPHS)
 def linear_kl_bwd(
     dkl: Tensor,  # (M,)
     hidden: Tensor,

@@ -312,7 +312,7 @@ def _pass(
         state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)
         gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=several)
         largest = max(problem.rows for problem in problems[:groups])
-        tiles: Tensor | None = new(largest * len(weight), dtype=problems[0].gemm_dtype)
+        tiles: Tensor | None = new(largest * problems[0].footprint.pitch(len(weight)), dtype=problems[0].gemm_dtype)
         left = projection.workspace_bytes - problems[0].footprint.accumulator_bytes(several)
         start = 0
         for i, problem in enumerate(problems):

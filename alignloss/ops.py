@@ -86,6 +86,11 @@ class Problem:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.device)
 
+    def tile_view(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
+        """The tile (rows, columns) in a buffer (..., at least rows x pitch of the columns)."""
+        pitch = self.footprint.pitch(columns)
+        return buffer[..., : rows * pitch].view(*buffer.shape[:-1], rows, pitch)[..., :columns]
+
     def row_buffer(self, block: int) -> Tensor | None:
         return self.empty(block, self.width, dtype=self.gemm_dtype) if self.footprint.copies_rows else None
 
@@ -144,7 +149,11 @@ def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, 
         )
 
 
-@torch.library.custom_op("alignloss::linear_logprob_fwd", mutates_args=())
+# `select` looks for the labelled rows on the host, which no CUDA graph can hold
+UNSAFE_IN_GRAPHS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("alignloss::linear_logprob_fwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
 def linear_logprob_fwd(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
@@ -246,7 +255,8 @@ def walk_forward(
             rows, problem.weight, problem.bias, labels, sums, transform, stats, workspace_bytes
         ):
             if tile is None:
-                tile, scratch = problem.empty(block * columns * (not in_place)), problem.empty(tiles, block * columns)
+                cells = block * problem.footprint.pitch(columns)
+                tile, scratch = problem.empty(cells * (not in_place)), problem.empty(tiles, cells)
                 weight_buffer = problem.weight_buffer(columns)
                 accumulators = problem.empty(save, block, problem.width)
             assert scratch is not None and accumulators is not None
@@ -258,9 +268,9 @@ def walk_forward(
                 if kept is not None and in_place:
                     x, kept = kept, None
                 else:
-                    x = tile[: count * (last - first)].view(count, -1)
+                    x = problem.tile_view(tile, count, last - first)
                 problem.logits_tile(rows, weight, first, x)
-                spare = scratch[:, : x.numel()].view(tiles, count, last - first)
+                spare = problem.tile_view(scratch, count, last - first)
                 begun = first > 0
                 exps, z_exps = primitives.fold(
                     x,
@@ -297,12 +307,13 @@ class Held:
     def __init__(self, problem: Problem, tiles: Tensor) -> None:
         self.rows, self.vocabulary = problem.rows, problem.vocabulary
         self.columns = problem.footprint.held_columns(max(self.rows, 1))
-        self.tiles = tiles  # room for N V entries
+        self.problem = problem
+        self.tiles = tiles  # room for N rows of V entries
         self.references = problem.empty(-(-self.vocabulary // self.columns), self.rows)
         self.in_place = problem.gemm_dtype == problem.accum_dtype  # logits are computed where they are held
 
     def tile(self, first: int, last: int) -> Tensor:
-        return self.tiles[self.rows * first : self.rows * last].view(self.rows, last - first)
+        return self.problem.tile_view(self.tiles[self.rows * first :], self.rows, last - first)
 
 
 class HeadGradient:
@@ -358,7 +369,7 @@ class HeadGradient:
         return dweight, self.dbias if self.dbias.numel() else None
 
 
-@torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=())
+@torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
 def linear_logprob_bwd(
     dlogps: Tensor,  # (M,) float64
     dentropies: Tensor | None,  # (M,)
@@ -495,7 +506,8 @@ def _walk_backward(
     weight_buffer = problem.weight_buffer(columns)
     row_buffer = problem.row_buffer(block)
     scaled_buffer = problem.empty(block, problem.width, dtype=problem.gemm_dtype)
-    tile, scratch = problem.empty(block * columns), problem.empty(tiles, block * columns)
+    cells = block * problem.footprint.pitch(columns)
+    tile, scratch = problem.empty(cells), problem.empty(tiles, cells)
     partial = problem.empty(columns, problem.width) if need_dweight and not direct else None
     for first in range(0, problem.vocabulary, columns):
         last = min(first + columns, problem.vocabulary)
@@ -508,10 +520,10 @@ def _walk_backward(
             rows, scaled = problem.hidden[part] if copy is None else copy, scaled_buffer[:count]
             if first == 0 or block < problem.rows:
                 weighed.weigh(part, copy, scaled)
-            x = problem.logits_tile(rows, w, first, tile[: count * (last - first)].view(count, -1))
+            x = problem.logits_tile(rows, w, first, problem.tile_view(tile, count, last - first))
             dz = primitives.dlogits(
                 x,
-                scratch[:, : x.numel()].view(tiles, count, last - first),
+                problem.tile_view(scratch, count, last - first),
                 weighed.state[:, part],
                 problem.labels[part],
                 first,

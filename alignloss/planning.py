@@ -26,6 +26,9 @@ MIB = 1 << 20
 LEAST_GROUP = 1024
 # vocabulary entries of a slice that forward and backward share, on a GPU
 BOTH_WIDE = 4096
+# vocabulary entries of a slice on a GPU, at most: 264 rows of a tile under way on an H100, 17 MB with such slices, find
+# their second read in L2; at least, where the workspace allows: each slice of a forward reads and writes U
+SLICE = 16384
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -119,6 +122,10 @@ class Footprint(NamedTuple):
         """Bytes per row of a product that torch makes of 16-bit rows and wider factors; kernels make none."""
         return self.width * self.accum_dtype.itemsize * (self.backend == "torch")
 
+    def pitch(self, columns: int) -> int:
+        """Entries from one row of a tile to the next."""
+        return -(-columns // blocks.PITCH) * blocks.PITCH if self.device_type == "cuda" else columns
+
     def fold_tiles(self, stats: int, save: int) -> int:
         """How many tiles beside the logits tile a fold needs: for sech^2, and for (z - m) exp(z - m)."""
         if self.backend == "triton":
@@ -162,7 +169,7 @@ class Footprint(NamedTuple):
 
         recomputed: a backward will recompute it; direct: as in `backward`.
         """
-        sizes, wide = self._forward_bytes(stats, save), 16384  # a slice reads and writes U once
+        sizes, wide = self._forward_bytes(stats, save), SLICE  # a slice reads and writes U once
         if not (recomputed and self.recomputes_exactly):
             return self.tile(rows, sizes, workspace_bytes, wide)
         other = self._backward_bytes(bool(stats & backends.ENTROPY), direct)
@@ -206,7 +213,7 @@ class Footprint(NamedTuple):
         """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16."""
         row_bytes, column_bytes, cell_bytes = map(max, sizes, other or sizes)
         if self.device_type == "cuda":
-            most_columns = self.vocabulary
+            most_columns = SLICE
             wide = max(16, min(wide, self.vocabulary, workspace_bytes // 4 // max(column_bytes, 1)))
             most_rows = (workspace_bytes - wide * column_bytes) // (row_bytes + wide * cell_bytes)
         else:
@@ -215,15 +222,17 @@ class Footprint(NamedTuple):
             most_rows = min(2048 if column_bytes else 512, workspace_bytes // 4 // max(row_bytes, 1))
         block = _even_parts(rows, max(16, most_rows), 16)
         free = workspace_bytes - block * row_bytes
-        most = max(16, min(most_columns, free // (block * cell_bytes + column_bytes)))
-        columns = _even_parts(self.vocabulary, most, 128 if most >= 128 else 16)
-        return Tile(block, columns, block * sizes.row + columns * sizes.column + block * columns * sizes.cell)
+        least = self.pitch(16)
+        most = max(least, min(most_columns, free // (block * cell_bytes + column_bytes)))
+        columns = min(self.vocabulary, _even_parts(self.pitch(self.vocabulary), most, 128 if most >= 128 else least))
+        cells = block * self.pitch(columns)
+        return Tile(block, columns, block * sizes.row + columns * sizes.column + cells * sizes.cell)
 
     def held_columns(self, rows: int) -> int:
         """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
         if self.device_type != "cuda":
             return min(self.vocabulary, max(256, min(2048, MIB // max(rows, 1) // 128 * 128)))
-        return min(self.vocabulary, 16384)
+        return min(self.vocabulary, SLICE)
 
     def weigh_bytes(self, rows: int) -> int:
         """What a backward takes to weigh the rows of dhidden."""
@@ -240,10 +249,10 @@ class Footprint(NamedTuple):
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         copies = self.copies_rows or several  # rows of a group are picked out of the others
         direct = self.weight_dtype == self.accum_dtype or self.gemm_rounds_dweight
-        held = rows * (self.vocabulary * gemm + accum * -(-self.vocabulary // columns))
+        held = rows * (self.pitch(self.vocabulary) * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
         cell = accum * (self.fold_tiles(stats, 1) + (gemm != accum))
-        first = rows * (columns * cell + self.width * (accum + gemm * copies) + self.row_product_bytes)
+        first = rows * (self.pitch(columns) * cell + self.width * (accum + gemm * copies) + self.row_product_bytes)
         first += columns * self.slice_bytes
         second = rows * self.width * gemm * (1 + copies)
         second += columns * self.width * accum * (not direct and not several)

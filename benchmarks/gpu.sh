@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh OUT [--wheels DIR] [--parts "install tests ..."] [--minutes 30] [--toy]
 #
 # By default everything, in an order that puts first what the rest relies on. Where a command may take ten minutes:
-#   --minutes 9 --parts "install tests sanitize"
+#   --minutes 9 --parts "install compile tests sanitize"
 #   --minutes 9 --parts "install time masks small budget profile kernels"
 #   --minutes 9 --parts "install tokens vocabulary memory longest"
 #   --minutes 9 --parts "install steps"
@@ -19,7 +19,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 usage() { sed -n '2,16s/^# \{0,1\}//p' "$root/benchmarks/gpu.sh"; exit 2; }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
-parts="install tests sanitize time masks small budget profile kernels tokens vocabulary memory longest steps"
+parts="install compile tests sanitize time masks small budget profile kernels tokens vocabulary memory longest steps"
 minutes=30 wheels="" toy="" known=$parts
 while [ $# -gt 0 ]; do
     [ "$1" = --toy ] && toy=1 && shift && continue
@@ -60,20 +60,29 @@ install_all() {
     pip_install --no-build-isolation --editable . || ln -sfn ../kernels alignloss/kernels || return 1
     [ -z "$wheels" ] || pip_install "$wheels"/*.whl
 }
-export -f pip_install install_all
+# fill Triton's cache from 16 processes, as one compiles a kernel after the other; what fails shows in `tests`
+compile_all() {
+    "$python" -m pytest --collect-only -q -W default $small_tests | grep :: |
+        xargs -d '\n' -n 24 -P 16 "$python" -m pytest -q -W default -p no:cacheprovider >/dev/null 2>&1
+    return 0
+}
+export -f pip_install install_all compile_all
 export python wheels
 
 pytest=("$python" -m pytest -q -W default -p no:cacheprovider --color=no)
 if [ -n "$toy" ]; then
     export TRITON_INTERPRET=1
+    export small_tests=tests/test_reference.py
     tests="tests/test_gpu.py tests/test_losses.py" sanitizer="env TOOL="
     on="--device cpu --dtype float32 --rounds 1" kind=toy
     large="--shapes 32x256 --tokens 64" models=$large small=$large long="$large --memory 0.002" grown=$large
     vocabulary="--shapes 32x256 --tokens 64" vocabularies="256 512" tokens="--shapes 32x256 --tokens 64 128"
     steps="--shapes smollm2-135m --lengths 8" deep=$steps largest=$steps
 else
-    tests="tests/test_gpu.py tests/test_kernels.py tests/test_exactness.py tests/test_onepass.py"
-    sanitizer="compute-sanitizer --kernel-name kns=wd_kernel --error-exitcode 9 --tool "
+    export small_tests="tests/test_kernels.py tests/test_exactness.py tests/test_onepass.py"
+    tests="tests/test_gpu.py $small_tests"
+    # without torch's cache of memory an access beyond a tensor is one beyond its allocation
+    sanitizer="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=wd_kernel --error-exitcode 9 --tool "
     on="--device cuda --dtype bfloat16" kind=gpu
     large="--shapes llama-3-8b --tokens 8192"
     models="--shapes llama-3-8b qwen2.5-0.5b llama-3.2-1b gemma-2-2b --tokens 8192 --rounds 11"
@@ -99,8 +108,11 @@ training=(--modes "frozen head" "DPO step")
 part install 60 bash -c install_all
 # shellcheck disable=SC2086
 {
+    part compile 150 bash -c compile_all
     part tests 240 "${pytest[@]}" $tests
-    for tool in memcheck racecheck; do part sanitize 120 $sanitizer$tool "${pytest[@]}" tests/test_kernels.py; done
+    for tool in memcheck racecheck synccheck; do
+        part sanitize 120 $sanitizer$tool "${pytest[@]}" tests/test_kernels.py
+    done
     bench time 170 run time $models --measure time error
     bench masks 60 run masks $large --masked 0.5 0.9 --measure time
     bench small 60 run small $small --measure time error
@@ -117,5 +129,6 @@ part install 60 bash -c install_all
     bench steps 90 step steps-long $deep --train full lora --optimizer --checkpointing "${few[@]}"
     bench steps 90 step steps-largest $largest --train full lora --optimizer --checkpointing "${few[@]}"
 }
+tar -czf "$out/results.tar.gz" -C "$out" --exclude results.tar.gz . || failed="$failed archive"  # one file to carry
 if [ -n "$failed" ]; then echo "== not finished:$failed"; exit 1; fi
 echo "== everything finished after $SECONDS s"

@@ -86,7 +86,8 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
 
     source = torch.randn(N, columns, device=device)
     x = logits.view(N, columns)
-    exps, reference = source.exp().to(dtype), torch.zeros(N, device=device)
+    exps = source.exp().to(dtype)
+    reference, used = torch.zeros(N, device=device), torch.ones(N, device=device)
     held = torch.empty_like(exps)
     wide, thin = source.element_size(), exps.element_size()
     kinds: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
@@ -96,12 +97,12 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
             wide + thin,
         ),
         "gradient of the logits": (
-            lambda: tile.dlogits_bwd(x, state, labels, None, 0, cap, dtype),
+            lambda: tile.dlogits_bwd(x, state, labels, used, None, 0, cap, dtype),
             lambda: (state.fill_(1), x.copy_(source)),
             wide + thin,
         ),
         "gradient of held logits": (
-            lambda: tile.held_bwd(held, reference, state, labels, 0, cap),
+            lambda: tile.held_bwd(held, reference, state, labels, used, 0, cap),
             lambda: (state.fill_(1), held.copy_(exps)),
             2 * thin,
         ),

@@ -144,13 +144,14 @@ def refuse_softcap(inputs: Inputs) -> None:
 PROVIDERS = {
     "alignloss": Provider(fused_logps, fused_dpo),
     "full logits": Provider(full_logits),
-    "compiled logits": Provider(compiled_logits),
-    "cross entropy": Provider(cross_entropy),
     "TRL": Provider(trl),
-    "Liger": Provider(None, liger_dpo),
+    "cross entropy": Provider(cross_entropy),
     "CCE": Provider(cce),
     "CCE exact": Provider(cce_exact),
     "torch chunked": Provider(torch_chunked),
+    # the slowest to begin come last, where time may run out
+    "compiled logits": Provider(compiled_logits),
+    "Liger": Provider(None, liger_dpo),
 }
 
 

@@ -17,10 +17,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from . import kl, rows, sequence, stats, tile
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, ROW_WARPS, SEQUENCE_BLOCK, TILE_BLOCK, WIDTH_BLOCK, gemm_blocks
+from .blocks import (
+    COMBINE_BLOCK_N,
+    COMBINE_BLOCK_T,
+    OPTIONS,
+    ROW_WARPS,
+    SEQUENCE_BLOCK,
+    TILE_BLOCK,
+    WIDTH_BLOCK,
+    gemm_blocks,
+)
 
 # target -> (Triton's target, row of the table of blocks, bytes of shared memory per program)
 TARGETS = {
@@ -43,6 +53,7 @@ class Variant(NamedTuple):
     warps: int = 4
     stages: int = 3
     tensor_cores: bool = False
+    divisible: tuple[str, ...] = ()  # numbers that are multiples of 16 beside those that always are
 
 
 class Report(NamedTuple):
@@ -54,17 +65,26 @@ class Report(NamedTuple):
     shared_limit: int
     tensor_cores: bool
     wants_tensor_cores: bool
+    vector_loads: int  # of 16 bytes from global memory, in PTX; -1 for AMD
+    vector_stores: int
     warnings: list[str]
 
 
 # scalars by name; every other parameter is a pointer to fp32
 _SCALARS = {
-    **dict.fromkeys(("N", "M", "V", "H", "Vs", "B", "tiles", "first", "length", "ignore_index", "count"), "i32"),
+    **dict.fromkeys(
+        ("N", "M", "V", "H", "Vs", "reach", "B", "tiles", "first", "length", "ignore_index", "count"), "i32"
+    ),
     **dict.fromkeys(("linear", "cap", "slack", "lift"), "fp32"),
     **dict.fromkeys(
         ("beta", "label_smoothing", "desirable_weight", "undesirable_weight", "nll_weight", "slope"), "fp64"
     ),
 }
+# numbers that the launchers pass as multiples of 16, for tiles and usual models, or as 1: Triton compiles for both
+_DIVISIBLE = (
+    "H", "V", "first", "reach", "tile_stride", "out_stride", "out2_stride", "hidden_stride", "weight_stride",
+)  # fmt: skip
+_ONE = ("hidden_step", "weight_step")
 _INT64_POINTERS = ("labels", "nll_labels", "row_labels", "index", "offsets")
 _FP64_POINTERS = ("logps", "dlogps", "values", "dvalues", "weights", "dsums", "kl", "slopes", "scales", "nll")
 
@@ -131,6 +151,12 @@ def variants(blocks: str) -> list[Variant]:
         suffix = f"[narrow={full}, all={full}]"
         found.append(Variant(f"kl_fwd[all={full}]", kl.kl_fwd_kernel, {}, flags, tile_warps))
         found.append(Variant("kl_bwd" + suffix, kl.kl_bwd_kernel, narrow, flags | {"NARROW": full}, tile_warps))
+    # the width of a slice is a multiple of 16, but for the last one of some vocabularies
+    found += [
+        variant._replace(name=variant.name.replace("]", ", whole]"), divisible=("Vs",))
+        for variant in found
+        if "Vs" in variant.kernel.arg_names
+    ]
     narrow_rows = dict.fromkeys(("hidden", "weight", "rows", "scaled", "dlogp", "dentropy", "dhidden"), "*bf16")
     for name, types in (("bf16", narrow_rows), ("fp32", {})):
         block = {"BLOCK": WIDTH_BLOCK}
@@ -167,24 +193,25 @@ def variants(blocks: str) -> list[Variant]:
 
 def _source(variant: Variant) -> ASTSource:
     signature, attributes = {}, {}
+    constants = variant.constants | {name: 1 for name in _ONE if name in variant.kernel.arg_names}
     for i, name in enumerate(variant.kernel.arg_names):
-        if name in variant.constants:
+        if name in constants:
             signature[name] = "constexpr"
         elif name in _SCALARS or name.endswith(("stride", "step")):
             signature[name] = variant.types.get(name, _SCALARS.get(name, "i32"))
         else:
             pointee = "*i64" if name in _INT64_POINTERS else "*fp64" if name in _FP64_POINTERS else "*fp32"
             signature[name] = variant.types.get(name, pointee)
-        if signature[name].startswith("*") or name in ("H", "V") or name.endswith("stride"):
+        if signature[name].startswith("*") or name in _DIVISIBLE + variant.divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(variant.kernel, signature, variant.constants, attributes)
+    return ASTSource(variant.kernel, signature, constants, attributes)
 
 
 def compile_variant(name: str, target: str) -> Report:
     """Compile one configuration for one target and read its resources from the assembler."""
     gpu, blocks, limit = TARGETS[target]
     variant = next(v for v in variants(blocks) if v.name == name)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages} | OPTIONS
     compiled = triton.compile(_source(variant), target=gpu, options=options)
     shared = compiled.metadata.shared
     if gpu.backend == "hip":
@@ -192,19 +219,20 @@ def compile_variant(name: str, target: str) -> Report:
         registers, spilled = (int(re.search(rf"\.vgpr_{what}:\s+(\d+)", code)[1]) for what in ("count", "spill_count"))
         warnings: list[str] = []
         spilled *= 4
+        vectors = [-1, -1]
     else:
         code = compiled.asm["ptx"]
         log = _assemble(code, gpu.arch)
         registers = int(re.search(r"Used (\d+) registers", log)[1])
         spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
         warnings = re.findall(r"C75\d\d.*", log)
+        vectors = [len(re.findall(rf"{way}\.global\S*\.v4\.b32", code)) for way in ("ld", "st")]
     emitted = bool(TENSOR_CORES.search(code))
-    return Report(name, target, registers, spilled, shared, limit, emitted, variant.tensor_cores, warnings)
+    return Report(name, target, registers, spilled, shared, limit, emitted, variant.tensor_cores, *vectors, warnings)
 
 
 def _assemble(ptx: str, arch: int) -> str:
-    # Blackwell has an assembler of its own in Triton's wheel
-    tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    tool = get_ptxas(arch)  # there are several in Triton's wheel
     gpu = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"

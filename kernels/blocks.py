@@ -17,10 +17,15 @@ GEMM_BLOCKS = {
 }
 # with a softcap or further statistics in the epilogue, wider tiles spill
 FULL_EPILOGUE_BLOCK_V = 128
+# of every launch: products and sums fuse, by default up to Triton 3.9
+OPTIONS = {"enable_fp_fusion": True}
 COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
 # one program per row of a tile, of 1,024 threads: so few rows are under way (2 of 64 KiB on each multiprocessor of an
 # H100) that the second read of a row finds it in L2; with more entries per thread some kernels spill
 TILE_BLOCK, TILE_WARPS = 4096, 16 if torch.version.hip else 32
+# entries that the rows of a tile of logits are a multiple of on a GPU: cuBLAS has kernels for aligned rows, and ours
+# reach memory 16 bytes at a time
+PITCH = 64
 # one program per row of H
 WIDTH_BLOCK, ROW_WARPS = 1024, 4
 SEQUENCE_BLOCK = 512

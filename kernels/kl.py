@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import sech2, softcap_logit
-from .tile import narrowed, program
+from .tile import narrowed, program, reach
 
 
 @triton.jit
@@ -20,6 +20,7 @@ def kl_fwd_kernel(
     ref_tile,  # (C, Vs) fp32 x of the reference
     state,  # (5, C): max, sum, max and sum of the reference, sum exp(z_ref - max) (z_ref - z)
     Vs,
+    reach,  # Vs, and the padding of rows
     tile_stride,
     state_stride,
     cap,
@@ -32,10 +33,12 @@ def kl_fwd_kernel(
     c = tl.arange(0, BLOCK)
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     ref_tops = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for start in range(0, Vs, BLOCK):
+    for start in range(0, reach, BLOCK):
         v = start + c
-        tops = tl.maximum(tops, tl.load(tile + row * tile_stride + v, mask=v < Vs, other=-float("inf")))
-        ref_tops = tl.maximum(ref_tops, tl.load(ref_tile + row * tile_stride + v, mask=v < Vs, other=-float("inf")))
+        x = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        x_ref = tl.load(ref_tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        tops = tl.maximum(tops, tl.where(v < Vs, x, -float("inf")))
+        ref_tops = tl.maximum(ref_tops, tl.where(v < Vs, x_ref, -float("inf")))
     top, ref_top = tl.max(tops, 0), tl.max(ref_tops, 0)
     if HAS_CAP:  # monotone
         top, ref_top = softcap_logit(top, cap), softcap_logit(ref_top, cap)
@@ -45,10 +48,10 @@ def kl_fwd_kernel(
     sums = tl.zeros((BLOCK,), tl.float32)
     ref_sums = tl.zeros((BLOCK,), tl.float32)
     gaps = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, Vs, BLOCK):
+    for start in range(0, reach, BLOCK):
         v = start + c
-        z = tl.load(tile + row * tile_stride + v, mask=v < Vs, other=0.0)
-        z_ref = tl.load(ref_tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        z = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        z_ref = tl.load(ref_tile + row * tile_stride + v, mask=v < reach, other=0.0)
         if HAS_CAP:
             z, z_ref = softcap_logit(z, cap), softcap_logit(z_ref, cap)
         e_ref = tl.where(v < Vs, tl.exp(z_ref - ref_top), 0.0)
@@ -56,12 +59,14 @@ def kl_fwd_kernel(
         ref_sums += e_ref
         gaps += tl.where(e_ref > 0, e_ref * (z_ref - z), 0.0)  # not 0 * inf
     ref_decay = tl.exp(ref_old - ref_top)
-    total = tl.sum(sums, 0)  # its barrier comes after every read of the old maxima, before their writes
+    # every load of the state comes before a reduction, whose barrier comes before every store
+    s, ref_s, gap = tl.load(at + step), tl.load(at + 3 * step), tl.load(at + 4 * step)
+    total = tl.sum(sums, 0)
     tl.store(at, top)
-    tl.store(at + step, tl.load(at + step) * tl.exp(old - top) + total)
+    tl.store(at + step, s * tl.exp(old - top) + total)
     tl.store(at + 2 * step, ref_top)
-    tl.store(at + 3 * step, tl.load(at + 3 * step) * ref_decay + tl.sum(ref_sums, 0))
-    tl.store(at + 4 * step, tl.load(at + 4 * step) * ref_decay + tl.sum(gaps, 0))
+    tl.store(at + 3 * step, ref_s * ref_decay + tl.sum(ref_sums, 0))
+    tl.store(at + 4 * step, gap * ref_decay + tl.sum(gaps, 0))
 
 
 @triton.jit
@@ -72,6 +77,7 @@ def kl_bwd_kernel(
     state,  # (5, C): max, log-sum, max and log-sum of the reference
     coefficient,  # (C,); where it is 0 the result is too, whatever the logits
     Vs,
+    reach,  # Vs, and the padding of rows
     tile_stride,
     out_stride,
     state_stride,
@@ -87,10 +93,10 @@ def kl_bwd_kernel(
     ref_top, ref_log_sum = tl.load(state + row + 2 * step), tl.load(state + row + 3 * step)
     used = tl.load(coefficient + row) != 0
     c = tl.arange(0, BLOCK)
-    for start in range(0, Vs, BLOCK):
+    for start in range(0, reach, BLOCK):
         v = start + c
-        x = tl.load(tile + row * tile_stride + v, mask=v < Vs, other=0.0)
-        z, z_ref = x, tl.load(ref_tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        x = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        z, z_ref = x, tl.load(ref_tile + row * tile_stride + v, mask=v < reach, other=0.0)
         if HAS_CAP:
             z, z_ref = softcap_logit(z, cap), softcap_logit(z_ref, cap)
         d = tl.exp(z - top - log_sum) - tl.exp(z_ref - ref_top - ref_log_sum)
@@ -99,25 +105,34 @@ def kl_bwd_kernel(
         d = tl.where(used, d, 0.0)
         if NARROW:
             tl.debug_barrier()
-        tl.store(out + row * out_stride + v, (d * lift).to(out.dtype.element_ty), mask=v < Vs)
+        tl.store(out + row * out_stride + v, (d * lift).to(out.dtype.element_ty), mask=v < reach)
 
 
 def kl_fwd(
-    tile: Tensor,  # (C, Vs) fp32, contiguous
-    ref_tile: Tensor,  # (C, Vs) fp32, contiguous
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous
+    ref_tile: Tensor,  # (C, Vs) fp32, rows contiguous
     state: Tensor,  # (5, C), rows contiguous
     cap: float | None,
 ) -> None:
     """Fold tiles of policy and reference into `state`."""
     C, Vs = tile.shape
     kl_fwd_kernel[(C,)](
-        tile, ref_tile, state, Vs, tile.stride(0), state.stride(0), cap or 1.0, HAS_CAP=cap is not None, **program(Vs)
+        tile,
+        ref_tile,
+        state,
+        Vs,
+        reach(tile, ref_tile),
+        tile.stride(0),
+        state.stride(0),
+        cap or 1.0,
+        HAS_CAP=cap is not None,
+        **program(Vs),
     )
 
 
 def kl_bwd(
-    tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten
-    ref_tile: Tensor,  # (C, Vs) fp32, contiguous
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous; overwritten
+    ref_tile: Tensor,  # (C, Vs) fp32, rows contiguous
     state: Tensor,  # (5, C), rows contiguous
     coefficient: Tensor,  # (C,) contiguous
     cap: float | None,
@@ -134,6 +149,7 @@ def kl_bwd(
         state,
         coefficient,
         Vs,
+        reach(tile, ref_tile),
         tile.stride(0),
         out.stride(0),
         state.stride(0),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
+from .blocks import OPTIONS, ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
 from .math import log_sigmoid64, sech2, sigmoid64, softcap_logit
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -163,9 +163,9 @@ def finish_fwd_kernel(
     if SAVE > 0:
         known = (label >= 0) & (label < V) & (ignored == 0)
         at_target = sech2(tl.load(state + n + 2 * step)) if HAS_CAP else 1.0
-        inverse = tl.where(s == 0, 0.0, 1.0 / tl.where(s == 0, 1.0, s)).to(tl.float32)
         mu, pull = _entropy_terms(m, s, z, gap, ze)
         mu, pull = mu.to(tl.float32), pull.to(tl.float32)
+        inverse = tl.where(s == 0, 0.0, 1.0 / tl.where(s == 0, 1.0, s)).to(tl.float32)
         w_row = weight + tl.where(known, label, 0) * weight_stride
         k = tl.arange(0, BLOCK)
         for start in range(0, H, BLOCK):
@@ -311,6 +311,7 @@ def gather_fwd(
         COMPUTE=DTYPES[compute_dtype],
         BLOCK=_block(H),
         num_warps=ROW_WARPS,
+        **OPTIONS,
     )
 
 
@@ -367,6 +368,7 @@ def finish_fwd(
         SAVE=0 if dlogp is None else 1 if dentropy is None else 2,
         BLOCK=_block(H),
         num_warps=ROW_WARPS,
+        **OPTIONS,
     )
 
 
@@ -429,6 +431,7 @@ def rows_bwd(
         COMPUTE=DTYPES[compute_dtype],
         BLOCK=_block(H),
         num_warps=ROW_WARPS,
+        **OPTIONS,
     )
 
 
@@ -439,7 +442,9 @@ def scale_bwd(
     """Multiply a gradient by a factor, in fp32, without a touch of its memory where the factor is 1."""
     if gradient.numel():
         programs = min(SCALE_PROGRAMS, triton.cdiv(gradient.numel(), WIDTH_BLOCK))
-        scale_bwd_kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK=WIDTH_BLOCK, num_warps=ROW_WARPS)
+        scale_bwd_kernel[(programs,)](
+            gradient, factor, gradient.numel(), BLOCK=WIDTH_BLOCK, num_warps=ROW_WARPS, **OPTIONS
+        )
 
 
 def _block(width: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import SEQUENCE_BLOCK
+from .blocks import OPTIONS, SEQUENCE_BLOCK
 from .math import log_sigmoid64, sigmoid64
 
 
@@ -299,6 +299,7 @@ def sequence_fwd(values: Tensor, weights: Tensor | None, offsets: Tensor | None,
             PACKED=offsets is not None,
             HAS_WEIGHTS=weights is not None,
             BLOCK=SEQUENCE_BLOCK,
+            **OPTIONS,
         )
     return sums
 
@@ -316,6 +317,7 @@ def sequence_bwd(dsums: Tensor, weights: Tensor | None, offsets: Tensor | None, 
             PACKED=offsets is not None,
             HAS_WEIGHTS=weights is not None,
             BLOCK=SEQUENCE_BLOCK,
+            **OPTIONS,
         )
     return dvalues
 
@@ -393,6 +395,7 @@ def preference_fwd(
             HAS_WEIGHTS=weights is not None,
             HAS_PAIR_WEIGHTS=pair_weights is not None,
             BLOCK=SEQUENCE_BLOCK,
+            **OPTIONS,
         )
     preference_reduce_fwd_kernel[(1,)](
         losses,
@@ -411,6 +414,7 @@ def preference_fwd(
         HAS_NUM_SEQUENCES=num_sequences is not None,
         HAS_NUM_TOKENS=num_tokens is not None,
         BLOCK=SEQUENCE_BLOCK,
+        **OPTIONS,
     )
     return total, losses, sums, rewards, nll_loss, slopes, scales
 
@@ -446,5 +450,6 @@ def preference_bwd(
             PACKED=offsets is not None,
             HAS_WEIGHTS=weights is not None,
             BLOCK=SEQUENCE_BLOCK,
+            **OPTIONS,
         )
     return dvalues

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, architecture, gemm_blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, architecture, gemm_blocks
 from .math import softcap_logit
 
 
@@ -200,6 +200,7 @@ def stats_fwd(
         BLOCK_H=block_h,
         num_warps=warps,
         num_stages=stages,
+        **OPTIONS,
     )
     combine_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
         partials,
@@ -221,4 +222,5 @@ def stats_fwd(
         BLOCK_N=COMBINE_BLOCK_N,
         BLOCK_T=COMBINE_BLOCK_T,
         BLOCK_H=64,
+        **OPTIONS,
     )

@@ -12,6 +12,9 @@ then it is mix_2 D_y at the target, -q_v D_v (mix_0 + mix_1 (z_v - m)) elsewhere
 
 The result may be half as wide as the tile: it then fills the first half of each row's memory. A block of the row is
 written only after the whole block, and every earlier one, has been read; hence the barriers.
+
+Where rows are padded to a multiple of `PITCH` entries, the padding is read and written with them: memory is reached in
+vectors only where the bound of a row is a multiple of their length. What is read there counts for nothing.
 """
 
 import torch
@@ -19,8 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import TILE_BLOCK, TILE_WARPS
+from .blocks import OPTIONS, PITCH, TILE_BLOCK, TILE_WARPS
 from .math import sech2, softcap_logit
+
+
+@triton.jit
+def column(label, first, Vs):
+    """The column of an int64 label in a tile of Vs entries from `first` on, as int32; -1 where it is in none."""
+    v = label - first
+    return tl.where((v >= 0) & (v < Vs), v, -1).to(tl.int32)
 
 
 @triton.jit
@@ -34,6 +44,7 @@ def fold_fwd_kernel(
     u2,  # (C, H) fp32
     first,  # vocabulary index of column 0
     Vs,
+    reach,  # Vs, and the padding
     H,
     tile_stride,
     out_stride,
@@ -52,17 +63,18 @@ def fold_fwd_kernel(
     step = tl.cast(state_stride, tl.int64)
     at = state + row
     x_row = tile + row * tile_stride
-    target = tl.load(labels + row) - first
+    target = column(tl.load(labels + row), first, Vs)
     c = tl.arange(0, BLOCK)
 
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for start in range(0, Vs, BLOCK):
+    for start in range(0, reach, BLOCK):
         v = start + c
-        x = tl.load(x_row + v, mask=(v < Vs) & (v != target), other=-float("inf"))
-        tops = tl.maximum(tops, x)
+        # a mask that followed the target would split the load into single entries
+        x = tl.load(x_row + v, mask=v < reach, other=-float("inf"))
+        tops = tl.maximum(tops, tl.where((v < Vs) & (v != target), x, -float("inf")))
     top = tl.max(tops, 0)
     top = softcap_logit(top, cap) if HAS_CAP else top  # monotone
-    if (target >= 0) & (target < Vs):
+    if target >= 0:
         tl.store(at + 2 * step, tl.load(x_row + target))
     if SAVE > 0:
         tl.debug_barrier()  # before a faster warp overwrites the target
@@ -75,10 +87,10 @@ def fold_fwd_kernel(
     ze_sums = tl.zeros((BLOCK,), tl.float32)
     z_sums = tl.zeros((BLOCK,), tl.float32)
     ee_sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, Vs, BLOCK):
+    for start in range(0, reach, BLOCK):
         v = start + c
         rest = (v < Vs) & (v != target)
-        x = tl.load(x_row + v, mask=v < Vs, other=0.0)
+        x = tl.load(x_row + v, mask=v < reach, other=0.0)
         z = softcap_logit(x, cap) if HAS_CAP else x
         e = tl.where(rest, tl.exp(z - m), 0.0)
         ze = tl.where(e == 0, 0.0, (z - m) * e)
@@ -91,19 +103,22 @@ def fold_fwd_kernel(
             slope = sech2(x) if HAS_CAP else 1.0
             if NARROW:
                 tl.debug_barrier()
-            tl.store(out + row * out_stride + v, (e * slope).to(out.dtype.element_ty), mask=v < Vs)
+            tl.store(out + row * out_stride + v, (e * slope).to(out.dtype.element_ty), mask=v < reach)
             if SAVE > 1:
-                tl.store(out2 + row * out2_stride + v, (ze * slope).to(out2.dtype.element_ty), mask=v < Vs)
+                tl.store(out2 + row * out2_stride + v, (ze * slope).to(out2.dtype.element_ty), mask=v < reach)
 
-    s = tl.load(at + step)
-    total = tl.sum(sums, 0)  # its barrier comes after every read of `old`, before the write
+    # every load of the state comes before a reduction, whose barrier comes before every store
+    s, largest = tl.load(at + step), tl.load(at + 6 * step)
+    if EXTRAS:
+        ze, z_sum, ee = tl.load(at + 3 * step), tl.load(at + 4 * step), tl.load(at + 5 * step)
+    total = tl.sum(sums, 0)
     tl.store(at, m)
     tl.store(at + step, s * decay + total)
-    tl.store(at + 6 * step, tl.maximum(tl.load(at + 6 * step), top))
+    tl.store(at + 6 * step, tl.maximum(largest, top))
     if EXTRAS:
-        tl.store(at + 3 * step, (tl.load(at + 3 * step) + s * shift) * decay + tl.sum(ze_sums, 0))
-        tl.store(at + 4 * step, tl.load(at + 4 * step) + tl.sum(z_sums, 0))
-        tl.store(at + 5 * step, tl.load(at + 5 * step) * decay * decay + tl.sum(ee_sums, 0))
+        tl.store(at + 3 * step, (ze + s * shift) * decay + tl.sum(ze_sums, 0))
+        tl.store(at + 4 * step, z_sum + tl.sum(z_sums, 0))
+        tl.store(at + 5 * step, ee * decay * decay + tl.sum(ee_sums, 0))
     if RESCALE:
         if m != old:
             for start in range(0, H, BLOCK):
@@ -125,6 +140,7 @@ def dlogits_bwd_kernel(
     mix,  # (3, C)
     first,
     Vs,
+    reach,
     tile_stride,
     out_stride,
     state_stride,
@@ -139,7 +155,7 @@ def dlogits_bwd_kernel(
     step = tl.cast(state_stride, tl.int64)
     m, s = tl.load(state + row), tl.load(state + row + step)
     used = tl.load(coefficient + row) != 0
-    target = tl.load(labels + row) - first
+    target = column(tl.load(labels + row), first, Vs)
     inverse = tl.where(s == 0, 0.0, 1.0 / s)
     a, b, at_target = 1.0, 0.0, 1.0
     if ENTROPY:
@@ -147,9 +163,9 @@ def dlogits_bwd_kernel(
         a, b = tl.load(mix + row), tl.load(mix + row + mix_step)
         at_target = tl.load(mix + row + 2 * mix_step)
     c = tl.arange(0, BLOCK)
-    for start in range(0, Vs, BLOCK):
+    for start in range(0, reach, BLOCK):
         v = start + c
-        x = tl.load(tile + row * tile_stride + v, mask=v < Vs, other=0.0)
+        x = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
         z = softcap_logit(x, cap) if HAS_CAP else x
         # not exp(z - m - log s): rounding log s together with a large m would unbalance the sum of the q
         q = tl.exp(z - m) * inverse
@@ -161,7 +177,7 @@ def dlogits_bwd_kernel(
         d = tl.where(used, d, 0.0)
         if NARROW:
             tl.debug_barrier()
-        tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < Vs)
+        tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < reach)
 
 
 @triton.jit
@@ -173,6 +189,7 @@ def held_bwd_kernel(
     coefficient,  # (C,); where it is 0 the result is too
     first,
     Vs,
+    reach,
     tile_stride,
     state_stride,
     HAS_CAP: tl.constexpr,
@@ -181,17 +198,17 @@ def held_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
     m, s = tl.load(state + row), tl.load(state + row + step)
-    target = tl.load(labels + row) - first
+    target = column(tl.load(labels + row), first, Vs)
     at_target = sech2(tl.load(state + row + 2 * step)) if HAS_CAP else 1.0
     factor = tl.where(s == 0, 0.0, -tl.exp(tl.load(reference + row) - m) / s)
     used = tl.load(coefficient + row) != 0
     c = tl.arange(0, BLOCK)
-    for start in range(0, Vs, BLOCK):
+    for start in range(0, reach, BLOCK):
         v = start + c
         at = tile + row * tile_stride + v
-        e = tl.load(at, mask=v < Vs, other=0.0).to(tl.float32)
+        e = tl.load(at, mask=v < reach, other=0.0).to(tl.float32)
         d = tl.where(used, tl.where(v == target, at_target, e * factor), 0.0)
-        tl.store(at, d.to(tile.dtype.element_ty), mask=v < Vs)
+        tl.store(at, d.to(tile.dtype.element_ty), mask=v < reach)
 
 
 def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,14 +216,22 @@ def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
     return tile if dtype == tile.dtype else tile.view(dtype)[:, : tile.shape[1]]
 
 
+def reach(*tiles: Tensor | None) -> int:
+    """Entries of a row that the kernels may touch: those of tiles (C, Vs), and their padding where every one has it."""
+    given = [tile for tile in tiles if tile is not None]
+    columns = given[0].shape[1]
+    padded = -(-columns // PITCH) * PITCH
+    return padded if all(tile.stride(0) == padded for tile in given) else columns
+
+
 def program(columns: int) -> dict[str, int]:
     """Entries that a program takes at once, and its warps: of four entries per thread where the tile is narrow."""
     block = min(TILE_BLOCK, triton.next_power_of_2(columns))
-    return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block * TILE_WARPS // TILE_BLOCK))}
+    return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block * TILE_WARPS // TILE_BLOCK))} | OPTIONS
 
 
 def fold_fwd(
-    tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten if save
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous; overwritten if save
     spare: Tensor | None,  # (C, Vs) fp32, for save == 2
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
@@ -236,6 +261,7 @@ def fold_fwd(
         u2,
         first,
         Vs,
+        reach(tile, spare, None if narrows else out),
         0 if u is None else u.shape[1],
         tile.stride(0),
         out.stride(0),
@@ -254,7 +280,7 @@ def fold_fwd(
 
 
 def dlogits_bwd(
-    tile: Tensor,  # (C, Vs) fp32, contiguous; overwritten
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous; overwritten
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
     coefficient: Tensor,  # (C,) contiguous
@@ -275,6 +301,7 @@ def dlogits_bwd(
         mix,
         first,
         Vs,
+        reach(tile),
         tile.stride(0),
         out.stride(0),
         state.stride(0),
@@ -289,7 +316,7 @@ def dlogits_bwd(
 
 
 def held_bwd(
-    tile: Tensor,  # (C, Vs) contiguous; overwritten
+    tile: Tensor,  # (C, Vs) rows contiguous; overwritten
     reference: Tensor,  # (C,) contiguous
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
@@ -307,6 +334,7 @@ def held_bwd(
         coefficient,
         first,
         Vs,
+        reach(tile),
         tile.stride(0),
         state.stride(0),
         HAS_CAP=cap is not None,

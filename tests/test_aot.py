@@ -25,3 +25,8 @@ def test_kernels_compile_within_resources(target, tmp_path):
         assert row["shared_bytes"] <= row["shared_limit"], row
         assert not row["warnings"], row
         assert row["tensor_cores"] or not row["wants_tensor_cores"], row
+    if target.startswith("sm_"):
+        # each read of a float32 tile, whatever the width of the slice, goes by 16 bytes
+        for kernel, loads in (("fold_fwd", 2), ("dlogits_bwd", 1), ("held_bwd[fp32", 1), ("kl_fwd", 4), ("kl_bwd", 2)):
+            found = [row["vector_loads"] for row in rows if row["variant"].startswith(kernel)]
+            assert len(found) >= 2 and min(found) >= loads, (kernel, found)

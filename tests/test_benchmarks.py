@@ -168,7 +168,14 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
     packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     (packages / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     done = subprocess.run(
-        ["bash", str(source / "benchmarks" / "gpu.sh"), str(out), "--toy", "--parts", "install tests time memory"],
+        [
+            "bash",
+            str(source / "benchmarks" / "gpu.sh"),
+            str(out),
+            "--toy",
+            "--parts",
+            "install compile tests time memory",
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHON": str(tmp_path / "venv" / "bin" / "python"), "ALIGNLOSS_COMMIT": "0123456789ab"},
@@ -179,6 +186,7 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
         "log.txt",
         "toy-time.json",
         "toy-memory.json",
+        "results.tar.gz",
     }
     assert json.loads((out / "toy-time.json").read_text())["commit"] == "0123456789ab"
     assert list(packages.glob("*alignloss*"))

@@ -115,3 +115,13 @@ def test_opcheck_of_the_fused_losses(offsets):
     slopes, scales = torch.randn(4).double(), torch.rand(2).double()
     backward = (torch.tensor(2.0), slopes, scales, None, labels, None, offsets, True, -100)
     torch.library.opcheck(ops.preference_backward, backward)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_no_cuda_graph_is_made_of_an_op_that_looks_for_its_rows():
+    names = [name for name in dir(torch.ops.alignloss) if hasattr(getattr(torch.ops.alignloss, name), "default")]
+    assert {"linear_logprob_fwd", "linear_logprob_bwd", "linear_kl_fwd", "linear_kl_bwd", "preference"} <= set(names)
+    for name in names:
+        op = getattr(torch.ops.alignloss, name).default
+        selects = any(argument.name == "select" for argument in op._schema.arguments)
+        assert (torch.Tag.cudagraph_unsafe in op.tags) == selects, name

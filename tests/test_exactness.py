@@ -155,7 +155,7 @@ def test_gradcheck_in_double():
 def test_autocast_computes_in_its_dtype_and_returns_each_gradient_in_its_own():
     hidden, weight, bias, labels = inputs(3, 9)
     leaves = [leaf(t, torch.float32) for t in (hidden, weight, bias)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         logps = alignloss.linear_logprob(leaves[0], leaves[1], labels, leaves[2])
     logps.sum().backward()
     rounded = [leaf(t.detach(), torch.bfloat16) for t in leaves]
@@ -222,7 +222,8 @@ def test_autocast_rounds_the_target_row_like_the_others(monkeypatch):
     # rows of W share a mean 100 times their spread: W_y - sum q_v W_v is all cancellation, which shows any rounding,
     # that of q too where the products take it in bf16
     monkeypatch.setattr(cpu_bf16, "available", lambda: False)
-    hidden, weight, _, labels = inputs(30, masked=0.0, dtype=torch.float32)
+    with torch.device("cpu"):  # a GPU's products take q in 16 bits
+        hidden, weight, _, labels = inputs(30, masked=0.0, dtype=torch.float32)
     weight = 5 + 0.05 * weight
     h = leaf(hidden, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

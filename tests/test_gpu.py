@@ -39,14 +39,18 @@ def test_errors_at_most_twice_those_of_plain_torch(H, V, dtype, masked):
         logits = (h @ w.T).to(torch.promote_types(cast, torch.float32))
         values = torch.log_softmax(logits, -1).gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
         values = torch.where(targets == -100, 0, values)
-        return values.detach(), *torch.autograd.grad(values, (h, w), upstream.flatten().to(values.dtype))
+        gradients = torch.autograd.grad(values, (h, w), upstream.flatten().to(values.dtype))
+        return float(logits.detach().abs().max()), values.detach(), *gradients
 
-    exact, naive = compute(torch.float64), compute(dtype)
+    (largest, *exact), (_, *naive) = compute(torch.float64), compute(dtype)
     logps = alignloss.linear_logprob(hidden, weight, labels)
     ours = logps.detach().flatten(), *torch.autograd.grad(logps, (hidden, weight), upstream)
     for got, plain, truth in zip(ours, naive, exact, strict=True):
         assert error(got.view(truth.shape), truth) <= 2 * error(plain, truth)
-    assert float((ours[0] - exact[0]).abs().max()) <= 1e-4
+    # tensor cores add 16 products of 16 bits a step and cut the sum to the 24 bits of float32, always towards zero;
+    # float32 products round to nearest, whose errors of half a unit grow with the root of their number, here 4 sigma
+    steps = H / 16 if dtype.itemsize == 2 else 4 * H**0.5 / 2
+    assert float((ours[0] - exact[0]).abs().max()) <= 2 * steps * 2**-23 * largest  # of a logit and of the log-sum
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -103,6 +107,23 @@ def test_50_runs_are_bitwise_equal(trains):
     first = run()
     for _ in range(49):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("workspace", [None, MIB], ids=["one tile", "many tiles"])
+def test_1000_runs_are_bitwise_equal(workspace):
+    """A race between warps or programs shows now and then."""
+    hidden, weight, labels = problem(N=256, H=192, V=20001)
+    leaves = hidden, weight
+
+    def run():
+        logps = alignloss.linear_logprob(hidden, weight, labels, softcap=30.0, workspace_bytes=workspace)
+        return [logps.detach(), *torch.autograd.grad(logps.sum(), leaves)]
+
+    first = run()
+    different = torch.zeros((), dtype=torch.int64)
+    for _ in range(999):
+        different += sum((a != b).sum() for a, b in zip(first, run(), strict=True))
+    assert int(different) == 0
 
 
 @pytest.mark.parametrize("trains", ["", "hidden", "hidden weight"])

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +257,32 @@ def stand_in(monkeypatch, replacement):
     replace_kernels(monkeypatch, lambda module, name, kernel: replacement(module.__name__, name))
     for module in (blocks, stats):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+
+
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_exactness.py", "test_onepass.py"])
+def test_what_runs_on_a_gpu_gets_as_far_as_its_kernels(name):
+    """Devices that mix, autocast of another device, sizes of a CPU: see `pretended_gpu`."""
+    pytest.importorskip("triton")
+    tests = Path(__file__).parent
+    arguments = ("-q", "-p", "pretended_gpu", "-p", "no:cacheprovider", "-k", "not gradcheck")  # thousands of calls
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, str(tests / name)],
+        capture_output=True,
+        text=True,
+        cwd=tests.parent,
+        env=os.environ | {"PYTHONPATH": str(tests)},
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_what_pretends_to_be_a_gpu_refuses_to_mix_devices():
+    pytest.importorskip("triton")
+    program = "import pretended_gpu, torch; torch.zeros(2, device='cuda') + torch.zeros(2)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "tests"},
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert "expected all tensors to be on the same device" in done.stderr
 
 
 class Waits(TorchDispatchMode):

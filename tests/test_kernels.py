@@ -8,7 +8,7 @@ from reference import error, inputs, leaf, logits, replace_kernels
 
 pytest.importorskip("triton")
 
-from alignloss.kernels import rows, sequence, stats, tile
+from alignloss.kernels import blocks, kl, rows, sequence, stats, tile
 
 import alignloss
 from alignloss import losses
@@ -56,19 +56,76 @@ def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
         assert float((got - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
 
 
+def set_precision(switch, value):
+    """Set a switch of torch for float32 products; of "matmul", "cuda" and "all", the first that is set decides."""
+    if switch == "legacy flag":
+        torch.backends.cuda.matmul.allow_tf32 = value == "tf32"
+    elif switch == "legacy function":
+        torch.set_float32_matmul_precision({"ieee": "highest", "tf32": "high", "bf16": "medium"}[value])
+    elif switch == "cuda":
+        torch._C._set_fp32_precision_setter("cuda", "all", value)
+    else:
+        (torch.backends.cuda.matmul if switch == "matmul" else torch.backends).fp32_precision = value
+
+
+SWITCHES = [
+    *itertools.product(("matmul", "cuda"), ("tf32", "ieee", "none")),
+    *itertools.product(("all",), ("tf32", "ieee", "none", "bf16")),
+    *itertools.product(("legacy flag",), ("tf32", "ieee")),
+    *itertools.product(("legacy function",), ("tf32", "ieee", "bf16")),
+]
+
+
+@pytest.fixture
+def _precision_as_it_was():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the legacy switches alone")
+    yield
+    set_precision("legacy function", "ieee")
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    for switch in ("matmul", "cuda", "all"):
+        set_precision(switch, "none")
+
+
+@pytest.mark.usefixtures("_precision_as_it_was")
+@pytest.mark.parametrize("first", SWITCHES, ids=" ".join)
+def test_float32_products_are_as_exact_as_those_of_torch_however_it_was_told(first, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stats, "stats_fwd", lambda *arguments: asked.append(arguments[-1]))
+    hidden, weight, _, labels = (t.to(DEVICE) for t in inputs(3, dtype=torch.float32))
+    for then in SWITCHES:
+        own = dict.fromkeys(("matmul", "cuda", "all"), "none")
+        for switch in own:
+            set_precision(switch, "none")
+        for switch, value in (first, then):
+            set_precision(switch, value)
+            # a legacy switch sets the one of cuBLAS, and its third level is TF32 on a GPU
+            legacy = switch.startswith("legacy")
+            own["matmul" if legacy else switch] = "tf32" if legacy and value == "bf16" else value
+        _triton.statistics(hidden, weight, None, labels, fresh_state(3), T(1.0, None, 1.0), 0, 1 << 20)
+        decides = next((value for value in own.values() if value != "none"), "none")
+        assert asked.pop() == ("tf32" if decides == "tf32" else "ieee"), then
+
+
+def several_blocks(monkeypatch):
+    """Let a row take several blocks, and a block several warps, which have to wait for each other."""
+    for name, value in (("TILE_BLOCK", 64), ("TILE_WARPS", 2)):
+        monkeypatch.setattr(tile, name, value)
+
+
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("save", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monkeypatch):
-    monkeypatch.setattr(tile, "TILE_BLOCK", 32)  # a row takes several blocks
-    N, H, V = 5, 33, 90
+    several_blocks(monkeypatch)
+    N, H, V = 5, 33, 300
     x = torch.randn(N, V, dtype=torch.float64, device=DEVICE) * 3
-    x[:2, 50:] += 60  # the reference has to move
-    labels = torch.tensor([0, 60, 89, 44, 45], device=DEVICE)
+    x[:2, 160:] += 60  # the reference has to move
+    labels = torch.tensor([0, 200, 299, 149, 150], device=DEVICE)
     weight = torch.randn(V, H, dtype=torch.float64, device=DEVICE)
     state = fresh_state(N)
     u, u2 = torch.zeros(N, H, device=DEVICE), torch.zeros(N, H, device=DEVICE)
-    for first, last in ((0, 45), (45, 90)):
+    for first, last in ((0, 150), (150, 300)):
         part = x[:, first:last].float().contiguous()
         spare = torch.empty_like(part) if save == 2 else None
         e, ze = tile.fold_fwd(
@@ -91,14 +148,64 @@ def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monke
         assert error(u2, (e * (z - state[0, :, None])) @ weight) <= tolerance
 
 
+def padded(values):
+    """Values (N, V) as a tile of a GPU is stored, with NaN in the padding and beyond the last row."""
+    rows, columns = values.shape
+    pitch = -(-columns // blocks.PITCH) * blocks.PITCH
+    memory = torch.full((rows * pitch + 64,), torch.nan, dtype=values.dtype)
+    tile = memory[: rows * pitch].view(rows, pitch)[:, :columns]
+    tile.copy_(values)
+    return tile, memory[rows * pitch :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("V", [150, 64, 1])
+def test_padded_rows_are_the_same_as_dense_ones(V, dtype, monkeypatch):
+    several_blocks(monkeypatch)
+    N, first = 3, 50
+    x, x_ref = torch.randn(2, N, V)
+    labels = torch.tensor([first, first + V - 1, first + V])  # the last one is in the padding, or beyond
+    state, kl_state = fresh_state(N), torch.zeros(5, N)
+    kl_state[[0, 2]] = -1e30
+
+    def run(of):
+        sums, tops = state.clone(), kl_state.clone()
+        tiles = [of(t) for t in (x, x, x, x, x, x_ref, x, x_ref)]
+        (a, _), (spare, _), (b, _), (c, _), *kl_tiles = tiles
+        results = [*tile.fold_fwd(a, spare, sums, labels, None, None, first, 2.0, 2, True, dtype), sums.clone()]
+        results.append(tile.dlogits_bwd(b, sums, labels, torch.ones(N), None, first, 2.0, dtype))
+        held, _ = of(c.to(dtype))
+        tile.held_bwd(held, torch.zeros(N), sums, labels, torch.ones(N), first, None)
+        (p, _), (q, _), (p2, _), (q2, _) = kl_tiles
+        kl.kl_fwd(p, q, tops, 2.0)
+        results += [held, tops.clone(), kl.kl_bwd(p2, q2, tops.abs(), torch.ones(N), 2.0, 1.0, dtype)]
+        assert all(beyond.isnan().all() for _, beyond in tiles)
+        return results
+
+    dense = run(lambda values: (values.clone(), torch.full((1,), torch.nan)))
+    for got, expected in zip(run(padded), dense, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("label", [-(2**63), -(2**31) - 1, -100, 2**31 + 3, 2**32 + 3, 2**63 - 1])
+def test_a_label_outside_the_vocabulary_is_in_no_tile_however_far(label):
+    x, state = torch.randn(1, 40), fresh_state(1)
+    out, _ = tile.fold_fwd(x.clone(), None, state, torch.tensor([label]), None, None, 0, None, 1, False, torch.float32)
+    assert bool(state[2].isnan()) and float(out.min()) > 0
+    z = x.double() - state[0].double()
+    torch.testing.assert_close(state[1].double(), z.exp().sum(1), rtol=1e-6, atol=0)
+    d = tile.dlogits_bwd(x.clone(), state, torch.tensor([label]), torch.ones(1), None, 0, None, torch.float32)
+    assert float(d.max()) < 0
+
+
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dlogits_against_autograd(cap, entropy, dtype, monkeypatch):
-    monkeypatch.setattr(tile, "TILE_BLOCK", 32)
-    N, V = 5, 90
+    several_blocks(monkeypatch)
+    N, V = 5, 300
     x = leaf(torch.randn(N, V) * 2)
-    labels = torch.tensor([0, 60, 89, 44, 45])
+    labels = torch.tensor([0, 200, 299, 149, 150])
     a, b = (torch.randn(N, dtype=torch.float64) for _ in range(2)) if entropy else (torch.ones(N).double(), None)
     z = x if cap is None else cap * torch.tanh(x)
     logps = z.log_softmax(1)
@@ -107,13 +214,12 @@ def test_dlogits_against_autograd(cap, entropy, dtype, monkeypatch):
         value = value + (b * torch.special.entr(logps.exp()).sum(1)).sum()
     value.backward()
     rest = 1 - logps.detach().exp().gather(1, labels[:, None])
-    state = expected_state(x.detach(), labels, cap)(z.detach().amax(1)).float().to(DEVICE)
+    state = expected_state(x.detach(), labels, cap)(z.detach().amax(1)).float()
     mix = None
     if b is not None:
-        tokens = Tokens(None, labels.to(DEVICE), None, -100, torch.float32)
-        mix = torch.empty(3, N, device=DEVICE)
-        upstream = (a.float().to(DEVICE), b.float().to(DEVICE))
-        coefficient = torch.empty(N, device=DEVICE)
+        tokens = Tokens(None, labels, None, -100, torch.float32)
+        mix, coefficient = torch.empty(3, N), torch.empty(N)
+        upstream = a.float(), b.float()
         _torch.weigh(
             tokens, slice(0, N), tokens.labels, state, T(1.0, cap, 1.0), *upstream, coefficient, mix, *(None,) * 6
         )
@@ -123,10 +229,8 @@ def test_dlogits_against_autograd(cap, entropy, dtype, monkeypatch):
     values = x.detach().float()
     values[3] = torch.nan  # a row without a gradient, whatever is in it
     first_half, second_half = (
-        tile.dlogits_bwd(
-            values[:, s].contiguous().to(DEVICE), state, labels.to(DEVICE), used, mix, s.start, cap, dtype
-        ).cpu()
-        for s in (slice(0, 45), slice(45, 90))
+        tile.dlogits_bwd(values[:, s].contiguous(), state, labels, used, mix, s.start, cap, dtype)
+        for s in (slice(0, 150), slice(150, 300))
     )
     got = torch.cat([first_half, second_half], 1).double() * rest * (cap or 1.0)  # dz / dx = cap sech^2(x)
     x.grad[3] = 0
@@ -192,24 +296,24 @@ def test_scaling_in_place_and_not_by_one(dtype, factor, monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_sequence_sums_and_their_adjoint(packed, weighted):
-    values = torch.randn(2500, device=DEVICE)
-    weights = torch.rand(2500, dtype=torch.float64, device=DEVICE) if weighted else None
+    values = torch.randn(2500)
+    weights = torch.rand(2500, dtype=torch.float64) if weighted else None
     # packed: an empty sequence, a long one, a token of none
     bounds = (
         [(0, 1), (1, 1), (1, 1300), (1300, 2499)] if packed else [(0, 625), (625, 1250), (1250, 1875), (1875, 2500)]
     )
-    offsets = torch.tensor([0, *(stop for _, stop in bounds)], device=DEVICE) if packed else None
-    factors = torch.ones(2500, dtype=torch.float64) if weights is None else weights.cpu()
-    expected = torch.stack([(values.cpu().double() * factors)[i:j].sum() for i, j in bounds])
+    offsets = torch.tensor([0, *(stop for _, stop in bounds)]) if packed else None
+    factors = torch.ones(2500, dtype=torch.float64) if weights is None else weights
+    expected = torch.stack([(values.double() * factors)[i:j].sum() for i, j in bounds])
     for backend in (_torch, _triton):
-        torch.testing.assert_close(backend.sequence_sum(values, offsets, 4, weights).cpu(), expected)
-    dsums = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64, device=DEVICE)
+        torch.testing.assert_close(backend.sequence_sum(values, offsets, 4, weights), expected)
+    dsums = torch.tensor([1.0, 5.0, -2.0, 3.0], dtype=torch.float64)
     spread = torch.zeros(2500, dtype=torch.float64)
     for (i, j), g in zip(bounds, dsums.tolist(), strict=True):
         spread[i:j] = g
     for backend in (_torch, _triton):
         got = backend.sequence_scatter(dsums, offsets, weights, 2500)
-        torch.testing.assert_close(got.cpu(), spread * factors)
+        torch.testing.assert_close(got, spread * factors)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
@@ -226,12 +330,8 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
     desirable, kl = torch.arange(6) % 2 == 0, torch.linspace(-1, 1, 6, dtype=torch.float64)
     pairwise = torch.tensor([1.0, 0.0, 0.5] * (2 if loss == "kto" else 1), dtype=torch.float64)
     options = {"beta": 0.3, "label_smoothing": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
-
-    def on_device(*tensors):
-        return [None if t is None else t.to(DEVICE) for t in tensors]
-
     *got, slopes, scales = sequence.preference_fwd(
-        *on_device(values, None, labels, nll_labels, offsets), 6, *on_device(ref, desirable, kl, pairwise, None, None),
+        values, None, labels, nll_labels, offsets, 6, ref, desirable, kl, pairwise, None, None,
         loss, -100, 0.4, *options.values(),
     )  # fmt: skip
     exact = leaf(values)
@@ -253,13 +353,12 @@ def test_fused_losses_equal_the_plain_ones(loss, scale):
         expected[0] = total = total + 0.4 * nll_loss
         expected.append(nll_loss)
     for value, e in zip(got, expected, strict=False):
-        torch.testing.assert_close(value.cpu(), e.detach().float(), rtol=1e-6, atol=1e-30)
+        torch.testing.assert_close(value, e.detach().float(), rtol=1e-6, atol=1e-30)
     (2 * total).backward()
     dvalues = sequence.preference_bwd(
-        torch.tensor(2.0, device=DEVICE), slopes, scales, *on_device(None, labels, nll_labels, offsets),
-        loss != "kto", -100,
-    )  # fmt: skip
-    torch.testing.assert_close(dvalues.cpu(), exact.grad, rtol=1e-6, atol=1e-30)
+        torch.tensor(2.0), slopes, scales, None, labels, nll_labels, offsets, loss != "kto", -100
+    )
+    torch.testing.assert_close(dvalues, exact.grad, rtol=1e-6, atol=1e-30)
 
 
 def test_the_backend_reaches_every_kernel(monkeypatch):

@@ -5,13 +5,26 @@ import torch
 from reference import error, inputs, leaf, token_logps
 
 import alignloss
-from alignloss import losses, onepass
-from alignloss.planning import fill_groups
+from alignloss import losses, onepass, planning
+from alignloss.planning import Footprint, fill_groups
 
 B, T, H, V = 4, 9, 37, 101
 BACKENDS = ["torch", "triton"]
-# bytes of workspace: every token in one group; groups of a few pairs; the longest pairs fit no group
-ONE, SEVERAL, SOME = 1 << 22, 17_300, 5_300
+# tokens that a group has room for: every one; those of a few pairs; the longest pairs fit no group
+ONE, SEVERAL, SOME = 2 * B * T, 20, 6
+
+
+@pytest.fixture(autouse=True)
+def _groups_of_a_few_tokens(monkeypatch):
+    monkeypatch.setattr(planning, "LEAST_GROUP", 1)
+
+
+def room(tokens, dtype=torch.float32, backend=None, hidden_size=H, vocabulary=V):
+    """Bytes of workspace in which one of several groups holds so many tokens, on the device of the tests."""
+    device = torch.get_default_device().type
+    backend = backend or ("torch" if device == "cpu" or dtype == torch.float64 else "triton")
+    foot = Footprint(vocabulary, hidden_size, dtype, dtype, dtype, True, False, device, backend)
+    return foot.one_pass_bytes(tokens, True, foot.held_columns(1))
 
 
 @pytest.fixture
@@ -42,14 +55,14 @@ def test_units_fill_groups_and_those_that_fit_nowhere_are_left():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("workspace", [ONE, SEVERAL, SOME])
+@pytest.mark.parametrize("tokens", [ONE, SEVERAL, SOME])
 @pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "cpo", "sft"])
-def test_loss_outputs_and_gradients(name, workspace, backend, passes):
+def test_loss_outputs_and_gradients(name, tokens, backend, passes):
     hidden, weight, bias, labels = ragged(2 * B, T, hidden_size=H, vocabulary=V)
     ref, pair_weights = torch.randn(2 * B, dtype=torch.float64) - 15, torch.tensor([1.0, 0.5, 0.0, 2.0])
     token_weights = torch.rand(2 * B, T, dtype=torch.float64)
     desirable, kl = torch.arange(2 * B) % 3 > 0, torch.rand(2 * B, dtype=torch.float64)
-    options = {"backend": backend, "workspace_bytes": workspace}
+    options = {"backend": backend, "workspace_bytes": room(tokens, backend=backend)}
     module, data = {
         "dpo": lambda: (alignloss.DPOLoss(beta=0.3, **options), {"ref_logps": ref, "pair_weights": pair_weights}),
         "ipo": lambda: (alignloss.IPOLoss(beta=0.3, **options), {"ref_logps": ref, "token_weights": token_weights}),
@@ -58,8 +71,8 @@ def test_loss_outputs_and_gradients(name, workspace, backend, passes):
         "sft": lambda: (alignloss.SFTLoss(**options), {"token_weights": token_weights}),
     }[name]()
     exact = [leaf(t) for t in (hidden, weight, bias)]
-    tokens = token_logps(*exact[:2], labels, exact[2])
-    sums, lengths = (tokens * token_weights).sum(1) if name in ("ipo", "sft") else tokens.sum(1), (labels >= 0).sum(1)
+    logps = token_logps(*exact[:2], labels, exact[2])
+    sums, lengths = (logps * token_weights).sum(1) if name in ("ipo", "sft") else logps.sum(1), (labels >= 0).sum(1)
     c, r, rc, rr = *sums.split(B), *ref.split(B)
     if name == "dpo":
         values, *rewards = losses.dpo_loss(c, r, rc, rr, beta=0.3)
@@ -80,8 +93,8 @@ def test_loss_outputs_and_gradients(name, workspace, backend, passes):
     out = module(h, w, labels, b, **data)
     (3 * out.loss).backward()
     ((groups, in_groups),) = passes
-    assert (groups == 1) == (workspace == ONE)
-    assert (in_groups < int((labels >= 0).sum())) == (workspace == SOME)
+    assert (groups == 1) == (tokens == ONE)
+    assert (in_groups < int((labels >= 0).sum())) == (tokens == SOME)
     assert error(out.loss.detach(), loss.detach()) <= 2e-5
     assert error(out.losses, values.detach()) <= 2e-5
     logps = out.logps if hasattr(out, "logps") else torch.cat([out.chosen_logps, out.rejected_logps])
@@ -93,8 +106,8 @@ def test_loss_outputs_and_gradients(name, workspace, backend, passes):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("workspace", [ONE, 42_000])
-def test_16_bit_errs_at_most_twice_as_much_as_plain_torch(workspace, dtype):
+@pytest.mark.parametrize("tokens", [ONE, 14])
+def test_16_bit_errs_at_most_twice_as_much_as_plain_torch(tokens, dtype):
     hidden, weight, _, labels = (t.to(dtype) if t.is_floating_point() else t for t in ragged(2 * B, T, hidden_size=H))
     ref = torch.full((2 * B,), -20.0)
 
@@ -107,7 +120,7 @@ def test_16_bit_errs_at_most_twice_as_much_as_plain_torch(workspace, dtype):
         sums = token_logps(h, w, labels).sum(1)
         return losses.dpo_loss(*sums.split(B), *ref.to(sums.dtype).split(B), beta=0.1)[0].mean()
 
-    module = alignloss.DPOLoss(workspace_bytes=workspace)
+    module = alignloss.DPOLoss(workspace_bytes=room(tokens, dtype))
     exact = step(plain, torch.float64)
     for ours, naive, truth in zip(
         step(lambda h, w: module(h, w, labels, ref_logps=ref).loss, dtype), step(plain, dtype), exact, strict=True
@@ -128,26 +141,35 @@ def test_a_scaled_loss_in_fp16_keeps_small_gradients(tokens, passes):
     assert error(w.grad, exact[1].grad) <= 1e-3
 
 
-@pytest.mark.parametrize("workspace", [ONE, 14_000])
-def test_gradcheck_and_a_second_backward(workspace, passes):
-    hidden, weight, bias, labels = ragged(4, 4, hidden_size=3, vocabulary=300)
-    module = alignloss.DPOLoss(workspace_bytes=workspace)
-    ref = torch.full((4,), -20.0)
-    leaves = [leaf(t) for t in (hidden, weight, bias)]
+def narrow_step(tokens):
+    """A module, and hidden, weight and bias with labels and a reference for it."""
+    *tensors, labels = ragged(4, 4, hidden_size=3, vocabulary=300)
+    module = alignloss.DPOLoss(workspace_bytes=room(tokens, torch.float64, hidden_size=3, vocabulary=300))
+    return module, [leaf(t) for t in tensors], labels, torch.full((4,), -20.0)
+
+
+@pytest.mark.parametrize("tokens", [ONE, 5])
+def test_gradcheck(tokens):
+    module, leaves, labels, ref = narrow_step(tokens)
     assert torch.autograd.gradcheck(lambda h, w, b: module(h, w, labels, b, ref_logps=ref).loss, leaves)
+
+
+@pytest.mark.parametrize("tokens", [ONE, 5])
+def test_a_second_backward(tokens, passes):
+    module, leaves, labels, ref = narrow_step(tokens)
     loss = module(*leaves[:2], labels, leaves[2], ref_logps=ref).loss
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     again = torch.autograd.grad(loss, leaves, torch.tensor(-2.0, dtype=torch.float64))
     for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(b, -2 * a)
-    assert {groups == 1 for groups, _ in passes} == {workspace == ONE}
+    assert {groups == 1 for groups, _ in passes} == {tokens == ONE}
 
 
-@pytest.mark.parametrize("workspace", [ONE, SEVERAL, SOME, 1])
-def test_double_backward_is_refused(workspace):
+@pytest.mark.parametrize("tokens", [ONE, SEVERAL, SOME, 0])
+def test_double_backward_is_refused(tokens):
     hidden, weight, _, labels = ragged(2 * B, T)
     h, w = leaf(hidden), leaf(weight)
-    loss = alignloss.SFTLoss(workspace_bytes=workspace)(h, w, labels).loss
+    loss = alignloss.SFTLoss(workspace_bytes=room(tokens, torch.float64) or 1)(h, w, labels).loss
     (dhidden,) = torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         dhidden.square().sum().backward()
@@ -190,7 +212,7 @@ def relative(logps):
 
 def test_a_loss_that_couples_the_batch_declares_it(passes):
     hidden, weight, _, labels = ragged(2 * B, T)
-    for workspace in (ONE, SOME):
+    for workspace in (room(ONE, torch.float64), room(SOME, torch.float64)):
         exact, w = leaf(weight), leaf(weight)
         module = alignloss.PreferenceLoss(relative, couples_batch=True, workspace_bytes=workspace)
         module(leaf(hidden), w, labels).loss.backward()

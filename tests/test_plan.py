@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 import alignloss
 from alignloss import plan
 from alignloss.measure import peak_bytes
+from alignloss.planning import SLICE, Footprint
 
 MIB = 1 << 20
 N, T, H, V = 2048, 128, 256, 8192
@@ -204,3 +205,16 @@ def test_bad_input_is_explained(arguments, message):
         pytest.skip("there is a GPU whose memory can be read")
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         plan(**{"tokens": 10, "hidden_size": 8, "vocabulary": 16, "device": "cpu"} | arguments)
+
+
+@pytest.mark.parametrize("vocabulary", [101, 128257])
+@pytest.mark.parametrize("workspace", [1 << 18, 1 << 27, 1 << 33])
+def test_slices_of_a_gpu_find_their_rows_in_its_cache_and_their_padding_fits_the_workspace(workspace, vocabulary):
+    half = torch.bfloat16
+    foot = Footprint(vocabulary, 64, half, half, half, False, False, "cuda", "triton")
+    sizes = foot.forward(8192, 0, 1, workspace), foot.backward(8192, False, True, workspace)[0]
+    for rows, columns, needed in (*sizes, foot.tile(8192, 64, 64, 8, workspace, wide=4096)):
+        assert columns <= SLICE
+        assert foot.pitch(columns) % 64 == 0 <= foot.pitch(columns) - columns < 64
+        assert rows * foot.pitch(columns) * 4 <= needed <= workspace
+    assert foot.held_columns(1) <= SLICE

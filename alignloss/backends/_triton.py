@@ -58,7 +58,7 @@ def statistics(
     block_v = blocks.gemm_blocks(kind, weight.element_size(), extras or transform.cap is not None)[1]
     row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, extras)
     rows = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
-    precision = "tf32" if hidden.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = gemm_precision()
     for start in range(0, len(labels), rows):
         part = slice(start, start + rows)
         stats.stats_fwd(
@@ -73,6 +73,14 @@ def statistics(
             precision,
         )
     return True
+
+
+def gemm_precision() -> str:
+    """How cuBLAS multiplies float32 operands as torch is set: "tf32" or "ieee"."""
+    matmul = torch.backends.cuda.matmul
+    # the older switch raises once the newer ones were used; torch before 2.9 has the older one alone
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
 
 
 def fold(
