@@ -71,6 +71,18 @@ def check_kept(**tensors: Tensor | None) -> None:
             raise RuntimeError(f"the backward needs {name} as the forward had it, and it is {problem}")
 
 
+def check_savable(**tensors: Tensor | None) -> None:
+    """A ValueError for a tensor of inference mode that a backward will need; one too large to be copied silently."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for name, value in tensors.items():
+        if value is not None and value.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), and the backward needs it, where autograd takes no "
+                f"such tensor: make it under torch.no_grad(), or give {name}.clone()"
+            )
+
+
 def savable(value: Tensor) -> Tensor:
     """A tensor that autograd may keep: a copy of one that was made under torch.inference_mode()."""
     if torch.compiler.is_compiling() or not value.is_inference() or torch.is_inference_mode_enabled():

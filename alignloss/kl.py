@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_ROWS, KL_SUM, KL_TOP, Transform
-from .checks import check_kept
+from .checks import check_kept, check_savable
 from .logprob import check_known, project
 from .ops import Problem
 from .planning import BOTH_WIDE, Sizes, accumulation_dtype
@@ -70,6 +70,10 @@ def linear_kl(
         raise ValueError(
             f"policy and reference must share vocabulary, precision and device; got V = {len(weight)}, {hidden.dtype}, "
             f"{hidden.device} and V = {len(ref_weight)}, {ref_hidden.dtype}, {ref_hidden.device}"
+        )
+    if hidden.requires_grad or policy.trains_head:
+        check_savable(
+            hidden=hidden, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
         )
     kl, _ = linear_kl_fwd(
         policy.hidden, policy.weight, policy.bias, reference.hidden, reference.weight, reference.bias, policy.labels,

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from . import backends, ops
-from .checks import check_head, check_tensor, checked_labels, savable
+from .checks import check_head, check_savable, check_tensor, checked_labels, savable
 from .planning import DTYPES, Footprint, accumulation_dtype, check_number, default_workspace, total_memory
 
 __all__ = [
@@ -461,15 +461,8 @@ def _check_modes(
             "under FakeTensorMode there are no values to look labelled positions up in, or to check: give token_index "
             "and validate=False"
         )
-    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not (torch.is_grad_enabled() and trains_head):
-        return
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if value is not None and value.is_inference():
-            raise ValueError(
-                f"{name} was made under torch.inference_mode(), and the gradient of the head needs it in the backward, "
-                f"where autograd takes no such tensor: make it under torch.no_grad(), or give {name}.clone()"
-            )
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        check_savable(hidden=hidden, weight=weight, bias=bias)
 
 
 def _check_transforms(name: str, value: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from . import backends, losses, ops
 from .checks import check_tensor, checked_labels, savable
@@ -525,7 +526,7 @@ def _divisor(name: str, value: Any, device: torch.device) -> float | Tensor | No
         raise ValueError(
             f"{name} must be a number or a 0-d tensor on {device}; got shape {tuple(value.shape)} on {value.device}"
         )
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(value):
         check_number(name, value.item(), positive=True)
     return savable(value.detach())
 
