@@ -126,6 +126,12 @@ class Footprint(NamedTuple):
         """Entries from one row of a tile to the next."""
         return -(-columns // blocks.PITCH) * blocks.PITCH if self.device_type == "cuda" else columns
 
+    @property
+    def target_bytes(self) -> int:
+        """Bytes per row of the weight's row of the label, which torch rounds and widens."""
+        rounded = self.width * self.dtype.itemsize * (self.backend == "torch" and self.dtype != self.accum_dtype)
+        return self.row_product_bytes + rounded
+
     def fold_tiles(self, stats: int, save: int) -> int:
         """How many tiles beside the logits tile a fold needs: for sech^2, and for (z - m) exp(z - m)."""
         if self.backend == "triton":
@@ -149,7 +155,7 @@ class Footprint(NamedTuple):
     def _forward_bytes(self, stats: int, save: int) -> "Sizes":
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         return Sizes(
-            self.width * (save * accum + self.copies_rows * gemm) + (save > 0) * self.row_product_bytes,
+            self.width * (save * accum + self.copies_rows * gemm) + (save > 0) * self.target_bytes,
             self.slice_bytes,
             accum * (1 + self.fold_tiles(stats, save)) + self.narrow_bytes * save,
         )
@@ -252,7 +258,7 @@ class Footprint(NamedTuple):
         held = rows * (self.pitch(self.vocabulary) * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
         cell = accum * (self.fold_tiles(stats, 1) + (gemm != accum))
-        first = rows * (self.pitch(columns) * cell + self.width * (accum + gemm * copies) + self.row_product_bytes)
+        first = rows * (self.pitch(columns) * cell + self.width * (accum + gemm * copies) + self.target_bytes)
         first += columns * self.slice_bytes
         second = rows * self.width * gemm * (1 + copies)
         second += columns * self.width * accum * (not direct and not several)

@@ -88,7 +88,7 @@ def _entropy_terms(m, s, z, gap, ze):
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
     p = sigmoid64(-gap)
     pd = tl.where(p == 0, 0.0, p * (z - m))
-    rest_mean = tl.where(s == 0, 0.0, ze / tl.where(s == 0, 1.0, s))
+    rest_mean = tl.where(s == 0, 0.0, ze / s)
     mu, pull = pd + sigmoid64(gap) * rest_mean, pd - p * rest_mean
     # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
     return _bounded(mu), _bounded(pull)
@@ -142,12 +142,12 @@ def finish_fwd_kernel(
         tl.store(lse + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if ENTROPY:
         p, rest = sigmoid64(-gap), sigmoid64(gap)
-        inside_rest = tl.log(s) - ze / tl.where(s == 0, 1.0, s) - log_rest
+        inside_rest = tl.log(s) - ze / s - log_rest
         # conditions leave a NaN where it is
         value = tl.where(rest == 0, 0.0, rest * inside_rest) - tl.where(p == 0, 0.0, p * logp)
         tl.store(entropy + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if MEAN_LOGITS:
-        value = tl.where(z != z, z, tl.load(state + n + 4 * step).to(tl.float64) / V)
+        value = tl.where(logp != logp, logp, tl.load(state + n + 4 * step).to(tl.float64) / V)
         tl.store(mean_logits + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if LOG_SUM_SQ:
         of_rest = 2 * (log_rest - tl.log(s)) + tl.log(tl.load(state + n + 5 * step).to(tl.float64))
@@ -165,7 +165,7 @@ def finish_fwd_kernel(
         at_target = sech2(tl.load(state + n + 2 * step)) if HAS_CAP else 1.0
         mu, pull = _entropy_terms(m, s, z, gap, ze)
         mu, pull = mu.to(tl.float32), pull.to(tl.float32)
-        inverse = tl.where(s == 0, 0.0, 1.0 / tl.where(s == 0, 1.0, s)).to(tl.float32)
+        inverse = tl.where(s == 0, 0.0, 1.0 / s).to(tl.float32)
         w_row = weight + tl.where(known, label, 0) * weight_stride
         k = tl.arange(0, BLOCK)
         for start in range(0, H, BLOCK):

@@ -155,24 +155,23 @@ def finish(
 
 def _row_stats(state: Tensor, vocabulary: int, transform: Transform, stats: int) -> list[Tensor | None]:
     # in float64: log p of a nearly certain token is finer than float32. Conditions leave a NaN where it is
-    wide = state.double()
-    z, log_sum, gap = _logit(wide[TARGET], transform), wide[SUM].log(), _gap(state, transform)
+    z, log_sum, gap = _logit(state[TARGET].double(), transform), state[SUM].double().log(), _gap(state, transform)
     logps, log_rest = F.logsigmoid(-gap), F.logsigmoid(gap)
     lse = entropy = mean_logits = is_top1 = log_sum_sq = None
     if stats & LSE:
-        lse = torch.where(gap > 0, wide[REF] + log_sum - log_rest, z - logps)
+        lse = torch.where(gap > 0, state[REF] + log_sum - log_rest, z - logps)
     if stats & ENTROPY:
         p, rest = logps.exp(), torch.sigmoid(gap)
-        inside_rest = log_sum - wide[SUM_ZE] / wide[SUM] - log_rest
+        inside_rest = log_sum - state[SUM_ZE].double() / state[SUM] - log_rest
         entropy = torch.where(rest == 0, 0, rest * inside_rest) - torch.where(p == 0, 0, p * logps)
     if stats & MEAN_LOGITS:
-        mean_logits = torch.where(z.isnan(), z, wide[SUM_Z] / vocabulary)
+        mean_logits = torch.where(logps.isnan(), logps, state[SUM_Z].double() / vocabulary)
     if stats & IS_TOP1:
         # in the dtype that the maximum was found in
         is_top1 = (_logit(state[TARGET], transform) >= state[TOP]) & ~logps.isnan()
     if stats & LOG_SUM_SQ:
-        of_rest = 2 * (log_rest - log_sum) + wide[SUM_EE].log()
-        log_sum_sq = torch.where(wide[SUM] == 0, 2 * logps, torch.logaddexp(2 * logps, of_rest))
+        of_rest = 2 * (log_rest - log_sum) + state[SUM_EE].double().log()
+        log_sum_sq = torch.where(state[SUM] == 0, 2 * logps, torch.logaddexp(2 * logps, of_rest))
     return [logps, lse, entropy, mean_logits, is_top1, log_sum_sq]
 
 
@@ -292,7 +291,7 @@ def dlogits(
     tilt = None
     if mix is not None:
         at_target = mix[2]
-        tilt = torch.mul(tile.clamp(min=LOWEST), mix[1, :, None], out=scratch[-1]).add_(mix[0, :, None])
+        tilt = torch.clamp(tile, min=LOWEST, out=scratch[-1]).mul_(mix[1, :, None]).add_(mix[0, :, None])
     if transform.cap is not None:
         at_target = at_target * sech2(state[TARGET])
     tile.exp_().mul_(negative_inverse[:, None])
@@ -337,9 +336,9 @@ def may_hold(flags: Tensor) -> bool:
 
 def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
-    gap, wide = _gap(state, transform), state.double()
-    d = _logit(wide[TARGET], transform) - wide[REF]
-    rest_mean = torch.where(wide[SUM] == 0, 0, wide[SUM_ZE] / wide[SUM])
+    gap = _gap(state, transform)
+    d = _logit(state[TARGET].double(), transform) - state[REF]
+    rest_mean = torch.where(state[SUM] == 0, 0, state[SUM_ZE].double() / state[SUM])
     p = torch.sigmoid(-gap)
     pd = torch.where(p == 0, 0, p * d)
     mu, pull = pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
@@ -458,7 +457,6 @@ def _logit(x: Tensor, transform: Transform) -> Tensor:
 
 def _gap(state: Tensor, transform: Transform) -> Tensor:
     """log((1 - p_y) / p_y) in float64; the reference leaves before the log-sum joins: a shared offset costs nothing."""
-    wide = state.double()
-    z = _logit(wide[TARGET], transform)
+    z = _logit(state[TARGET].double(), transform)
     # an infinite logit of the target leaves no distribution either
-    return wide[SUM].log() - (z.masked_fill(z == torch.inf, torch.nan) - wide[REF])
+    return state[SUM].double().log() - (z.masked_fill(z == torch.inf, torch.nan) - state[REF])
