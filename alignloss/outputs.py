@@ -1,6 +1,6 @@
 """What a loss module returns, and the metrics that training logs are made of."""
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -154,12 +154,15 @@ _Output = TypeVar("_Output", PairedOutput, UnpairedOutput)
 
 def measured(output: _Output, scored: ScoredTokens) -> _Output:
     """A result with what its metrics are made of."""
-    output.losses._alignloss_scored = scored  # type: ignore[attr-defined]
+    # a compiler may know no attributes of tensors; there it stays with the tuple
+    holder: Any = output if torch.compiler.is_compiling() else output.losses
+    holder._alignloss_scored = scored
     return output
 
 
 def _scored(output: PairedOutput | UnpairedOutput) -> ScoredTokens:
-    scored: ScoredTokens | None = getattr(output.losses, "_alignloss_scored", None)
+    holder = output if hasattr(output, "_alignloss_scored") else output.losses
+    scored: ScoredTokens | None = getattr(holder, "_alignloss_scored", None)
     if scored is None:
         raise RuntimeError(
             "this result was rebuilt around other tensors than the loss module returned, and what metrics() needs "

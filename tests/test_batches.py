@@ -47,3 +47,25 @@ def test_self_play_pairs_reject_what_the_model_wrote():
         alignloss.self_play_pairs([t([1])], [t([2])], [t([3])], 0.5)
     with pytest.raises(ValueError, match="1-d integer"):
         alignloss.self_play_pairs([t([1])], [t([2.0])], [t([3])], 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "row"),
+    [
+        ([[0, 1, 0, 1, 1], [0, 0, 1, 1, 1]], 0),  # two turns of the assistant
+        ([[0, 1, 1, 1, 1], [1, 0, 0, 0, 0]], 1),  # a completion before its prompt
+        ([[0, 0, 1, 1, 1], [0, 1, 1, 1, 0]], 1),  # prompt tokens at the end
+    ],
+)
+def test_a_completion_that_is_not_the_end_of_its_row(mask, row):
+    ids, mask = torch.arange(10).view(2, 5), torch.tensor(mask)
+    with pytest.raises(ValueError, match=f"end of its row; in row {row} prompt tokens follow"):
+        alignloss.mismatched_pairs(ids, torch.ones_like(ids), mask, 0)
+
+
+def test_padding_on_either_side_is_no_gap():
+    ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 0, 0]])
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    completion = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]])
+    mixed = alignloss.mismatched_pairs(ids, real, completion, 0)
+    assert mixed.input_ids.tolist() == [[1, 5, 6], [4, 2, 3]]

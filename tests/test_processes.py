@@ -1,0 +1,77 @@
+"""The README's way through wrapped modules: the loss inside their forward, two processes against one."""
+
+import copy
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import error
+from torch import nn
+
+import alignloss
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+WITH_LOSS = re.search(r"```python\n(class WithLoss.*?)\n\n\nwrapped", README, re.S).group(1)
+B, T, H, V = 4, 5, 8, 23
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(V, H), nn.Linear(H, H)
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(last_hidden_state=torch.tanh(self.layer(self.embedding(input_ids))))
+
+
+class Model(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.model, self.lm_head = Body(), nn.Linear(H, V, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embedding.weight
+
+
+def problem(tied):
+    torch.manual_seed(0)
+    names = {"torch": torch}
+    exec(WITH_LOSS, names)
+    ids = torch.randint(0, V, (2 * B, T))
+    labels = alignloss.next_token_labels(ids, torch.ones_like(ids))
+    return names["WithLoss"](Model(tied), alignloss.DPOLoss(beta=0.5)), ids, labels
+
+
+def wrap(module, how):
+    if how == "DDP":
+        return nn.parallel.DistributedDataParallel(module)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(module.model.model.layer, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def half_of_the_pairs(rank: int, folder: str, how: str, tied: bool) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    module, ids, labels = problem(tied)
+    ref_logps = torch.linspace(-16, -14, 2 * B)
+    single = copy.deepcopy(module)
+    single(ids, None, labels, ref_logps).loss.backward()
+    mine = torch.tensor([2 * rank, 2 * rank + 1])
+    mine = torch.cat([mine, B + mine])
+    wrapped = wrap(module, how)
+    wrapped(ids[mine], None, labels[mine], ref_logps[mine]).loss.backward()
+    for (name, got), expected in zip(module.named_parameters(), single.parameters(), strict=True):
+        gradient = got.grad.full_tensor() if how == "FSDP2" else got.grad
+        assert error(gradient, expected.grad) <= 1e-5, name
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_the_gradients_are_those_of_one_process(how, tied, tmp_path):
+    torch.multiprocessing.spawn(half_of_the_pairs, (str(tmp_path), how, tied), nprocs=2)
