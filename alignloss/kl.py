@@ -137,13 +137,14 @@ class _Heads:
             for (problem, _), buffer in zip(self.both, self.buffers, strict=True)
         ]
 
-    def logits(self, rows: list[Tensor], weights: list[Tensor], first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x of both, and a tile for what the backend needs beside them, empty if nothing."""
+    def logits(self, rows: list[Tensor], weights: list[Tensor], first: int) -> tuple[Tensor | None, ...]:
+        """What the primitives take as logits of both: products and biases; and a tile beside them, empty if unused."""
         shape = len(rows[0]), len(weights[0])
         tiles = [self.policy.tile_view(tile, *shape) for tile in self.tiles]
         for (problem, _), r, w, tile in zip(self.both, rows, weights, tiles, strict=False):
-            problem.logits_tile(r, w, first, tile)
-        return tiles[0], tiles[1], tiles[2] if self.spare else self.tiles[:0]
+            problem.product_tile(r, w, tile)
+        biases = [problem.bias_slice(first, first + shape[1]) for problem, _ in self.both]
+        return *tiles[:2], *biases, tiles[2] if self.spare else self.tiles[:0]
 
 
 def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -307,7 +307,10 @@ def _pass(
     wanted = list(stats) or [None] * len(backends.STATS)
     several = len(indices) > 1
     with ops.device_guard(hidden):
-        problems = [ops.Problem(hidden, weight, projection.bias, labels, index, False, *options) for index in indices]
+        problems = [ops.Problem(hidden, weight, None, labels, index, False, *options) for index in indices]
+        bias = problems[0].widened(projection.bias)
+        for problem in problems:
+            problem.bias = bias
         new, rows = problems[0].empty, sum(problem.rows for problem in problems)
         state, dlogp = new(STATE_ROWS, rows), new(rows, hidden.shape[1], dtype=projection.compute_dtype)
         gradient = ops.HeadGradient(weight, *needs, problem=problems[0], several=several)

@@ -47,7 +47,7 @@ __all__ = [
 
 
 class Problem:
-    """One call on its scored tokens: dtypes, buffers and the GEMM that makes a tile of logits."""
+    """One call on its scored tokens: dtypes, buffers and the GEMM of a tile."""
 
     def __init__(
         self,
@@ -81,7 +81,12 @@ class Problem:
             self.vocabulary, self.width, compute_dtype, hidden.dtype, weight.dtype, index is not None,
             transform.cap is not None, self.device.type, backend,
         )  # fmt: skip
-        self.bias = None if bias is None else bias.to(compute_dtype).to(self.accum_dtype) * transform.linear
+        self.bias = self.widened(bias)
+
+    def widened(self, bias: Tensor | None) -> Tensor | None:  # (V,)
+        """b * linear in the accumulation dtype, of what the compute dtype holds of b."""
+        dtype = self.tokens.compute_dtype
+        return None if bias is None else bias.to(dtype).to(self.accum_dtype) * self.transform.linear
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.device)
@@ -104,14 +109,14 @@ class Problem:
         # the copy rounds to the dtype of the GEMM, unless that is wider than the one to compute in
         return buffer[: last - first].copy_(part if compute_dtype == self.gemm_dtype else part.to(compute_dtype))
 
-    def logits_tile(self, rows: Tensor, weight: Tensor, first: int, out: Tensor) -> Tensor:
-        """x = (h W_slice^T + b) * linear in the accumulation dtype."""
-        if self.bias is None:
-            addmm(out, rows, weight.T, out, beta=0, alpha=self.transform.linear)
-        else:
-            bias = self.bias[first : first + weight.shape[0]]
-            addmm(bias.expand_as(out), rows, weight.T, out, beta=1, alpha=self.transform.linear)
+    def product_tile(self, rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """h W_slice^T * linear in the accumulation dtype: logits but for the bias, which the primitives add."""
+        addmm(out, rows, weight.T, out, beta=0, alpha=self.transform.linear)
         return out
+
+    def bias_slice(self, first: int, last: int) -> Tensor | None:
+        """Of `widened`, for the logits of a slice."""
+        return None if self.bias is None else self.bias[first:last]
 
 
 def addmm(base: Tensor, a: Tensor, b: Tensor, out: Tensor, beta: float = 1, alpha: float = 1) -> None:
@@ -269,11 +274,12 @@ def walk_forward(
                     x, kept = kept, None
                 else:
                     x = problem.tile_view(tile, count, last - first)
-                problem.logits_tile(rows, weight, first, x)
+                problem.product_tile(rows, weight, x)
                 spare = problem.tile_view(scratch, count, last - first)
                 begun = first > 0
                 exps, z_exps = primitives.fold(
                     x,
+                    problem.bias_slice(first, last),
                     spare,
                     sums,
                     labels,
@@ -520,9 +526,10 @@ def _walk_backward(
             rows, scaled = problem.hidden[part] if copy is None else copy, scaled_buffer[:count]
             if first == 0 or block < problem.rows:
                 weighed.weigh(part, copy, scaled)
-            x = problem.logits_tile(rows, w, first, problem.tile_view(tile, count, last - first))
+            x = problem.product_tile(rows, w, problem.tile_view(tile, count, last - first))
             dz = primitives.dlogits(
                 x,
+                problem.bias_slice(first, last),
                 problem.tile_view(scratch, count, last - first),
                 weighed.state[:, part],
                 problem.labels[part],

@@ -459,7 +459,8 @@ def plan(
     # one pass without a wider accumulator makes the gradient of the head itself in the forward
     early = dweight if regime == 3 and not backward else 0
     results = 8 * positions  # log-probabilities in float64; their gradients
-    forward, backward = (size + accum * vocabulary * bias for size in (forward, backward))  # the bias, widened
+    widened = accum * vocabulary * bias  # while logits are computed
+    forward, backward = forward + widened, backward + widened * (regime == 4)
     peak = saved + results + index + early + forward + state * (regime == 1)
     if regime > 1:
         peak = max(peak, saved + 2 * results + gradients + head.weigh_bytes(tokens) * save + backward)

@@ -66,7 +66,7 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
             tiled = (logits if wide else logits.view(dtype))[: N * len(part)].view(N, -1)
             addmm(tiled, hidden, part.T, tiled, beta=0, alpha=linear)
             if fold:
-                tile.fold_fwd(tiled, None, state, labels, None, None, first, cap, 0, False, torch.float32)
+                tile.fold_fwd(tiled, None, None, state, labels, None, None, first, cap, 0, False, torch.float32)
 
     def fused(config: tuple[int, ...]) -> Callable[[], None]:
         def run() -> None:
@@ -92,12 +92,12 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
     wide, thin = source.element_size(), exps.element_size()
     kinds: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
         "fold, for U": (
-            lambda: tile.fold_fwd(x, None, state, labels, None, None, 0, cap, 1, False, dtype),
+            lambda: tile.fold_fwd(x, None, None, state, labels, None, None, 0, cap, 1, False, dtype),
             lambda: (begin(), x.copy_(source)),
             wide + thin,
         ),
         "gradient of the logits": (
-            lambda: tile.dlogits_bwd(x, state, labels, used, None, 0, cap, dtype),
+            lambda: tile.dlogits_bwd(x, None, state, labels, used, None, 0, cap, dtype),
             lambda: (state.fill_(1), x.copy_(source)),
             wide + thin,
         ),

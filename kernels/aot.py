@@ -129,6 +129,7 @@ def variants(blocks: str) -> list[Variant]:
         (2, True, True, "*bf16"),
     ):
         flags = {
+            "HAS_BIAS": full,
             "HAS_CAP": full,
             "SAVE": save,
             "NARROW": narrow,
@@ -139,14 +140,14 @@ def variants(blocks: str) -> list[Variant]:
         name = f"fold_fwd[{dtype[1:]}, save={save}, narrow={narrow}, all={full}]"
         found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, tile_warps))
     for narrow, full in ((False, False), (True, False), (True, True)):
-        flags = {"HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": TILE_BLOCK}
+        flags = {"HAS_BIAS": full, "HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": TILE_BLOCK}
         name = f"dlogits_bwd[narrow={narrow}, all={full}]"
         found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, tile_warps))
     for name, pointee in (("bf16", "*bf16"), ("fp32", "*fp32")):
         flags = {"HAS_CAP": True, "BLOCK": TILE_BLOCK}
         found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, tile_warps))
     for full in (False, True):
-        flags = {"HAS_CAP": full, "BLOCK": TILE_BLOCK}
+        flags = {"HAS_BIAS": full, "HAS_REF_BIAS": full, "HAS_CAP": full, "BLOCK": TILE_BLOCK}
         narrow = {"out": "*bf16"} if full else {}
         suffix = f"[narrow={full}, all={full}]"
         found.append(Variant(f"kl_fwd[all={full}]", kl.kl_fwd_kernel, {}, flags, tile_warps))

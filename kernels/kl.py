@@ -11,19 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import sech2, softcap_logit
-from .tile import narrowed, program, reach
+from .tile import load_logits, narrowed, program, reach
 
 
 @triton.jit
 def kl_fwd_kernel(
-    tile,  # (C, Vs) fp32 x of the policy
-    ref_tile,  # (C, Vs) fp32 x of the reference
+    tile,  # (C, Vs) fp32 x of the policy, without the bias
+    ref_tile,  # (C, Vs) fp32 x of the reference, likewise
+    bias,  # (Vs,) fp32, times linear
+    ref_bias,  # (Vs,) fp32
     state,  # (5, C): max, sum, max and sum of the reference, sum exp(z_ref - max) (z_ref - z)
     Vs,
     reach,  # Vs, and the padding of rows
     tile_stride,
     state_stride,
     cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_REF_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -35,8 +39,8 @@ def kl_fwd_kernel(
     ref_tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, reach, BLOCK):
         v = start + c
-        x = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
-        x_ref = tl.load(ref_tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        x = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
+        x_ref = load_logits(ref_tile + row * tile_stride, ref_bias, v, Vs, reach, HAS_REF_BIAS)
         tops = tl.maximum(tops, tl.where(v < Vs, x, -float("inf")))
         ref_tops = tl.maximum(ref_tops, tl.where(v < Vs, x_ref, -float("inf")))
     top, ref_top = tl.max(tops, 0), tl.max(ref_tops, 0)
@@ -50,8 +54,8 @@ def kl_fwd_kernel(
     gaps = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, reach, BLOCK):
         v = start + c
-        z = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
-        z_ref = tl.load(ref_tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        z = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
+        z_ref = load_logits(ref_tile + row * tile_stride, ref_bias, v, Vs, reach, HAS_REF_BIAS)
         if HAS_CAP:
             z, z_ref = softcap_logit(z, cap), softcap_logit(z_ref, cap)
         e_ref = tl.where(v < Vs, tl.exp(z_ref - ref_top), 0.0)
@@ -71,8 +75,10 @@ def kl_fwd_kernel(
 
 @triton.jit
 def kl_bwd_kernel(
-    tile,  # (C, Vs) fp32 x of the policy
-    ref_tile,  # (C, Vs) fp32 x of the reference
+    tile,  # (C, Vs) fp32 x of the policy, without the bias
+    ref_tile,  # (C, Vs) fp32 x of the reference, likewise
+    bias,  # (Vs,) fp32, times linear
+    ref_bias,  # (Vs,) fp32
     out,  # (C, Vs), in the memory of `tile`
     state,  # (5, C): max, log-sum, max and log-sum of the reference
     coefficient,  # (C,); where it is 0 the result is too, whatever the logits
@@ -83,6 +89,8 @@ def kl_bwd_kernel(
     state_stride,
     cap,
     lift,
+    HAS_BIAS: tl.constexpr,
+    HAS_REF_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,8 +103,8 @@ def kl_bwd_kernel(
     c = tl.arange(0, BLOCK)
     for start in range(0, reach, BLOCK):
         v = start + c
-        x = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
-        z, z_ref = x, tl.load(ref_tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        x = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
+        z, z_ref = x, load_logits(ref_tile + row * tile_stride, ref_bias, v, Vs, reach, HAS_REF_BIAS)
         if HAS_CAP:
             z, z_ref = softcap_logit(z, cap), softcap_logit(z_ref, cap)
         d = tl.exp(z - top - log_sum) - tl.exp(z_ref - ref_top - ref_log_sum)
@@ -109,8 +117,10 @@ def kl_bwd_kernel(
 
 
 def kl_fwd(
-    tile: Tensor,  # (C, Vs) fp32, rows contiguous
-    ref_tile: Tensor,  # (C, Vs) fp32, rows contiguous
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias
+    ref_tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias
+    bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
+    ref_bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
     state: Tensor,  # (5, C), rows contiguous
     cap: float | None,
 ) -> None:
@@ -119,20 +129,26 @@ def kl_fwd(
     kl_fwd_kernel[(C,)](
         tile,
         ref_tile,
+        bias,
+        ref_bias,
         state,
         Vs,
         reach(tile, ref_tile),
         tile.stride(0),
         state.stride(0),
         cap or 1.0,
+        HAS_BIAS=bias is not None,
+        HAS_REF_BIAS=ref_bias is not None,
         HAS_CAP=cap is not None,
         **program(Vs),
     )
 
 
 def kl_bwd(
-    tile: Tensor,  # (C, Vs) fp32, rows contiguous; overwritten
-    ref_tile: Tensor,  # (C, Vs) fp32, rows contiguous
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias; overwritten
+    ref_tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias
+    bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
+    ref_bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
     state: Tensor,  # (5, C), rows contiguous
     coefficient: Tensor,  # (C,) contiguous
     cap: float | None,
@@ -145,6 +161,8 @@ def kl_bwd(
     kl_bwd_kernel[(C,)](
         tile,
         ref_tile,
+        bias,
+        ref_bias,
         out,
         state,
         coefficient,
@@ -155,6 +173,8 @@ def kl_bwd(
         state.stride(0),
         cap or 1.0,
         lift,
+        HAS_BIAS=bias is not None,
+        HAS_REF_BIAS=ref_bias is not None,
         HAS_CAP=cap is not None,
         NARROW=dtype != tile.dtype,
         **program(Vs),

@@ -1,5 +1,7 @@
 """Kernels over a logits tile that a GEMM wrote, one program per row, one read of the tile from device memory.
 
+The GEMM leaves out the bias: the kernels add it as they read, a vector that all rows share and L2 holds.
+
 `fold_fwd_kernel` folds the tile into the running statistics of its rows and, when the derivative is wanted, overwrites
 it by e_v sech^2(x_v) with e_v = exp(z_v - m) and 0 at the target. The reference m of a row is kept until the maximum
 exceeds it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almost never.
@@ -34,8 +36,19 @@ def column(label, first, Vs):
 
 
 @triton.jit
+def load_logits(x_row, bias, v, Vs, reach, HAS_BIAS: tl.constexpr):
+    """x at the entries v of a row, with the bias up to Vs."""
+    # a mask that followed the target would split the load into single entries
+    x = tl.load(x_row + v, mask=v < reach, other=0.0)
+    if HAS_BIAS:
+        x += tl.load(bias + v, mask=v < Vs, other=0.0)
+    return x
+
+
+@triton.jit
 def fold_fwd_kernel(
-    tile,  # (C, Vs) fp32 x
+    tile,  # (C, Vs) fp32 x without the bias
+    bias,  # (Vs,) fp32, times linear
     out,  # (C, Vs) exponentials, in the memory of `tile` or of their own
     out2,  # (C, Vs) (z - m) times the exponentials
     state,  # (7, C): m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
@@ -52,6 +65,7 @@ def fold_fwd_kernel(
     state_stride,
     cap,
     slack,
+    HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SAVE: tl.constexpr,
     NARROW: tl.constexpr,  # `out` is half as wide as `tile`, in its memory
@@ -69,13 +83,12 @@ def fold_fwd_kernel(
     tops = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, reach, BLOCK):
         v = start + c
-        # a mask that followed the target would split the load into single entries
-        x = tl.load(x_row + v, mask=v < reach, other=-float("inf"))
+        x = load_logits(x_row, bias, v, Vs, reach, HAS_BIAS)
         tops = tl.maximum(tops, tl.where((v < Vs) & (v != target), x, -float("inf")))
     top = tl.max(tops, 0)
     top = softcap_logit(top, cap) if HAS_CAP else top  # monotone
     if target >= 0:
-        tl.store(at + 2 * step, tl.load(x_row + target))
+        tl.store(at + 2 * step, load_logits(x_row, bias, target, Vs, reach, HAS_BIAS))
     if SAVE > 0:
         tl.debug_barrier()  # before a faster warp overwrites the target
 
@@ -90,7 +103,7 @@ def fold_fwd_kernel(
     for start in range(0, reach, BLOCK):
         v = start + c
         rest = (v < Vs) & (v != target)
-        x = tl.load(x_row + v, mask=v < reach, other=0.0)
+        x = load_logits(x_row, bias, v, Vs, reach, HAS_BIAS)
         z = softcap_logit(x, cap) if HAS_CAP else x
         e = tl.where(rest, tl.exp(z - m), 0.0)
         ze = tl.where(e == 0, 0.0, (z - m) * e)
@@ -132,7 +145,8 @@ def fold_fwd_kernel(
 
 @triton.jit
 def dlogits_bwd_kernel(
-    tile,  # (C, Vs) fp32 x
+    tile,  # (C, Vs) fp32 x without the bias
+    bias,  # (Vs,) fp32, times linear
     out,  # (C, Vs), in the memory of `tile`
     state,  # (7, C): m, s
     labels,  # (C,) int64
@@ -146,6 +160,7 @@ def dlogits_bwd_kernel(
     state_stride,
     mix_stride,
     cap,
+    HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     NARROW: tl.constexpr,
@@ -165,7 +180,7 @@ def dlogits_bwd_kernel(
     c = tl.arange(0, BLOCK)
     for start in range(0, reach, BLOCK):
         v = start + c
-        x = tl.load(tile + row * tile_stride + v, mask=v < reach, other=0.0)
+        x = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
         z = softcap_logit(x, cap) if HAS_CAP else x
         # not exp(z - m - log s): rounding log s together with a large m would unbalance the sum of the q
         q = tl.exp(z - m) * inverse
@@ -231,7 +246,8 @@ def program(columns: int) -> dict[str, int]:
 
 
 def fold_fwd(
-    tile: Tensor,  # (C, Vs) fp32, rows contiguous; overwritten if save
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias; overwritten if save
+    bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
     spare: Tensor | None,  # (C, Vs) fp32, for save == 2
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
@@ -253,6 +269,7 @@ def fold_fwd(
     slack = 8.0 if dtype == torch.float16 else 20.0
     fold_fwd_kernel[(C,)](
         tile,
+        bias,
         out,
         out2,
         state,
@@ -269,6 +286,7 @@ def fold_fwd(
         state.stride(0),
         cap or 1.0,
         slack,
+        HAS_BIAS=bias is not None,
         HAS_CAP=cap is not None,
         SAVE=save,
         NARROW=narrows,
@@ -280,7 +298,8 @@ def fold_fwd(
 
 
 def dlogits_bwd(
-    tile: Tensor,  # (C, Vs) fp32, rows contiguous; overwritten
+    tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias; overwritten
+    bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
     coefficient: Tensor,  # (C,) contiguous
@@ -294,6 +313,7 @@ def dlogits_bwd(
     out = narrowed(tile, dtype)
     dlogits_bwd_kernel[(C,)](
         tile,
+        bias,
         out,
         state,
         labels,
@@ -307,6 +327,7 @@ def dlogits_bwd(
         state.stride(0),
         0 if mix is None else mix.stride(0),
         cap or 1.0,
+        HAS_BIAS=bias is not None,
         HAS_CAP=cap is not None,
         ENTROPY=mix is not None,
         NARROW=dtype != tile.dtype,

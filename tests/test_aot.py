@@ -30,3 +30,7 @@ def test_kernels_compile_within_resources(target, tmp_path):
         for kernel, loads in (("fold_fwd", 2), ("dlogits_bwd", 1), ("held_bwd[fp32", 1), ("kl_fwd", 4), ("kl_bwd", 2)):
             found = [row["vector_loads"] for row in rows if row["variant"].startswith(kernel)]
             assert len(found) >= 2 and min(found) >= loads, (kernel, found)
+        # and so does each read of a bias, where that width is a multiple of 16
+        for kernel, loads in (("fold_fwd", 4), ("dlogits_bwd", 2), ("kl_fwd", 8), ("kl_bwd", 4)):
+            whole = [row for row in rows if row["variant"].startswith(kernel) and "all=True, whole" in row["variant"]]
+            assert whole and min(row["vector_loads"] for row in whole) >= loads, (kernel, whole)

@@ -37,6 +37,8 @@ def _as_on_a_gpu(monkeypatch):
         return planning.Footprint(*fields)._replace(device_type="cuda")
 
     def addmm(base, a, b, out, beta=1, alpha=1):
+        # any other base would be copied to where the result goes: 8 bytes per entry of a tile
+        assert base.data_ptr() == out.data_ptr() and base.stride() == out.stride()
         product = alpha * (a.to(out.dtype) @ b.to(out.dtype))
         out.copy_(product if beta == 0 else beta * base + product)
 
@@ -195,7 +197,8 @@ def test_wide_products_where_addmm_takes_no_wide_base(beta, monkeypatch):
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("trained", ["", "hidden", "hidden weight", "step"], ids=lambda t: t or "nothing")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
-def test_a_call_allocates_what_the_plan_says(stored, trained, softcap, masked, workspace, monkeypatch):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_call_allocates_what_the_plan_says(with_bias, stored, trained, softcap, masked, workspace, monkeypatch):
     """Within 2 % of the bytes that the kernels of a GPU are given; nothing is computed here."""
     pytest.importorskip("triton")
     stand_in(monkeypatch, lambda module, name: Launches())
@@ -203,6 +206,7 @@ def test_a_call_allocates_what_the_plan_says(stored, trained, softcap, masked, w
     S, length, width, vocabulary = 8, 512, 512, 49152
     hidden = torch.zeros(S, length, width, dtype=stored, requires_grad=bool(trained))
     weight = torch.zeros(vocabulary, width, dtype=stored, requires_grad=trained in ("hidden weight", "step"))
+    bias = torch.zeros(vocabulary, dtype=stored, requires_grad=weight.requires_grad) if with_bias else None
     labels = torch.zeros(S, length, dtype=torch.int64)
     labels[:, : int(length * masked)] = -100
     options = {"softcap": softcap, "backend": "triton", "workspace_bytes": workspace}
@@ -211,14 +215,16 @@ def test_a_call_allocates_what_the_plan_says(stored, trained, softcap, masked, w
     def call():
         with torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32):
             if trained == "step":
-                loss = loss_fn(hidden, weight, labels, ref_logps=torch.zeros(S)).loss
+                loss = loss_fn(hidden, weight, labels, bias, ref_logps=torch.zeros(S)).loss
             else:
-                loss = alignloss.linear_logprob(hidden, weight, labels, **options).sum()
+                loss = alignloss.linear_logprob(hidden, weight, labels, bias, **options).sum()
         if trained:
             loss.backward()
 
     call()
     hidden.grad = weight.grad = None
+    if bias is not None:
+        bias.grad = None
     tokens = int((labels != -100).sum())
     expected = alignloss.plan(
         *(tokens, width, vocabulary),
@@ -226,12 +232,13 @@ def test_a_call_allocates_what_the_plan_says(stored, trained, softcap, masked, w
         train_head=weight.requires_grad,
         pair_tokens=2 * tokens // S if trained == "step" else None,
         positions=labels.numel(),
+        bias=with_bias,
         weight_dtype=stored,
         device="cuda",
         device_memory=80 << 30,
         **options,
     )
-    assert expected.workspace_bytes <= workspace
+    assert expected.workspace_bytes <= workspace + 4 * vocabulary * with_bias  # the tiles, and the widened bias
     assert peak_bytes(call) == pytest.approx(expected.peak_bytes, rel=0.02)
 
 

@@ -128,9 +128,8 @@ def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monke
     for first, last in ((0, 150), (150, 300)):
         part = x[:, first:last].float().contiguous()
         spare = torch.empty_like(part) if save == 2 else None
-        e, ze = tile.fold_fwd(
-            part, spare, state, labels, u if save else None, u2 if save > 1 else None, first, cap, save, True, dtype
-        )
+        sums = (u if save else None, u2 if save > 1 else None)
+        e, ze = tile.fold_fwd(part, None, spare, state, labels, *sums, first, cap, save, True, dtype)
         if save:
             u += e.float() @ weight[first:last].float()
         if save == 2:
@@ -148,11 +147,11 @@ def test_fold_over_slices_and_what_it_leaves_in_the_tile(cap, save, dtype, monke
         assert error(u2, (e * (z - state[0, :, None])) @ weight) <= tolerance
 
 
-def padded(values):
+def padded(values, padding=torch.nan):
     """Values (N, V) as a tile of a GPU is stored, with NaN in the padding and beyond the last row."""
     rows, columns = values.shape
     pitch = -(-columns // blocks.PITCH) * blocks.PITCH
-    memory = torch.full((rows * pitch + 64,), torch.nan, dtype=values.dtype)
+    memory = torch.full((rows * pitch + 64,), padding, dtype=values.dtype)
     tile = memory[: rows * pitch].view(rows, pitch)[:, :columns]
     tile.copy_(values)
     return tile, memory[rows * pitch :]
@@ -160,10 +159,12 @@ def padded(values):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("V", [150, 64, 1])
-def test_padded_rows_are_the_same_as_dense_ones(V, dtype, monkeypatch):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_padded_rows_are_the_same_as_dense_ones(with_bias, V, dtype, monkeypatch):
     several_blocks(monkeypatch)
     N, first = 3, 50
     x, x_ref = torch.randn(2, N, V)
+    bias = torch.randn(V) if with_bias else None
     labels = torch.tensor([first, first + V - 1, first + V])  # the last one is in the padding, or beyond
     state, kl_state = fresh_state(N), torch.zeros(5, N)
     kl_state[[0, 2]] = -1e30
@@ -172,13 +173,13 @@ def test_padded_rows_are_the_same_as_dense_ones(V, dtype, monkeypatch):
         sums, tops = state.clone(), kl_state.clone()
         tiles = [of(t) for t in (x, x, x, x, x, x_ref, x, x_ref)]
         (a, _), (spare, _), (b, _), (c, _), *kl_tiles = tiles
-        results = [*tile.fold_fwd(a, spare, sums, labels, None, None, first, 2.0, 2, True, dtype), sums.clone()]
-        results.append(tile.dlogits_bwd(b, sums, labels, torch.ones(N), None, first, 2.0, dtype))
+        results = [*tile.fold_fwd(a, bias, spare, sums, labels, None, None, first, 2.0, 2, True, dtype), sums.clone()]
+        results.append(tile.dlogits_bwd(b, bias, sums, labels, torch.ones(N), None, first, 2.0, dtype))
         held, _ = of(c.to(dtype))
         tile.held_bwd(held, torch.zeros(N), sums, labels, torch.ones(N), first, None)
         (p, _), (q, _), (p2, _), (q2, _) = kl_tiles
-        kl.kl_fwd(p, q, tops, 2.0)
-        results += [held, tops.clone(), kl.kl_bwd(p2, q2, tops.abs(), torch.ones(N), 2.0, 1.0, dtype)]
+        kl.kl_fwd(p, q, bias, bias, tops, 2.0)
+        results += [held, tops.clone(), kl.kl_bwd(p2, q2, bias, bias, tops.abs(), torch.ones(N), 2.0, 1.0, dtype)]
         assert all(beyond.isnan().all() for _, beyond in tiles)
         return results
 
@@ -187,14 +188,88 @@ def test_padded_rows_are_the_same_as_dense_ones(V, dtype, monkeypatch):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize(("with_bias", "with_ref_bias"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("special", [None, -torch.inf, torch.inf, torch.nan])
+def test_a_bias_added_by_a_kernel_is_one_added_before(special, with_bias, with_ref_bias, cap, monkeypatch):
+    several_blocks(monkeypatch)
+    N, V, first = 4, 150, 50
+    x, x_ref = torch.randn(2, N, V)
+    biases = torch.randn(2, V) * 5
+    if special is not None:
+        biases[:, [3, 149]] = special
+    labels = torch.tensor([first, first + 3, first + 149, 0])  # the last one is in another slice
+    given = [bias if use else None for bias, use in zip(biases, (with_bias, with_ref_bias), strict=True)]
+
+    def run(x, x_ref, bias, ref_bias):
+        sums, tops, used = fresh_state(N), torch.zeros(5, N), torch.ones(N)
+        tops[[0, 2]] = -1e30
+        mix = torch.tensor([0.5, -0.3, 0.2])[:, None].expand(3, N).contiguous()
+
+        def tiles(count):
+            return [t.clone() for t in (x, x_ref, x, x)][:count]
+
+        results = []
+        for save in (0, 1, 2):
+            t, _, spare = tiles(3)
+            spare = spare if save == 2 else None
+            out = tile.fold_fwd(t, bias, spare, sums, labels, None, None, first, cap, save, True, torch.float32)
+            results += [*(t for t in out if save and t is not None), sums.clone()]
+        for m in (None, mix):
+            results.append(tile.dlogits_bwd(*tiles(1), bias, sums, labels, used, m, first, cap, torch.float16))
+        kl.kl_fwd(*tiles(2), bias, ref_bias, tops, cap)
+        results += [tops.clone(), kl.kl_bwd(*tiles(2), bias, ref_bias, tops, used, cap, 1.0, torch.float32)]
+        return results
+
+    got = run(x, x_ref, *given)
+    expected = run(*(t if b is None else t + b for t, b in zip((x, x_ref), given, strict=True)), None, None)
+    for value, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_a_bias_is_not_read_beyond_its_slice(monkeypatch):
+    several_blocks(monkeypatch)
+    N, V = 3, 70
+    beyond = torch.full((128,), torch.nan)
+    bias = beyond[:V].normal_()
+    labels, used, sums, tops = torch.arange(N), torch.ones(N), fresh_state(N), torch.zeros(5, N)
+    tops[[0, 2]] = -1e30
+
+    def tiles(count):
+        return [padded(torch.randn(N, V), padding=0.0)[0] for _ in range(count)]
+
+    (a, spare), (b,), (p, q), (p2, q2) = map(tiles, (2, 1, 2, 2))
+    tile.fold_fwd(a, bias, spare, sums, labels, None, None, 0, None, 2, True, torch.float32)
+    tile.dlogits_bwd(b, bias, sums, labels, used, None, 0, None, torch.float32)
+    kl.kl_fwd(p, q, bias, bias, tops, None)
+    kl.kl_bwd(p2, q2, bias, bias, tops, used, None, 1.0, torch.float32)
+    assert not sums.isnan().any() and not tops.isnan().any()
+    for written in (a, spare, b, p2):
+        # the padding of the rows, which is read and written too
+        assert not written.as_strided((N, 128), (128, 1)).isnan().any()
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_a_backward_adds_the_bias_as_the_forward_did_to_the_last_bit(cap, monkeypatch):
+    several_blocks(monkeypatch)
+    N, V = 3, 150
+    x, bias = torch.randn(N, V) * 3, torch.randn(V) * 30
+    labels, sums = torch.full((N,), V), fresh_state(N)  # in another slice
+    e, _ = tile.fold_fwd(x.clone(), bias, None, sums, labels, None, None, 0, cap, 1, False, torch.float32)
+    sums[1] = 1
+    dz = tile.dlogits_bwd(x.clone(), bias, sums, labels, torch.ones(N), None, 0, cap, torch.float32)
+    assert torch.equal(dz, -e)
+
+
 @pytest.mark.parametrize("label", [-(2**63), -(2**31) - 1, -100, 2**31 + 3, 2**32 + 3, 2**63 - 1])
 def test_a_label_outside_the_vocabulary_is_in_no_tile_however_far(label):
     x, state = torch.randn(1, 40), fresh_state(1)
-    out, _ = tile.fold_fwd(x.clone(), None, state, torch.tensor([label]), None, None, 0, None, 1, False, torch.float32)
+    label = torch.tensor([label])
+    out, _ = tile.fold_fwd(x.clone(), None, None, state, label, None, None, 0, None, 1, False, torch.float32)
     assert bool(state[2].isnan()) and float(out.min()) > 0
     z = x.double() - state[0].double()
     torch.testing.assert_close(state[1].double(), z.exp().sum(1), rtol=1e-6, atol=0)
-    d = tile.dlogits_bwd(x.clone(), state, torch.tensor([label]), torch.ones(1), None, 0, None, torch.float32)
+    d = tile.dlogits_bwd(x.clone(), None, state, label, torch.ones(1), None, 0, None, torch.float32)
     assert float(d.max()) < 0
 
 
@@ -229,7 +304,7 @@ def test_dlogits_against_autograd(cap, entropy, dtype, monkeypatch):
     values = x.detach().float()
     values[3] = torch.nan  # a row without a gradient, whatever is in it
     first_half, second_half = (
-        tile.dlogits_bwd(values[:, s].contiguous(), state, labels, used, mix, s.start, cap, dtype)
+        tile.dlogits_bwd(values[:, s].contiguous(), None, state, labels, used, mix, s.start, cap, dtype)
         for s in (slice(0, 150), slice(150, 300))
     )
     got = torch.cat([first_half, second_half], 1).double() * rest * (cap or 1.0)  # dz / dx = cap sech^2(x)

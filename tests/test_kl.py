@@ -114,12 +114,13 @@ def test_ignored_positions_empty_batches_and_token_index():
         assert float(w.grad.abs().max()) == 0
 
 
-def test_impossible_tokens_of_both_heads_count_nothing():
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = problem()
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float64), ("triton", torch.float32)])
+def test_impossible_tokens_of_both_heads_count_nothing(backend, dtype):
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = problem(dtype)
     labels = labels.clamp(max=90)
     bias, ref_bias = bias.clone(), ref_bias.clone()
     bias[95:] = ref_bias[95:] = -torch.inf
-    got = alignloss.linear_kl(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias)
+    got = alignloss.linear_kl(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, backend=backend)
     expected = full_kl(hidden, weight[:95], bias[:95], ref_hidden, ref_weight[:95], ref_bias[:95], labels)
     torch.testing.assert_close(got, expected)
 

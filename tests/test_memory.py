@@ -59,6 +59,20 @@ def test_the_workspace_is_a_bound_in_one_pass(workspace, dtype):
     assert peak - 2 * hidden.nbytes - weight.nbytes <= workspace + vectors(sequences * length)
 
 
+def test_groups_of_one_pass_share_a_widened_bias():
+    sequences, length, vocabulary = 32, 8, 32768
+    hidden = torch.randn(sequences, length, 16).bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, 16).bfloat16().requires_grad_()
+    bias = torch.randn(vocabulary).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocabulary, (sequences, length))
+    # float32 logits of a sequence take 1 MiB, the shared dweight 2 MiB
+    module = alignloss.SFTLoss(workspace_bytes=4 * MIB)
+    tokens, pairs = sequences * length, {"pair_tokens": length, "workspace_bytes": 4 * MIB, "device": "cpu"}
+    assert alignloss.plan(tokens, 16, vocabulary, train_head=True, bias=True, **pairs).groups >= 16
+    plain, biased = (peak_bytes(lambda b=b: module(hidden, weight, labels, b).loss.backward()) for b in (None, bias))
+    assert biased - plain <= 6 * 4 * vocabulary  # widened, its gradient in two dtypes, and transient copies
+
+
 def test_a_bf16_head_has_no_fp32_gradient():
     V, H = 65536, 512
     hidden = torch.randn(256, H).bfloat16().requires_grad_()

@@ -1,8 +1,9 @@
 """The primitives of the ops, twice with one signature: `_torch` (any device, the specification) and `_triton`.
 
-Both work on a tile x = (h W_slice^T + b) * linear of C tokens and Vs vocabulary entries, in fp32 (fp64 for fp64 input),
-and on `state`, a tensor (7, C) of running sums over the vocabulary without the target column y. The logits are z = x,
-or z = cap tanh(x) under a softcap. Leaving the target out keeps 1 - p_y and log p_y exact as p_y -> 1.
+Both work on a tile h W_slice^T * linear of C tokens and Vs vocabulary entries, in fp32 (fp64 for fp64 input), to which
+they add the slice of the bias, b * linear, so that x = (h W_slice^T + b) * linear, and on `state`, a tensor (7, C) of
+running sums over the vocabulary without the target column y. The logits are z = x, or z = cap tanh(x) under a softcap.
+Leaving the target out keeps 1 - p_y and log p_y exact as p_y -> 1.
 """
 
 import os

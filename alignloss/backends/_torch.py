@@ -58,7 +58,8 @@ def _gather_rows(tokens: Tokens, part: slice, labels: Tensor, rows: Tensor | Non
 
 
 def fold(
-    tile: Tensor,  # (C, Vs) x; overwritten
+    tile: Tensor,  # (C, Vs) x without the bias; overwritten
+    bias: Tensor | None,  # (Vs,) times linear
     scratch: Tensor,  # (tiles, C, Vs)
     state: Tensor,  # (7, C); updated
     labels: Tensor,  # (C,)
@@ -72,6 +73,7 @@ def fold(
     out: Tensor | None = None,  # (C, Vs) of this dtype: where to keep what `u` has to accumulate
 ) -> tuple[Tensor, Tensor | None]:
     """Fold one tile into the running statistics; return what `u` and `u2` have to accumulate by W_slice."""
+    _add_bias(tile, bias)
     index, inside = _target_column(tile, labels, first)
     target = tile.gather(1, index)
     state[TARGET] = torch.where(inside, target, state[TARGET, :, None]).squeeze(1)
@@ -264,7 +266,8 @@ def weigh(
 
 
 def dlogits(
-    tile: Tensor,  # (C, Vs) x; overwritten by the result
+    tile: Tensor,  # (C, Vs) x without the bias; overwritten by the result
+    bias: Tensor | None,  # (Vs,) times linear
     scratch: Tensor,  # (tiles, C, Vs)
     state: Tensor,  # (7, C)
     labels: Tensor,  # (C,)
@@ -280,6 +283,7 @@ def dlogits(
     of the size of the upstream gradient. With A and B as in `weigh` it is D_y (A - B pull) and
     -q_v D_v (A + B (z_v - m - mu)).
     """
+    _add_bias(tile, bias)
     index, inside = _target_column(tile, labels, first)
     slope = None
     if transform.cap is not None:
@@ -349,13 +353,17 @@ def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]
 
 
 def kl_fold(
-    tile: Tensor,  # (C, Vs) x of the policy; overwritten
-    ref_tile: Tensor,  # (C, Vs) x of the reference; overwritten
+    tile: Tensor,  # (C, Vs) x of the policy, without the bias; overwritten
+    ref_tile: Tensor,  # (C, Vs) x of the reference, likewise
+    bias: Tensor | None,  # (Vs,) of the policy, times linear
+    ref_bias: Tensor | None,  # (Vs,) of the reference
     scratch: Tensor,  # (C, Vs)
     state: Tensor,  # (5, C); updated
     transform: Transform,
 ) -> None:
     """Fold one tile of a policy and of a reference into the statistics of their KL."""
+    _add_bias(tile, bias)
+    _add_bias(ref_tile, ref_bias)
     if transform.cap is not None:
         for x in (tile, ref_tile):
             x.tanh_().mul_(transform.cap)
@@ -375,8 +383,10 @@ def _add_exponentials(z: Tensor, exps: Tensor, top: Tensor, total: Tensor) -> Te
 
 
 def kl_dlogits(
-    tile: Tensor,  # (C, Vs) x of the policy; overwritten
-    ref_tile: Tensor,  # (C, Vs) x of the reference; overwritten
+    tile: Tensor,  # (C, Vs) x of the policy, without the bias; overwritten
+    ref_tile: Tensor,  # (C, Vs) x of the reference, likewise
+    bias: Tensor | None,  # (Vs,) of the policy, times linear
+    ref_bias: Tensor | None,  # (Vs,) of the reference
     scratch: Tensor,  # (C, Vs)
     state: Tensor,  # (5, C), with log-sums
     transform: Transform,
@@ -385,6 +395,8 @@ def kl_dlogits(
     dtype: torch.dtype,  # of the result, an operand of the next GEMM
 ) -> Tensor:
     """Turn tiles into lift (p - q) dz / dx, with p of the policy and q of the reference."""
+    _add_bias(tile, bias)
+    _add_bias(ref_tile, ref_bias)
     slope = None
     if transform.cap is not None:
         slope = sech2(tile, out=scratch)
@@ -438,6 +450,11 @@ def sequence_scatter(
     if token_weights is not None:
         spread = torch.where(token_weights == 0, 0, spread * token_weights)  # not 0 * inf
     return spread
+
+
+def _add_bias(tile: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        tile.add_(bias)
 
 
 def _target_column(tile: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ def gemm_precision() -> str:
 
 def fold(
     x: Tensor,
+    bias: Tensor | None,
     scratch: Tensor,
     state: Tensor,
     labels: Tensor,
@@ -99,7 +100,7 @@ def fold(
 ) -> tuple[Tensor, Tensor | None]:
     spare = scratch[0] if save == 2 else None
     return tile.fold_fwd(
-        x, spare, state, labels, u, u2, first, transform.cap, save, _extras(wanted) or save == 2, dtype, out
+        x, bias, spare, state, labels, u, u2, first, transform.cap, save, _extras(wanted) or save == 2, dtype, out
     )
 
 
@@ -170,6 +171,7 @@ def weigh(
 
 def dlogits(
     x: Tensor,
+    bias: Tensor | None,
     scratch: Tensor,
     state: Tensor,
     labels: Tensor,
@@ -179,7 +181,7 @@ def dlogits(
     mix: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return tile.dlogits_bwd(x, state, labels, coefficient, mix, first, transform.cap, dtype)
+    return tile.dlogits_bwd(x, bias, state, labels, coefficient, mix, first, transform.cap, dtype)
 
 
 def held_dlogits(
@@ -194,13 +196,23 @@ def held_dlogits(
     tile.held_bwd(held, reference, state, labels, coefficient, first, transform.cap)
 
 
-def kl_fold(x: Tensor, x_ref: Tensor, scratch: Tensor, state: Tensor, transform: Transform) -> None:
-    kl.kl_fwd(x, x_ref, state, transform.cap)
+def kl_fold(
+    x: Tensor,
+    x_ref: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    scratch: Tensor,
+    state: Tensor,
+    transform: Transform,
+) -> None:
+    kl.kl_fwd(x, x_ref, bias, ref_bias, state, transform.cap)
 
 
 def kl_dlogits(
     x: Tensor,
     x_ref: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
     scratch: Tensor,
     state: Tensor,
     transform: Transform,
@@ -208,7 +220,7 @@ def kl_dlogits(
     lift: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    return kl.kl_bwd(x, x_ref, state, coefficient, transform.cap, lift, dtype)
+    return kl.kl_bwd(x, x_ref, bias, ref_bias, state, coefficient, transform.cap, lift, dtype)
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
