@@ -54,8 +54,9 @@ def kl_fwd_kernel(
     gaps = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, reach, BLOCK):
         v = start + c
-        z = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
+        # in this order: in the other ptxas spills under Triton 3.9
         z_ref = load_logits(ref_tile + row * tile_stride, ref_bias, v, Vs, reach, HAS_REF_BIAS)
+        z = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
         if HAS_CAP:
             z, z_ref = softcap_logit(z, cap), softcap_logit(z_ref, cap)
         e_ref = tl.where(v < Vs, tl.exp(z_ref - ref_top), 0.0)

@@ -197,7 +197,7 @@ def test_a_bias_added_by_a_kernel_is_one_added_before(special, with_bias, with_r
     x, x_ref = torch.randn(2, N, V)
     biases = torch.randn(2, V) * 5
     if special is not None:
-        biases[:, [3, 149]] = special
+        biases[:, 3] = biases[:, 149] = special
     labels = torch.tensor([first, first + 3, first + 149, 0])  # the last one is in another slice
     given = [bias if use else None for bias, use in zip(biases, (with_bias, with_ref_bias), strict=True)]
 
