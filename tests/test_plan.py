@@ -212,7 +212,7 @@ def test_bad_input_is_explained(arguments, message):
 def test_slices_of_a_gpu_find_their_rows_in_its_cache_and_their_padding_fits_the_workspace(workspace, vocabulary):
     half = torch.bfloat16
     foot = Footprint(vocabulary, 64, half, half, half, False, False, "cuda", "triton")
-    sizes = foot.forward(8192, 0, 1, workspace), foot.backward(8192, False, True, workspace)[0]
+    sizes = foot.forward(8192, 0, 1, workspace), foot.backward(8192, 0, 1, True, workspace)[0]
     for rows, columns, needed in (*sizes, foot.tile(8192, 64, 64, 8, workspace, wide=4096)):
         assert columns <= SLICE
         assert foot.pitch(columns) % 64 == 0 <= foot.pitch(columns) - columns < 64
