@@ -30,15 +30,15 @@ def problem_of(value: Tensor) -> str | None:
     kind = type(value).__name__
     if kind == "DTensor":  # by name: its module takes half a second to import
         return (
-            f"a DTensor, of which this call would see a shard: {_INSIDE} (FSDP2 with the head in the root unit); or "
-            'give full_tensor(grad_placements=[Partial("avg")]) under FSDP2, whose gradient is wrong without '
-            "grad_placements"
+            f"a DTensor, of which this call would see a shard: {_INSIDE} (under FSDP2 with the head in the root unit), "
+            'or, under FSDP2, give full_tensor(grad_placements=[Partial("avg")]); without grad_placements its gradient '
+            "is wrong"
         )
     if torch.compiler.is_compiling() or is_fake(value) or is_functorch_wrapped_tensor(value):
         return None
     if kind in ("Params4bit", "Int8Params") or hasattr(value, "quant_state"):
         return f"a quantised weight of bitsandbytes ({kind}): {_DEQUANTISE} (llm_int8_skip_modules)"
-    if is_traceable_wrapper_subclass(value):
+    if is_traceable_wrapper_subclass(value) and kind != "AsyncCollectiveTensor":  # which waits when it is read
         return f"a {kind}, whose values are those of other tensors, e.g. quantised ones: {_DEQUANTISE}"
     if value.is_meta:
         return (

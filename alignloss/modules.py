@@ -479,7 +479,7 @@ def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
     if value.is_complex():
         raise ValueError(f"{name} must be real, got {value.dtype}")
     check_tensor(name, value)
-    if value.dim() == 0 and value.device.type == "cpu" != device.type:
+    if value.dim() == 0 and value.device.type == "cpu" != device.type and not value.requires_grad:
         value = torch.full((), value.item(), device=device, dtype=torch.float64)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, hidden on {device}; move one of them")
