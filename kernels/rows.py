@@ -134,7 +134,6 @@ def finish_fwd_kernel(
     label = tl.load(labels + n)
     ignored = label == ignore_index
     m, s, z, gap = _row(state, n, step, cap, HAS_CAP)
-    ze = tl.load(state + n + 3 * step).to(tl.float64)
     logp, log_rest = log_sigmoid64(-gap), log_sigmoid64(gap)
     tl.store(logps + position, tl.where(ignored, 0.0, logp), mask=there)
     if LSE:
@@ -142,7 +141,7 @@ def finish_fwd_kernel(
         tl.store(lse + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if ENTROPY:
         p, rest = sigmoid64(-gap), sigmoid64(gap)
-        inside_rest = tl.log(s) - ze / s - log_rest
+        inside_rest = tl.log(s) - tl.load(state + n + 3 * step).to(tl.float64) / s - log_rest
         # conditions leave a NaN where it is
         value = tl.where(rest == 0, 0.0, rest * inside_rest) - tl.where(p == 0, 0.0, p * logp)
         tl.store(entropy + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
@@ -151,7 +150,7 @@ def finish_fwd_kernel(
         tl.store(mean_logits + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if LOG_SUM_SQ:
         of_rest = 2 * (log_rest - tl.log(s)) + tl.log(tl.load(state + n + 5 * step).to(tl.float64))
-        gap_sq = tl.where(s == 0, 0.0, 2 * logp - of_rest)
+        gap_sq = 2 * logp - of_rest
         value = tl.where(s == 0, 2 * logp, tl.where(gap_sq > 0, 2 * logp, of_rest) - log_sigmoid64(tl.abs(gap_sq)))
         tl.store(log_sum_sq + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if IS_TOP1:
@@ -163,7 +162,7 @@ def finish_fwd_kernel(
     if SAVE > 0:
         known = (label >= 0) & (label < V) & (ignored == 0)
         at_target = sech2(tl.load(state + n + 2 * step)) if HAS_CAP else 1.0
-        mu, pull = _entropy_terms(m, s, z, gap, ze)
+        mu, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + 3 * step).to(tl.float64))
         mu, pull = mu.to(tl.float32), pull.to(tl.float32)
         inverse = tl.where(s == 0, 0.0, 1.0 / s).to(tl.float32)
         w_row = weight + tl.where(known, label, 0) * weight_stride
