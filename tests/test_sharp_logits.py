@@ -8,7 +8,7 @@ import alignloss
 
 # a GEMM with so many terms rounds differently in another shape
 N, H, V = 96, 768, 700
-WORKSPACES = [None, 400_000, 100_000, 20_000]
+WORKSPACES = [None, 100_000, 20_000]
 
 
 def sharp(spread, dtype=torch.float32):
@@ -33,7 +33,7 @@ def gradients(function, tensors, dtype, upstream, trained=(0, 1)):
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("spread", [30, 100, 1000])
+@pytest.mark.parametrize("spread", [100, 1000])
 def test_the_gradient_of_a_kl_is_as_exact_as_that_of_full_logits(spread, workspace):
     *tensors, labels, upstream = sharp(spread)
     exact = gradients(kl, tensors, torch.float64, upstream)
@@ -47,7 +47,7 @@ def test_the_gradient_of_a_kl_is_as_exact_as_that_of_full_logits(spread, workspa
 
 @pytest.mark.parametrize("trained", [(1,), (0, 1)])
 @pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("spread", [30, 100, 1000])
+@pytest.mark.parametrize("spread", [100, 1000])
 def test_the_gradient_of_a_recomputed_head_is_too(spread, workspace, trained):
     hidden, weight, *_, labels, upstream = sharp(spread)
     exact = gradients(lambda h, w: logps(h, w, labels), (hidden, weight), torch.float64, upstream, trained)
