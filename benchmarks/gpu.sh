@@ -129,6 +129,8 @@ part install 60 bash -c install_all
     bench steps 90 step steps-long $deep --train full lora --optimizer --checkpointing "${few[@]}"
     bench steps 90 step steps-largest $largest --train full lora --optimizer --checkpointing "${few[@]}"
 }
-tar -czf "$out/results.tar.gz" -C "$out" --exclude results.tar.gz . || failed="$failed archive"  # one file to carry
+# one file to carry, made elsewhere: a folder that changes while it is read is an error to tar
+archive=$(mktemp)
+tar -czf "$archive" -C "$out" --exclude results.tar.gz . && mv "$archive" "$out/results.tar.gz" || failed="$failed archive"
 if [ -n "$failed" ]; then echo "== not finished:$failed"; exit 1; fi
 echo "== everything finished after $SECONDS s"
