@@ -22,13 +22,17 @@ def check_tensor(name: str, value: Any, hint: str = "") -> None:
         raise ValueError(f"{name} is {problem}")
 
 
+def is_dtensor(value: Tensor) -> bool:
+    # by name: its module takes half a second to import
+    return type(value).__name__ == "DTensor"
+
+
 def problem_of(value: Tensor) -> str | None:
     """What keeps a tensor from being used as it is, and the way out; None for a plain one.
 
     Comes before shapes, dtypes and devices, which say little of a placeholder.
     """
-    kind = type(value).__name__
-    if kind == "DTensor":  # by name: its module takes half a second to import
+    if is_dtensor(value):
         return (
             f"a DTensor, of which this call would see a shard: {_INSIDE} (under FSDP2 with the head in the root unit), "
             'or, under FSDP2, give full_tensor(grad_placements=[Partial("avg")]); without grad_placements its gradient '
@@ -36,6 +40,7 @@ def problem_of(value: Tensor) -> str | None:
         )
     if torch.compiler.is_compiling() or is_fake(value) or is_functorch_wrapped_tensor(value):
         return None
+    kind = type(value).__name__
     if kind in ("Params4bit", "Int8Params") or hasattr(value, "quant_state"):
         return f"a quantised weight of bitsandbytes ({kind}): {_DEQUANTISE} (llm_int8_skip_modules)"
     if is_traceable_wrapper_subclass(value) and kind != "AsyncCollectiveTensor":  # which waits when it is read

@@ -25,7 +25,8 @@ def available() -> bool:
     """Whether this torch can be told to multiply float32 operands as bf16, and gains from it on this CPU.
 
     That hands products to oneDNN. With AMX it rounds their operands and uses the matrix units. With AVX512-BF16
-    alone it multiplies in float32 by AVX-512: on AMD faster than MKL, which stays with AVX2 there; on Intel not.
+    alone it multiplies in float32 by AVX-512: slower than MKL on Intel, and faster where MKL is held to AVX2, as is to
+    be expected on AMD (not measured there).
     """
     if not hasattr(torch.backends.mkldnn, "matmul"):
         return False

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .checks import check_tensor
+from .checks import check_tensor, is_dtensor
 from .planning import check_number
 
 __all__ = ["update_reference"]
@@ -42,7 +42,7 @@ def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0
         raise ValueError("reference and model have no parameters, so there is nothing to move")
     for what, parameters in (("reference", ours), ("model", theirs)):
         for name, parameter in parameters.items():
-            if type(parameter).__name__ != "DTensor":  # of which every process moves its shard
+            if not is_dtensor(parameter):  # of which every process moves its shard
                 check_tensor(f"{what}.{name}", parameter)
             if parameter.numel() == 0:
                 raise ValueError(
