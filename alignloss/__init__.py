@@ -3,32 +3,24 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import losses
-from .baselines import RunningShift, kto_kl
-from .batches import CompletionBatch, mismatched_pairs, self_play_pairs
-from .kl import linear_kl
 from .logprob import (
     LogprobStats,
     SequenceLogprob,
+    linear_kl,
     linear_logprob,
     linear_logprob_stats,
-    next_token_labels,
     sequence_logprob,
 )
-from .mixture import MixtureLoss
-from .modules import (
-    CPOLoss,
-    DPOLoss,
-    IPOLoss,
-    KTOLoss,
-    ORPOLoss,
-    PreferenceLoss,
-    SFTLoss,
-    SimPOLoss,
-)
-from .outputs import PairedOutput, ScoredTokens, UnpairedOutput
+from .modules.mixture import MixtureLoss
+from .modules.named import CPOLoss, DPOLoss, IPOLoss, KTOLoss, ORPOLoss, SimPOLoss
+from .modules.outputs import PairedOutput, ScoredTokens, UnpairedOutput
+from .modules.preference import PreferenceLoss
+from .modules.sft import SFTLoss
 from .planning import Plan, plan
-from .reference import update_reference
-from .weights import ld_dpo_token_weights, sampo_token_weights, wpo_pair_weights
+from .recipes.baselines import RunningShift, kto_kl
+from .recipes.batches import CompletionBatch, mismatched_pairs, next_token_labels, self_play_pairs
+from .recipes.reference import update_reference
+from .recipes.weights import ld_dpo_token_weights, sampo_token_weights, wpo_pair_weights
 
 try:
     __version__ = version("alignloss")

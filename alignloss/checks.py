@@ -1,5 +1,7 @@
-"""What a tensor has to be before anything is computed from it."""
+"""What tensors and options have to be before anything is computed from them."""
 
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _INSIDE = "compute the loss inside the forward of the wrapped module, where its hooks have gathered the weight"
 _DEQUANTISE = "dequantise the head first, or leave it out of the quantisation"
@@ -101,3 +104,114 @@ def checked_labels(name: str, labels: Any) -> Tensor:
     if labels.dtype not in INTEGERS:
         raise ValueError(f"{name} must be integers, got {labels.dtype}")
     return savable(labels.long())
+
+
+def check_like(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
+    check_tensor(name, value)
+    if value.shape != model.shape or value.device != model.device:
+        raise ValueError(
+            f"{name} must have the shape and device of {model_name}, {tuple(model.shape)} on {model.device}; "
+            f"got {tuple(value.shape)} on {value.device}"
+        )
+
+
+def check_binary(name: str, value: Tensor) -> None:
+    if not bool(((value == 0) | (value == 1)).all()):
+        raise ValueError(f"{name} must be bool, or 0 and 1; got {value.unique().tolist()[:8]}")
+
+
+def validates(validate: bool | None, device: torch.device) -> bool:
+    """Whether values are checked on the host: as asked, by default on a CPU."""
+    return device.type == "cpu" if validate is None else validate
+
+
+def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, vocabulary: int) -> None:
+    labelled, tokens = labels != ignore_index, labels.shape[0]
+    outside = labelled & ((labels < 0) | (labels >= vocabulary))
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}; "
+            f"got {int(labels[at])} at flat position {at}"
+        )
+    if token_index is None:
+        return
+    if token_index.numel() and not bool(((token_index >= 0) & (token_index < tokens)).all()):
+        raise ValueError(f"token_index must lie in [0, {tokens}), got values outside")
+    scored = torch.zeros_like(labels).index_add_(0, token_index, torch.ones_like(token_index))
+    if bool((labelled & (scored != 1)).any()):
+        raise ValueError(
+            "token_index must hold every position with a label exactly once (positions with ignore_index may pad it)"
+        )
+
+
+def check_number(name: str, value: Any, positive: bool = False) -> None:
+    if torch.compiler.is_compiling():
+        return  # a number that varies is symbolic there
+    if not isinstance(value, Real) or not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be a {'positive' if positive else 'finite'} number, got {value!r}")
+
+
+def check_options(
+    ignore_index: int, logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None
+) -> None:
+    if not isinstance(ignore_index, Integral):
+        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
+    for name, number, positive in (
+        ("logit_scale", logit_scale, False),
+        ("softcap", softcap, True),
+        ("temperature", temperature, True),
+        ("workspace_bytes", workspace_bytes, True),
+    ):
+        if number is not None:
+            check_number(name, number, positive)
+
+
+# (lower bound, whether it is allowed, upper bound, whether it is allowed)
+_RANGES: dict[str, tuple[float, bool, float, bool]] = {
+    "alpha": (-math.inf, False, math.inf, False),
+    "beta": (0, False, math.inf, False),
+    "delta": (0, True, math.inf, False),
+    "desirable_weight": (0, True, math.inf, False),
+    "epsilon": (0, False, 0.5, False),
+    "gamma": (-math.inf, False, math.inf, False),
+    "kl_weight": (0, True, math.inf, False),
+    "label_smoothing": (0, True, 0.5, False),
+    "length_weight": (0, True, math.inf, False),
+    "nll_weight": (-math.inf, False, math.inf, False),
+    "offset_weight": (0, False, math.inf, False),
+    "penalty_weight": (0, True, math.inf, False),
+    "rejected_scale": (0, False, 1, True),
+    "reward_bound": (0, False, math.inf, False),
+    "tau": (0, False, 1, True),
+    "undesirable_weight": (0, True, math.inf, False),
+}
+
+
+def check_ranges(options: dict[str, Any]) -> None:
+    if "divergence" in options:
+        _check_divergence(options["divergence"])
+    for name, value in options.items():
+        if name not in _RANGES:
+            continue
+        check_number(name, value)
+        low, with_low, high, with_high = _RANGES[name]
+        if not (low <= value <= high) or (value == low and not with_low) or (value == high and not with_high):
+            interval = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
+            raise ValueError(f"{name} must lie in {interval}, got {value}")
+
+
+def _check_divergence(divergence: Any) -> None:
+    problem = "is not callable"
+    if callable(divergence):
+        try:
+            value = divergence(torch.zeros(2, dtype=torch.float64, device="cpu"))
+            if isinstance(value, Tensor) and value.shape == (2,) and bool(value.isfinite().all()):
+                return
+            problem = f"gives {value} for log u = [0, 0]"
+        except Exception as error:
+            problem = f"fails: {error}"
+    raise ValueError(
+        "divergence must be a function from log u (B,) to f'(u) (B,), e.g. losses.js_divergence or "
+        f"functools.partial(losses.alpha_divergence, divergence_alpha=0.5); {divergence!r} {problem}"
+    )

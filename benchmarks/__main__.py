@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from alignloss.fit import MODELS
-from alignloss.planning import total_memory
+from alignloss.commands.fit import MODELS
+from alignloss.ops.sizes import total_memory
 
 from .cases import Case, case
 from .kernels import measure_kernels

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignloss.fit import MODELS, read_model
+from alignloss.commands.fit import MODELS, read_model
 
 
 class Case(NamedTuple):

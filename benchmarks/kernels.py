@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from alignloss.ops import addmm
-from alignloss.planning import Footprint, default_workspace, total_memory
+from alignloss.ops.sizes import Footprint, default_workspace, total_memory
+from alignloss.ops.walk import addmm
 
 from .cases import Case, make_inputs
 from .measure import BARE, Row, interleave, timed
@@ -42,7 +42,7 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
     linear, cap = (1.0, None) if case.softcap is None else (1 / case.softcap, case.softcap)
     V, H = case.vocabulary, case.hidden
     budget = case.workspace_bytes or default_workspace(case.device, total_memory(device))
-    N, columns, _ = Footprint(V, H, dtype, dtype, dtype, False, cap is not None, "cuda", "triton").forward(
+    N, columns, _ = Footprint(V, H, dtype, dtype, dtype, False, cap is not None, "cuda", "triton").forward_tile(
         case.tokens, 0, 0, budget
     )
     hidden, weight = inputs.hidden.flatten(0, 1)[:N], inputs.weight
@@ -64,7 +64,7 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
         for first in range(0, V, columns):
             part = weight[first : first + columns]
             tiled = (logits if wide else logits.view(dtype))[: N * len(part)].view(N, -1)
-            addmm(tiled, hidden, part.T, tiled, beta=0, alpha=linear)
+            addmm(tiled, hidden, part.T, beta=0, alpha=linear)
             if fold:
                 tile.fold_fwd(tiled, None, None, state, labels, None, None, first, cap, 0, False, torch.float32)
 

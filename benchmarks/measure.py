@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import alignloss
-from alignloss import cpu_bf16
-from alignloss.measure import peak_bytes
-from alignloss.planning import Footprint, Plan
+from alignloss.commands.measure import peak_bytes
+from alignloss.ops import cpu_bf16
+from alignloss.ops.sizes import Footprint
+from alignloss.planning import Plan
 
 from .cases import Case, Inputs, make_inputs
 from .providers import GEMMS, MODES, PROVIDERS, Provider, backward, dpo_of, forward, logps_of_logits, require, step
@@ -84,13 +85,13 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     weight = inputs.weight.detach().to(head.gemm_dtype)
     passes = [(1, expected.gemms > 1, False)]  # logits, U, dweight
     save, direct = int(expected.gemms > 1), dtype == head.accum_dtype
-    tiles = [head.forward(case.labelled, 0, save, expected.budget_bytes, expected.regime == 4, direct)[:2]]
+    tiles = [head.forward_tile(case.labelled, 0, save, expected.budget_bytes, expected.regime == 4, direct)[:2]]
     if expected.regime == 3:
         rows = -(-case.labelled // expected.groups)
         passes, tiles = [(1, True, True)], [(rows, head.held_columns(rows))]
     elif expected.regime == 4:
         passes.append((1, False, True))
-        tiles.append(head.backward(case.labelled, 0, save, direct, expected.budget_bytes)[0][:2])
+        tiles.append(head.backward_tile(case.labelled, 0, save, direct, expected.budget_bytes)[0][:2])
     tile = weight.new_empty(max(rows * columns for rows, columns in tiles))
     u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
     dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from alignloss.measure import environment
+from alignloss.commands.measure import environment
 
 from .cases import Case
 from .measure import BARE

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alignloss.fit import MODELS, estimate, read_model
-from alignloss.measure import peak_bytes
+from alignloss.commands.fit import MODELS, estimate, read_model
+from alignloss.commands.measure import peak_bytes
 
 from .cases import Case, Inputs, make_inputs
 from .measure import Row, interleave, reason, search, synchronize

@@ -91,8 +91,11 @@ _FP64_POINTERS = ("logps", "dlogps", "values", "dvalues", "weights", "dsums", "k
 
 def variants(blocks: str) -> list[Variant]:
     """Every configuration that the launchers can ask for, the plainest and the fullest of each kind."""
+    return _of_gemms(blocks) + _of_tiles(16 if blocks == "gfx942" else 32) + _of_rows() + _of_sequences()
+
+
+def _of_gemms(blocks: str) -> list[Variant]:
     found = []
-    tile_warps = 16 if blocks == "gfx942" else 32  # of 64 threads there
     for name, dtype, size, precision, full in (
         ("bf16", "bf16", 2, "ieee", False),
         ("bf16, all", "bf16", 2, "ieee", True),
@@ -120,6 +123,11 @@ def variants(blocks: str) -> list[Variant]:
         if precision != "tf32":
             combine = flags | {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T, "BLOCK_H": 64}
             found.append(Variant(f"combine_fwd[{name}]", stats.combine_fwd_kernel, pointers, combine))
+    return found
+
+
+def _of_tiles(tile_warps: int) -> list[Variant]:
+    found = []
     for save, narrow, full, dtype in (
         (0, False, False, "*fp32"),
         (0, False, True, "*fp32"),
@@ -153,11 +161,15 @@ def variants(blocks: str) -> list[Variant]:
         found.append(Variant(f"kl_fwd[all={full}]", kl.kl_fwd_kernel, {}, flags, tile_warps))
         found.append(Variant("kl_bwd" + suffix, kl.kl_bwd_kernel, narrow, flags | {"NARROW": full}, tile_warps))
     # the width of a slice is a multiple of 16, but for the last one of some vocabularies
-    found += [
+    return found + [
         variant._replace(name=variant.name.replace("]", ", whole]"), divisible=("Vs",))
         for variant in found
         if "Vs" in variant.kernel.arg_names
     ]
+
+
+def _of_rows() -> list[Variant]:
+    found = []
     narrow_rows = dict.fromkeys(("hidden", "weight", "rows", "scaled", "dlogp", "dentropy", "dhidden"), "*bf16")
     for name, types in (("bf16", narrow_rows), ("fp32", {})):
         block = {"BLOCK": WIDTH_BLOCK}
@@ -175,6 +187,11 @@ def variants(blocks: str) -> list[Variant]:
         scale = {"BLOCK": WIDTH_BLOCK}
         pointers = {"gradient": "*bf16" if types else "*fp32", "count": "i64"}
         found.append(Variant(f"scale_bwd[{name}]", rows.scale_bwd_kernel, pointers, scale, ROW_WARPS))
+    return found
+
+
+def _of_sequences() -> list[Variant]:
+    found = []
     for full in (False, True):
         flags = {"PACKED": full, "HAS_WEIGHTS": full, "BLOCK": SEQUENCE_BLOCK}
         suffix = f"[all={full}]"

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import sech2, softcap_logit
+from .math import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_SUM, sech2, softcap_logit
 from .tile import load_logits, narrowed, program, reach
 
 
@@ -47,7 +47,7 @@ def kl_fwd_kernel(
     if HAS_CAP:  # monotone
         top, ref_top = softcap_logit(top, cap), softcap_logit(ref_top, cap)
 
-    old, ref_old = tl.load(at), tl.load(at + 2 * step)
+    old, ref_old = tl.load(at), tl.load(at + KL_REF_TOP * step)
     top, ref_top = tl.maximum(old, top), tl.maximum(ref_old, ref_top)
     sums = tl.zeros((BLOCK,), tl.float32)
     ref_sums = tl.zeros((BLOCK,), tl.float32)
@@ -65,13 +65,13 @@ def kl_fwd_kernel(
         gaps += tl.where(e_ref > 0, e_ref * (z_ref - z), 0.0)  # not 0 * inf
     ref_decay = tl.exp(ref_old - ref_top)
     # every load of the state comes before a reduction, whose barrier comes before every store
-    s, ref_s, gap = tl.load(at + step), tl.load(at + 3 * step), tl.load(at + 4 * step)
+    s, ref_s, gap = tl.load(at + KL_SUM * step), tl.load(at + KL_REF_SUM * step), tl.load(at + KL_GAP * step)
     total = tl.sum(sums, 0)
     tl.store(at, top)
-    tl.store(at + step, s * tl.exp(old - top) + total)
-    tl.store(at + 2 * step, ref_top)
-    tl.store(at + 3 * step, ref_s * ref_decay + tl.sum(ref_sums, 0))
-    tl.store(at + 4 * step, gap * ref_decay + tl.sum(gaps, 0))
+    tl.store(at + KL_SUM * step, s * tl.exp(old - top) + total)
+    tl.store(at + KL_REF_TOP * step, ref_top)
+    tl.store(at + KL_REF_SUM * step, ref_s * ref_decay + tl.sum(ref_sums, 0))
+    tl.store(at + KL_GAP * step, gap * ref_decay + tl.sum(gaps, 0))
 
 
 @triton.jit
@@ -98,8 +98,8 @@ def kl_bwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
-    top, log_sum = tl.load(state + row), tl.load(state + row + step)
-    ref_top, ref_log_sum = tl.load(state + row + 2 * step), tl.load(state + row + 3 * step)
+    top, log_sum = tl.load(state + row), tl.load(state + row + KL_SUM * step)
+    ref_top, ref_log_sum = tl.load(state + row + KL_REF_TOP * step), tl.load(state + row + KL_REF_SUM * step)
     used = tl.load(coefficient + row) != 0
     c = tl.arange(0, BLOCK)
     for start in range(0, reach, BLOCK):

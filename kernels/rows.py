@@ -14,7 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import OPTIONS, ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
-from .math import log_sigmoid64, sech2, sigmoid64, softcap_logit
+from .math import (
+    LOWEST,
+    SUM,
+    SUM_EE,
+    SUM_Z,
+    SUM_ZE,
+    TARGET,
+    TOP,
+    log_sigmoid64,
+    sech2,
+    sigmoid64,
+    softcap_logit,
+)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -51,12 +63,13 @@ def gather_fwd_kernel(
     if HAS_INDEX:
         tl.store(row_labels + n, label)
     step = tl.cast(state_stride, tl.int64)
-    tl.store(state + n, -1e30)
-    tl.store(state + n + step, 0.0)
-    tl.store(state + n + 2 * step, float("nan"))
-    for i in tl.static_range(3, 6):
-        tl.store(state + n + i * step, 0.0)
-    tl.store(state + n + 6 * step, -float("inf"))
+    tl.store(state + n, LOWEST)
+    tl.store(state + n + SUM * step, 0.0)
+    tl.store(state + n + TARGET * step, float("nan"))
+    tl.store(state + n + SUM_ZE * step, 0.0)
+    tl.store(state + n + SUM_Z * step, 0.0)
+    tl.store(state + n + SUM_EE * step, 0.0)
+    tl.store(state + n + TOP * step, -float("inf"))
     if HAS_ROWS:
         k = tl.arange(0, BLOCK)
         for start in range(0, H, BLOCK):
@@ -70,8 +83,8 @@ def gather_fwd_kernel(
 def _row(state, n, step, cap, HAS_CAP: tl.constexpr):
     """m, s, z_y, log((1 - p_y) / p_y) of a row in fp64."""
     m = tl.load(state + n).to(tl.float64)
-    s = tl.load(state + n + step).to(tl.float64)
-    z = tl.load(state + n + 2 * step).to(tl.float64)
+    s = tl.load(state + n + SUM * step).to(tl.float64)
+    z = tl.load(state + n + TARGET * step).to(tl.float64)
     if HAS_CAP:
         z = softcap_logit(z, cap)
     # an infinite logit of the target leaves no distribution either
@@ -95,6 +108,27 @@ def _entropy_terms(m, s, z, gap, ze):
 
 
 @triton.jit
+def _finish_derivatives(
+    u, u2, w_row, dlogp, dentropy, n, H, weight_step, known, ignored, at_target, inverse, mu, pull,
+    SAVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dlogp = D_y W_y - U / s and dentropy = mu U / s - U2 / s - pull D_y W_y of one row."""
+    k = tl.arange(0, BLOCK)
+    for start in range(0, H, BLOCK):
+        inside = start + k < H
+        w = tl.load(w_row + (start + k).to(tl.int64) * weight_step, mask=inside & known, other=0.0)
+        # rounded as in U, or their difference would be off
+        target = w.to(dlogp.dtype.element_ty).to(tl.float32) * at_target
+        u_k = tl.load(u + n * H + start + k, mask=inside, other=0.0) * inverse
+        d = tl.where(ignored, 0.0, target - u_k)
+        tl.store(dlogp + n * H + start + k, d.to(dlogp.dtype.element_ty), mask=inside)
+        if SAVE > 1:
+            u2_k = tl.load(u2 + n * H + start + k, mask=inside, other=0.0) * inverse
+            d = tl.where(ignored, 0.0, mu * u_k - u2_k - pull * target)
+            tl.store(dentropy + n * H + start + k, d.to(dentropy.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def finish_fwd_kernel(
     state,  # (7, N) fp32: m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
     labels,  # (N,) int64
@@ -103,11 +137,11 @@ def finish_fwd_kernel(
     u2,  # (N, H) fp32
     weight,  # (V, H)
     logps,  # (M,) fp64
-    lse,  # (M,) fp32, as the next three
-    entropy,
-    mean_logits,
-    log_sum_sq,
+    lse,  # (M,) fp32
+    entropy,  # (M,) fp32
+    mean_logits,  # (M,) fp32
     is_top1,  # (M,) bool
+    log_sum_sq,  # (M,) fp32
     dlogp,  # (N, H) d logp / d hidden, divided by slope (1 - p_y)
     dentropy,  # (N, H) d entropy / d hidden, divided likewise
     M,
@@ -123,8 +157,8 @@ def finish_fwd_kernel(
     LSE: tl.constexpr,
     ENTROPY: tl.constexpr,
     MEAN_LOGITS: tl.constexpr,
-    LOG_SUM_SQ: tl.constexpr,
     IS_TOP1: tl.constexpr,
+    LOG_SUM_SQ: tl.constexpr,
     SAVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -141,44 +175,34 @@ def finish_fwd_kernel(
         tl.store(lse + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if ENTROPY:
         p, rest = sigmoid64(-gap), sigmoid64(gap)
-        inside_rest = tl.log(s) - tl.load(state + n + 3 * step).to(tl.float64) / s - log_rest
+        inside_rest = tl.log(s) - tl.load(state + n + SUM_ZE * step).to(tl.float64) / s - log_rest
         # conditions leave a NaN where it is
         value = tl.where(rest == 0, 0.0, rest * inside_rest) - tl.where(p == 0, 0.0, p * logp)
         tl.store(entropy + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if MEAN_LOGITS:
-        value = tl.where(logp != logp, logp, tl.load(state + n + 4 * step).to(tl.float64) / V)
+        value = tl.where(logp != logp, logp, tl.load(state + n + SUM_Z * step).to(tl.float64) / V)
         tl.store(mean_logits + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if LOG_SUM_SQ:
-        of_rest = 2 * (log_rest - tl.log(s)) + tl.log(tl.load(state + n + 5 * step).to(tl.float64))
+        of_rest = 2 * (log_rest - tl.log(s)) + tl.log(tl.load(state + n + SUM_EE * step).to(tl.float64))
         gap_sq = 2 * logp - of_rest
         value = tl.where(s == 0, 2 * logp, tl.where(gap_sq > 0, 2 * logp, of_rest) - log_sigmoid64(tl.abs(gap_sq)))
         tl.store(log_sum_sq + position, tl.where(ignored, 0.0, value).to(tl.float32), mask=there)
     if IS_TOP1:
         # in fp32, as the maximum was found
-        x = tl.load(state + n + 2 * step)
+        x = tl.load(state + n + TARGET * step)
         x = softcap_logit(x, tl.full((), cap, tl.float32)) if HAS_CAP else x
-        top1 = (x >= tl.load(state + n + 6 * step)) & (logp == logp)
+        top1 = (x >= tl.load(state + n + TOP * step)) & (logp == logp)
         tl.store(is_top1 + position, top1 & (ignored == 0), mask=there)
     if SAVE > 0:
         known = (label >= 0) & (label < V) & (ignored == 0)
-        at_target = sech2(tl.load(state + n + 2 * step)) if HAS_CAP else 1.0
-        mu, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + 3 * step).to(tl.float64))
-        mu, pull = mu.to(tl.float32), pull.to(tl.float32)
+        at_target = sech2(tl.load(state + n + TARGET * step)) if HAS_CAP else 1.0
+        mu, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + SUM_ZE * step).to(tl.float64))
         inverse = tl.where(s == 0, 0.0, 1.0 / s).to(tl.float32)
         w_row = weight + tl.where(known, label, 0) * weight_stride
-        k = tl.arange(0, BLOCK)
-        for start in range(0, H, BLOCK):
-            inside = start + k < H
-            w = tl.load(w_row + (start + k).to(tl.int64) * weight_step, mask=inside & known, other=0.0)
-            # rounded as in U, or their difference would be off
-            target = w.to(dlogp.dtype.element_ty).to(tl.float32) * at_target
-            u_k = tl.load(u + n * H + start + k, mask=inside, other=0.0) * inverse
-            d = tl.where(ignored, 0.0, target - u_k)
-            tl.store(dlogp + n * H + start + k, d.to(dlogp.dtype.element_ty), mask=inside)
-            if SAVE > 1:
-                u2_k = tl.load(u2 + n * H + start + k, mask=inside, other=0.0) * inverse
-                d = tl.where(ignored, 0.0, mu * u_k - u2_k - pull * target)
-                tl.store(dentropy + n * H + start + k, d.to(dentropy.dtype.element_ty), mask=inside)
+        _finish_derivatives(
+            u, u2, w_row, dlogp, dentropy, n, H, weight_step, known, ignored, at_target, inverse, mu.to(tl.float32),
+            pull.to(tl.float32), SAVE, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -227,14 +251,13 @@ def rows_bwd_kernel(
     m, s, z, gap = _row(state, n, step, cap, HAS_CAP)
     rest = sigmoid64(gap) * slope
     g = tl.where(ignored, 0.0, tl.load(dlogps + position, mask=there, other=0.0).to(tl.float64))
-    g_entropy = tl.zeros_like(g)
-    scale = g
+    g_entropy, scale = tl.zeros_like(g), g
     if ENTROPY:
         g_entropy = tl.where(ignored, 0.0, tl.load(dentropies + position, mask=there, other=0.0).to(tl.float64))
         scale = tl.abs(g) + tl.abs(g_entropy)
         divisor = tl.where(scale == 0, 1.0, scale)
         a, b = g / divisor, g_entropy / divisor
-        mu, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + 3 * step).to(tl.float64))
+        mu, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + SUM_ZE * step).to(tl.float64))
         mix_step = tl.cast(mix_stride, tl.int64)
         tl.store(mix + n, tl.where(ignored, 0.0, a - b * mu).to(tl.float32))
         tl.store(mix + n + mix_step, b.to(tl.float32))
@@ -345,8 +368,8 @@ def finish_fwd(
         lse,
         entropy,
         mean_logits,
-        log_sum_sq,
         is_top1,
+        log_sum_sq,
         dlogp,
         dentropy,
         len(logps),

@@ -107,6 +107,20 @@ def _sum_tokens(
 
 
 @triton.jit
+def _kto(logratio, given, baseline, beta, desirable_weight, undesirable_weight):
+    """Loss of a sequence and its slope in the log-probability; NaN where desirable is neither 0 nor 1."""
+    wanted = given == 1
+    one = tl.full((), 1.0, tl.float64)
+    weight = tl.where(wanted, one * desirable_weight, one * undesirable_weight)
+    gap = beta * (logratio - tl.where(baseline < 0, 0.0, baseline))  # a NaN stays
+    gap = tl.where(wanted | (given == 0), gap, float("nan"))
+    x = tl.where(wanted, -gap, gap)
+    loss = weight * sigmoid64(x)
+    slope = beta * loss * sigmoid64(-x)
+    return loss, tl.where(wanted, -slope, slope)
+
+
+@triton.jit
 def preference_fwd_kernel(
     values,  # (M,) fp64 token log-probabilities
     weights,  # (M,)
@@ -151,17 +165,9 @@ def preference_fwd_kernel(
         factor = tl.load(pair_weights + i * pair_stride).to(tl.float64)
     if LOSS == "kto":
         given = tl.load(desirable + i * desirable_stride).to(tl.float64)
-        wanted = given == 1
-        one = tl.full((), 1.0, tl.float64)
-        weight = tl.where(wanted, one * desirable_weight, one * undesirable_weight)
         baseline = tl.load(kl + i * kl_stride).to(tl.float64)
-        gap = beta * (logratio - tl.where(baseline < 0, 0.0, baseline))  # a NaN stays
-        gap = tl.where(wanted | (given == 0), gap, float("nan"))
-        x = tl.where(wanted, -gap, gap)
-        loss = weight * sigmoid64(x)
-        slope = beta * loss * sigmoid64(-x)
+        loss, slope = _kto(logratio, given, baseline, beta, desirable_weight, undesirable_weight)
         tl.store(losses + i, loss.to(tl.float32))
-        slope = tl.where(wanted, -slope, slope)
         tl.store(slopes + i, tl.where(factor == 0, 0.0, slope * factor))
     else:
         tl.store(nll + i, nll_sum)
@@ -360,10 +366,10 @@ def preference_fwd(
     B = S for kto, S / 2 otherwise. Slopes and scales are what `preference_bwd` takes.
     """
     count = sequences if loss == "kto" else sequences // 2
-    device = values.device
-    losses, sums, rewards = (torch.empty(n, dtype=torch.float32, device=device) for n in (count, sequences, sequences))
-    total, nll_loss = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+    shapes, device = ((), (count,), (sequences,), (sequences,), ()), values.device
+    total, losses, sums, rewards, nll_loss = (torch.empty(s, dtype=torch.float32, device=device) for s in shapes)
     slopes, nll, scales = (torch.empty(n, dtype=torch.float64, device=device) for n in (sequences, 2 * count, 2))
+    flags = {"HAS_PAIR_WEIGHTS": pair_weights is not None, "BLOCK": SEQUENCE_BLOCK} | OPTIONS
     if count:
         preference_fwd_kernel[(count,)](
             values,
@@ -393,9 +399,7 @@ def preference_fwd(
             LOSS=loss,
             PACKED=offsets is not None,
             HAS_WEIGHTS=weights is not None,
-            HAS_PAIR_WEIGHTS=pair_weights is not None,
-            BLOCK=SEQUENCE_BLOCK,
-            **OPTIONS,
+            **flags,
         )
     preference_reduce_fwd_kernel[(1,)](
         losses,
@@ -410,11 +414,9 @@ def preference_fwd(
         _stride(pair_weights),
         nll_weight,
         PAIRED=loss != "kto",
-        HAS_PAIR_WEIGHTS=pair_weights is not None,
         HAS_NUM_SEQUENCES=num_sequences is not None,
         HAS_NUM_TOKENS=num_tokens is not None,
-        BLOCK=SEQUENCE_BLOCK,
-        **OPTIONS,
+        **flags,
     )
     return total, losses, sums, rewards, nll_loss, slopes, scales
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, architecture, gemm_blocks
-from .math import softcap_logit
+from .math import LOWEST, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, softcap_logit
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def combine_fwd_kernel(
         at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
         mask = (start + t < tiles)[:, None] & inside[None, :]
         top = tl.maximum(top, tl.max(tl.load(partials + at, mask=mask, other=-float("inf")), 0))
-    m = tl.where(top == -float("inf"), -1e30, top)
+    m = tl.where(top == -float("inf"), LOWEST, top)
     s = tl.zeros((BLOCK_N,), tl.float32)
     ze = tl.zeros((BLOCK_N,), tl.float32)
     z = tl.zeros((BLOCK_N,), tl.float32)
@@ -151,12 +151,12 @@ def combine_fwd_kernel(
     out = state + n
     step = tl.cast(state_stride, tl.int64)
     tl.store(out, m, mask=inside)
-    tl.store(out + step, s, mask=inside)
-    tl.store(out + 2 * step, x, mask=inside)
-    tl.store(out + 3 * step, ze, mask=inside)
-    tl.store(out + 4 * step, z, mask=inside)
-    tl.store(out + 5 * step, ee, mask=inside)
-    tl.store(out + 6 * step, top, mask=inside)
+    tl.store(out + SUM * step, s, mask=inside)
+    tl.store(out + TARGET * step, x, mask=inside)
+    tl.store(out + SUM_ZE * step, ze, mask=inside)
+    tl.store(out + SUM_Z * step, z, mask=inside)
+    tl.store(out + SUM_EE * step, ee, mask=inside)
+    tl.store(out + TOP * step, top, mask=inside)
 
 
 def stats_fwd(

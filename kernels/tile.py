@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import OPTIONS, PITCH, TILE_BLOCK, TILE_WARPS
-from .math import sech2, softcap_logit
+from .math import SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
 
 
 @triton.jit
@@ -43,6 +43,32 @@ def load_logits(x_row, bias, v, Vs, reach, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         x += tl.load(bias + v, mask=v < Vs, other=0.0)
     return x
+
+
+@triton.jit
+def top_logit(x_row, bias, target, cap, Vs, reach, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest z of a row but for the target's."""
+    c = tl.arange(0, BLOCK)
+    tops = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(0, reach, BLOCK):
+        v = start + c
+        x = load_logits(x_row, bias, v, Vs, reach, HAS_BIAS)
+        tops = tl.maximum(tops, tl.where((v < Vs) & (v != target), x, -float("inf")))
+    top = tl.max(tops, 0)
+    return softcap_logit(top, cap) if HAS_CAP else top  # monotone
+
+
+@triton.jit
+def rescale(u, u2, row, H, shift, decay, SAVE: tl.constexpr, BLOCK: tl.constexpr):
+    """Make the sums of a row relative to a reference that is `shift` higher."""
+    c = tl.arange(0, BLOCK)
+    for start in range(0, H, BLOCK):
+        k = start + c
+        u_k = tl.load(u + row * H + k, mask=k < H, other=0.0)
+        if SAVE > 1:
+            u2_k = tl.load(u2 + row * H + k, mask=k < H, other=0.0)
+            tl.store(u2 + row * H + k, (u2_k + u_k * shift) * decay, mask=k < H)
+        tl.store(u + row * H + k, u_k * decay, mask=k < H)
 
 
 @triton.jit
@@ -78,17 +104,9 @@ def fold_fwd_kernel(
     at = state + row
     x_row = tile + row * tile_stride
     target = column(tl.load(labels + row), first, Vs)
-    c = tl.arange(0, BLOCK)
-
-    tops = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for start in range(0, reach, BLOCK):
-        v = start + c
-        x = load_logits(x_row, bias, v, Vs, reach, HAS_BIAS)
-        tops = tl.maximum(tops, tl.where((v < Vs) & (v != target), x, -float("inf")))
-    top = tl.max(tops, 0)
-    top = softcap_logit(top, cap) if HAS_CAP else top  # monotone
+    top = top_logit(x_row, bias, target, cap, Vs, reach, HAS_BIAS, HAS_CAP, BLOCK)
     if target >= 0:
-        tl.store(at + 2 * step, load_logits(x_row, bias, target, Vs, reach, HAS_BIAS))
+        tl.store(at + TARGET * step, load_logits(x_row, bias, target, Vs, reach, HAS_BIAS))
     if SAVE > 0:
         tl.debug_barrier()  # before a faster warp overwrites the target
 
@@ -96,10 +114,9 @@ def fold_fwd_kernel(
     m = tl.where(top > old + slack, top, old)
     shift = old - m
     decay = tl.exp(shift)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    ze_sums = tl.zeros((BLOCK,), tl.float32)
-    z_sums = tl.zeros((BLOCK,), tl.float32)
-    ee_sums = tl.zeros((BLOCK,), tl.float32)
+    none = tl.zeros((BLOCK,), tl.float32)
+    sums, ze_sums, z_sums, ee_sums = none, none, none, none
+    c = tl.arange(0, BLOCK)
     for start in range(0, reach, BLOCK):
         v = start + c
         rest = (v < Vs) & (v != target)
@@ -121,26 +138,20 @@ def fold_fwd_kernel(
                 tl.store(out2 + row * out2_stride + v, (ze * slope).to(out2.dtype.element_ty), mask=v < reach)
 
     # every load of the state comes before a reduction, whose barrier comes before every store
-    s, largest = tl.load(at + step), tl.load(at + 6 * step)
+    s, largest = tl.load(at + SUM * step), tl.load(at + TOP * step)
     if EXTRAS:
-        ze, z_sum, ee = tl.load(at + 3 * step), tl.load(at + 4 * step), tl.load(at + 5 * step)
+        ze, z_sum, ee = tl.load(at + SUM_ZE * step), tl.load(at + SUM_Z * step), tl.load(at + SUM_EE * step)
     total = tl.sum(sums, 0)
     tl.store(at, m)
-    tl.store(at + step, s * decay + total)
-    tl.store(at + 6 * step, tl.maximum(largest, top))
+    tl.store(at + SUM * step, s * decay + total)
+    tl.store(at + TOP * step, tl.maximum(largest, top))
     if EXTRAS:
-        tl.store(at + 3 * step, (ze + s * shift) * decay + tl.sum(ze_sums, 0))
-        tl.store(at + 4 * step, z_sum + tl.sum(z_sums, 0))
-        tl.store(at + 5 * step, ee * decay * decay + tl.sum(ee_sums, 0))
+        tl.store(at + SUM_ZE * step, (ze + s * shift) * decay + tl.sum(ze_sums, 0))
+        tl.store(at + SUM_Z * step, z_sum + tl.sum(z_sums, 0))
+        tl.store(at + SUM_EE * step, ee * decay * decay + tl.sum(ee_sums, 0))
     if RESCALE:
         if m != old:
-            for start in range(0, H, BLOCK):
-                k = start + c
-                u_k = tl.load(u + row * H + k, mask=k < H, other=0.0)
-                if SAVE > 1:
-                    u2_k = tl.load(u2 + row * H + k, mask=k < H, other=0.0)
-                    tl.store(u2 + row * H + k, (u2_k + u_k * shift) * decay, mask=k < H)
-                tl.store(u + row * H + k, u_k * decay, mask=k < H)
+            rescale(u, u2, row, H, shift, decay, SAVE, BLOCK)
 
 
 @triton.jit
@@ -168,7 +179,7 @@ def dlogits_bwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
-    m, s = tl.load(state + row), tl.load(state + row + step)
+    m, s = tl.load(state + row), tl.load(state + row + SUM * step)
     used = tl.load(coefficient + row) != 0
     target = column(tl.load(labels + row), first, Vs)
     inverse = tl.where(s == 0, 0.0, 1.0 / s)
@@ -212,9 +223,9 @@ def held_bwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
-    m, s = tl.load(state + row), tl.load(state + row + step)
+    m, s = tl.load(state + row), tl.load(state + row + SUM * step)
     target = column(tl.load(labels + row), first, Vs)
-    at_target = sech2(tl.load(state + row + 2 * step)) if HAS_CAP else 1.0
+    at_target = sech2(tl.load(state + row + TARGET * step)) if HAS_CAP else 1.0
     factor = tl.where(s == 0, 0.0, -tl.exp(tl.load(reference + row) - m) / s)
     used = tl.load(coefficient + row) != 0
     c = tl.arange(0, BLOCK)

@@ -15,11 +15,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from alignloss.kernels import blocks, stats
-from reference import replace_kernels
+from reference import body_of, replace_kernels
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from alignloss import backends, kl, ops
+from alignloss import backends
+from alignloss.ops import context, onepass, preference, sequence
 
 CUDA = torch.device("cuda:0")
 
@@ -79,9 +80,8 @@ def wide_product(*operands, beta=1, alpha=1, out=None):
 def run(function, args, kwargs):
     namespace, name = function._schema.name.split("::")
     if namespace == "alignloss":
-        body = getattr(ops, name, None) or getattr(kl, name)
         with mode:
-            return body._init_fn(*args, **kwargs)
+            return body_of(name)(*args, **kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     wrapped = [t for t in tensors if isinstance(t, OnGpu)]
     assert len(wrapped) == sum(t.is_meta or t.is_cuda for t in tensors), "a meta tensor has no values"
@@ -150,7 +150,8 @@ for name, value in {
     patch.setattr(torch.cuda, name, lambda *args, value=value, **options: value)
 patch.setattr(torch.Tensor, "to", to)
 patch.setattr(torch, "tensor", tensor)
-patch.setattr(ops, "device_guard", lambda tensor: nullcontext())
+for module in (context, onepass, preference, sequence):
+    patch.setattr(module, "device_guard", lambda tensor: nullcontext())
 patch.setattr(backends, "resolve", resolve)
 for module in (blocks, stats):
     patch.setattr(module, "architecture", lambda device: "interpreter")

@@ -6,8 +6,8 @@ import torch
 from reference import inputs, leaf
 
 import alignloss
-from alignloss import ops
 from alignloss.losses.common import log_odds
+from alignloss.ops import logprob, preference, sequence
 
 REF = torch.linspace(-9, -3, 4)
 
@@ -91,18 +91,18 @@ def test_opcheck_of_the_log_probability(stats, with_index):
     hidden, weight, bias, labels = inputs(9, hidden_size=5, vocabulary=13, dtype=torch.float32)
     index = torch.nonzero(labels != -100).squeeze(1) if with_index else None
     arguments = (
-        *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, not with_index, torch.float32,
-        -100, 1.2, 2.0, 0.9, stats, 2 if stats else 1, True, "torch", 4_000, True,
+        *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, stats, 2 if stats else 1,
+        True, not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True,
     )  # fmt: skip
-    torch.library.opcheck(ops.linear_logprob_fwd, arguments)
+    torch.library.opcheck(logprob.linear_logprob_fwd, arguments)
 
 
 @pytest.mark.parametrize("offsets", [torch.tensor([0, 4, 4, 9]), None])
 def test_opcheck_of_the_sequence_ops(offsets):
     values, weights, dsums = torch.randn(9, requires_grad=True), torch.rand(9).double(), torch.randn(3).double()
-    torch.library.opcheck(ops.sequence_sum, (values, offsets, 3, None, "torch"))
-    torch.library.opcheck(ops.sequence_sum, (values, offsets, 3, weights, "torch"))
-    torch.library.opcheck(ops.sequence_scatter, (dsums, offsets, None, 9, "torch"))
+    torch.library.opcheck(sequence.sequence_sum, (values, offsets, 3, None, "torch"))
+    torch.library.opcheck(sequence.sequence_sum, (values, offsets, 3, weights, "torch"))
+    torch.library.opcheck(sequence.sequence_scatter, (dsums, offsets, None, 9, "torch"))
 
 
 @pytest.mark.parametrize("offsets", [torch.tensor([0, 2, 4, 4, 8]), None])
@@ -111,10 +111,10 @@ def test_opcheck_of_the_fused_losses(offsets):
     values, ref, labels = torch.randn(8, requires_grad=True), torch.randn(4).double(), torch.arange(8)
     options = (-100, 0.5, 0.1, 0.0, 1.0, 1.0)
     data = (None, None, torch.ones(2), None, None)
-    torch.library.opcheck(ops.preference, (values, None, labels, None, offsets, 4, ref, *data, "dpo", *options))
+    torch.library.opcheck(preference.preference, (values, None, labels, None, offsets, 4, ref, *data, "dpo", *options))
     slopes, scales = torch.randn(4).double(), torch.rand(2).double()
     backward = (torch.tensor(2.0), slopes, scales, None, labels, None, offsets, True, -100)
-    torch.library.opcheck(ops.preference_backward, backward)
+    torch.library.opcheck(preference.preference_backward, backward)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")

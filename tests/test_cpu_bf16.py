@@ -14,7 +14,7 @@ import torch
 from reference import error, inputs, leaf, token_logps
 
 import alignloss
-from alignloss import cpu_bf16
+from alignloss.ops import cpu_bf16
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or not hasattr(torch.backends.mkldnn, "matmul"), reason="torch has no switch to test"
@@ -122,7 +122,7 @@ def test_where_the_switch_is_used(monkeypatch, capabilities, used):
 def test_logits_stay_exact_with_what_onednn_has_besides_amx(isa):
     code = """
 import torch
-from alignloss import cpu_bf16
+from alignloss.ops import cpu_bf16
 cpu_bf16.available = lambda: True
 torch.manual_seed(0)
 rows, columns = torch.randn(64, 1024).bfloat16().float(), torch.randn(512, 1024).bfloat16().float()

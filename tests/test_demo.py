@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from alignloss.measure import peak_bytes
+from alignloss.commands.measure import peak_bytes
 
 Row = tuple[str, str, str]
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_preferences.py"
@@ -172,7 +172,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
-    from alignloss.demo import run
+    from alignloss.commands.demo import run
 
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     threads = torch.get_num_threads()
@@ -206,7 +206,9 @@ def test_report_says_where_it_was_measured(report: dict) -> None:
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "alignloss.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "alignloss.commands", *arguments], cwd=cwd, capture_output=True, text=True
+    )
 
 
 def test_cli_help(tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_cli_refuses_an_unknown_model(tmp_path: Path) -> None:
 def test_cli_names_the_extra_when_a_package_is_missing(
     monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
-    from alignloss import cli
+    from alignloss.commands import __main__ as cli
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))

@@ -7,7 +7,7 @@ import torch
 from reference import error, inputs, leaf, statistics, token_logps
 
 import alignloss
-from alignloss import cpu_bf16
+from alignloss.ops import cpu_bf16
 
 TRANSFORMS = [{}, {"logit_scale": 1.3, "temperature": 0.7}, {"softcap": 2.0, "logit_scale": 0.5, "temperature": 1.5}]
 BACKENDS = ["torch", "triton"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from alignloss import fit
-from alignloss.fit import MODELS, estimate, most_tokens, read_model
-from alignloss.fit_config import _linear_bytes
+from alignloss.commands import fit
+from alignloss.commands.fit import MODELS, estimate, most_tokens, read_model
+from alignloss.commands.fit_config import _linear_bytes
 
 GIB = 1 << 30
 SMALL = {
@@ -338,7 +338,7 @@ def test_the_most_tokens_are_the_most():
 
 
 def command(*arguments):
-    line = [sys.executable, "-m", "alignloss.cli", "fit", *arguments]
+    line = [sys.executable, "-m", "alignloss.commands", "fit", *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
 
 

@@ -5,7 +5,7 @@ import torch
 from reference import error, token_logps
 
 import alignloss
-from alignloss.measure import peak_bytes
+from alignloss.commands.measure import peak_bytes
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20

@@ -17,10 +17,10 @@ from reference import error, inputs, leaf, replace_kernels, statistics, token_lo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
-from alignloss import logprob, ops, planning
 from alignloss.backends import _torch
-from alignloss.measure import peak_bytes
-from alignloss.ops import addmm as real_addmm
+from alignloss.commands.measure import peak_bytes
+from alignloss.ops import head, kl, onepass, sizes, walk
+from alignloss.ops.walk import addmm as real_addmm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests run on it")
 B, T, H, V = 2, 8, 48, 133
@@ -34,20 +34,22 @@ MIB = 1 << 20
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     def footprint(*fields):
-        return planning.Footprint(*fields)._replace(device_type="cuda")
+        return sizes.Footprint(*fields)._replace(device_type="cuda")
 
-    def addmm(base, a, b, out, beta=1, alpha=1):
-        # any other base would be copied to where the result goes: 8 bytes per entry of a tile
-        assert base.data_ptr() == out.data_ptr() and base.stride() == out.stride()
+    def addmm(out, a, b, beta=1, alpha=1):
         product = alpha * (a.to(out.dtype) @ b.to(out.dtype))
-        out.copy_(product if beta == 0 else beta * base + product)
+        out.copy_(product if beta == 0 else beta * out + product)
 
-    for module in (ops, logprob):
-        monkeypatch.setattr(module, "Footprint", footprint)
-    for module in (ops, planning):
+    monkeypatch.setattr(head, "Footprint", footprint)
+    for module in (walk, sizes):
         monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
-    monkeypatch.setattr(ops, "addmm", addmm)
-    monkeypatch.setattr(planning, "LEAST_GROUP", 1)
+    replace_products(monkeypatch, addmm)
+    monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
+
+
+def replace_products(monkeypatch, addmm):
+    for module in (walk, onepass, kl):
+        monkeypatch.setattr(module, "addmm", addmm)
 
 
 def problem(dtype):
@@ -184,11 +186,11 @@ def test_wide_products_where_addmm_takes_no_wide_base(beta, monkeypatch):
         return product if out is None else out.copy_(product)
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(ops, "_ADDMM_TAKES_A_WIDE_BASE", False)
+    monkeypatch.setattr(walk, "_ADDMM_TAKES_A_WIDE_BASE", False)
     a, b = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16()
     out = torch.randn(3, 5) if beta else torch.full((3, 5), torch.nan)
     expected = 0.5 * (a.float() @ b.float()) + (out if beta else 0)
-    real_addmm(out, a, b, out, beta=beta, alpha=0.5)
+    real_addmm(out, a, b, beta=beta, alpha=0.5)
     torch.testing.assert_close(out, expected)
 
 
@@ -202,7 +204,7 @@ def test_a_call_allocates_what_the_plan_says(with_bias, stored, trained, softcap
     """Within 2 % of the bytes that the kernels of a GPU are given; nothing is computed here."""
     pytest.importorskip("triton")
     stand_in(monkeypatch, lambda module, name: Launches())
-    monkeypatch.setattr(ops, "addmm", lambda *arguments, **options: None)
+    replace_products(monkeypatch, lambda *arguments, **options: None)
     S, length, width, vocabulary = 8, 512, 512, 49152
     hidden = torch.zeros(S, length, width, dtype=stored, requires_grad=bool(trained))
     weight = torch.zeros(vocabulary, width, dtype=stored, requires_grad=trained in ("hidden weight", "step"))
@@ -244,7 +246,7 @@ def test_a_call_allocates_what_the_plan_says(with_bias, stored, trained, softcap
 
 def test_a_transposed_head_stays_within_the_workspace(monkeypatch):
     stand_in(monkeypatch, lambda module, name: Launches())
-    monkeypatch.setattr(ops, "addmm", lambda *arguments, **options: None)
+    replace_products(monkeypatch, lambda *arguments, **options: None)
     hidden = torch.zeros(64, 256, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(256, 50257, dtype=torch.bfloat16).T.requires_grad_()
     labels = torch.zeros(64, dtype=torch.int64)

@@ -14,7 +14,7 @@ import alignloss
 from alignloss import losses
 from alignloss.backends import Tokens, _torch, _triton
 from alignloss.backends import Transform as T
-from alignloss.ops import output_dtypes
+from alignloss.ops.logprob import output_dtypes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAPS = [None, 2.0]

@@ -175,7 +175,7 @@ def test_what_it_refuses():
 
 @pytest.mark.parametrize("trained", ["hidden", "hidden weight"])
 def test_the_workspace_is_a_bound(trained):
-    from alignloss.measure import peak_bytes
+    from alignloss.commands.measure import peak_bytes
 
     M, H, V, workspace = 2048, 64, 8192, 8 << 20
     hidden, ref_hidden = torch.randn(M, H, requires_grad=True), torch.randn(M, H)

@@ -5,8 +5,8 @@ import torch
 from reference import token_logps
 
 import alignloss
-from alignloss import cpu_bf16
-from alignloss.measure import peak_bytes
+from alignloss.commands.measure import peak_bytes
+from alignloss.ops import cpu_bf16
 
 MIB = 1 << 20
 H, V = 128, 8192

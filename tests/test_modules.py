@@ -336,7 +336,7 @@ def decorated(*arguments, **options):
 def test_a_wrapped_coupled_loss_is_coupled(fn):
     module = alignloss.PreferenceLoss(fn, beta=0.3)
     assert module.couples_batch
-    assert module.fn_name == "aot_loss"
+    assert module.function.name == "aot_loss"
     with pytest.raises(ValueError, match="beta must lie in"):
         alignloss.PreferenceLoss(fn, beta=-1.0)
 

@@ -5,8 +5,10 @@ import torch
 from reference import error, inputs, leaf, token_logps
 
 import alignloss
-from alignloss import losses, onepass, planning
-from alignloss.planning import Footprint, fill_groups
+from alignloss import losses
+from alignloss.modules import groups as groups_module
+from alignloss.ops import sizes
+from alignloss.ops.sizes import Footprint, fill_groups
 
 B, T, H, V = 4, 9, 37, 101
 BACKENDS = ["torch", "triton"]
@@ -16,7 +18,7 @@ ONE, SEVERAL, SOME = 2 * B * T, 20, 6
 
 @pytest.fixture(autouse=True)
 def _groups_of_a_few_tokens(monkeypatch):
-    monkeypatch.setattr(planning, "LEAST_GROUP", 1)
+    monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
 
 
 def room(tokens, dtype=torch.float32, backend=None, hidden_size=H, vocabulary=V):
@@ -31,13 +33,13 @@ def room(tokens, dtype=torch.float32, backend=None, hidden_size=H, vocabulary=V)
 def passes(monkeypatch):
     """(groups, tokens in groups) of every one-pass step."""
     counts = []
-    original = onepass._one_pass
+    original = groups_module.one_pass
 
     def spy(projection, indices, shares, groups, stats):
         counts.append((groups, sum(len(projection.labels if i is None else i) for i in indices[:groups])))
         return original(projection, indices, shares, groups, stats)
 
-    monkeypatch.setattr(onepass, "_one_pass", spy)
+    monkeypatch.setattr(groups_module, "one_pass", spy)
     return counts
 
 

@@ -88,7 +88,7 @@ def test_unchecked_offsets_that_do_not_fit_give_no_number(bad, name, backend):
         "from 1": torch.tensor([1, 6, 12, 18, 24]),
     }[bad]
     module = module_of(name, backend)
-    module.head_options["validate"] = module.validate = False
+    module.head_options["validate"] = False
     data = data_of(module, 4)
     out, dhidden, dweight = step(module, hidden, weight, labels, offsets, **data)
     assert bool(out.loss.isnan()) and bool(out.losses.isnan().all())

@@ -8,8 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import alignloss
 from alignloss import plan
-from alignloss.measure import peak_bytes
-from alignloss.planning import SLICE, Footprint, Sizes
+from alignloss.commands.measure import peak_bytes
+from alignloss.ops.sizes import SLICE, Footprint, Sizes
 
 MIB = 1 << 20
 N, T, H, V = 2048, 128, 256, 8192
@@ -212,8 +212,8 @@ def test_bad_input_is_explained(arguments, message):
 def test_slices_of_a_gpu_find_their_rows_in_its_cache_and_their_padding_fits_the_workspace(workspace, vocabulary):
     half = torch.bfloat16
     foot = Footprint(vocabulary, 64, half, half, half, False, False, "cuda", "triton")
-    sizes = foot.forward(8192, 0, 1, workspace), foot.backward(8192, 0, 1, True, workspace)[0]
-    for rows, columns, needed in (*sizes, foot.tile(8192, Sizes(64, 64, 8), workspace, 4096)):
+    sizes = foot.forward_tile(8192, 0, 1, workspace), foot.backward_tile(8192, 0, 1, True, workspace)[0]
+    for rows, columns, needed in (*sizes, foot.fit_tile(8192, Sizes(64, 64, 8), workspace, 4096)):
         assert columns <= SLICE
         assert foot.pitch(columns) % 64 == 0 <= foot.pitch(columns) - columns < 64
         assert rows * foot.pitch(columns) * 4 <= needed <= workspace

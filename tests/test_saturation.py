@@ -141,14 +141,14 @@ def test_the_gradient_of_a_module_is_exact_at_every_gap(name, backend, regime, s
     count = len(gaps) // 2 if module.paired else len(gaps)
     columns = {"logps": logps, "ref_logps": data.get("ref_logps"), "lengths": torch.ones(len(gaps)).double()}
     arguments = []
-    for parameter in module.names:
-        if parameter in module.filled:
-            column, half = module.filled[parameter]
+    for parameter in module.function.names:
+        if parameter in module.function.filled:
+            column, half = module.function.filled[parameter]
             value = columns[column].double()
             arguments.append(value if half is None else value[:count] if half == 0 else value[count:])
         else:
             arguments.append(data[parameter].double() if parameter != "desirable" else data[parameter])
-    values = module.fn(*arguments, **module.options)[0]
+    values = module.function.fn(*arguments, **module.function.options)[0]
     (scale * values.sum()).backward()
     got, expected = hidden.grad.flatten().double(), exact.grad
     # relative, down to where float32 ends; logits of 1e4 round to 1e-3, of which exponentials make 1e-3

@@ -66,7 +66,7 @@ def test_the_gradient_of_a_recomputed_head_is_too(spread, workspace, trained):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_forward_and_backward_share_a_tile(dtype, device, save, stats):
     from alignloss.logprob import stat_bits
-    from alignloss.planning import Footprint
+    from alignloss.ops.sizes import Footprint
 
     bits = stat_bits(stats, ("lse", "entropy"))
     for indexed in (False, True):
@@ -74,6 +74,6 @@ def test_forward_and_backward_share_a_tile(dtype, device, save, stats):
             foot = Footprint(5000, 300, dtype, dtype, dtype, indexed, softcap, device, "torch")
             for workspace in (30_000, 1_000_000, 40_000_000):
                 for direct in (False, True):
-                    forward = foot.forward(777, bits, save, workspace, True, direct)
-                    backward, _ = foot.backward(777, bits, save, direct, workspace)
+                    forward = foot.forward_tile(777, bits, save, workspace, True, direct)
+                    backward, _ = foot.backward_tile(777, bits, save, direct, workspace)
                     assert forward[:2] == backward[:2]

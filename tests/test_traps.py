@@ -311,12 +311,12 @@ def test_forward_mode_is_refused():
 @pytest.mark.parametrize("offsets", [[0, 2, 64], [0, 2, -1], [0, 3, 2], [1, 2, 4], [0, 1, 3], [0, 4, 4], [0, -9, 4]])
 def test_offsets_that_do_not_fit_are_never_addresses_and_give_nan(offsets, backend):
     values, offsets = torch.ones(4, dtype=torch.float64, requires_grad=True), torch.tensor(offsets)
-    checked = alignloss.ops.sequence_offsets(offsets, 4, True, False, False)
-    sums = alignloss.ops.sequence_sum(values, checked, 2, None, backend)
+    checked = alignloss.ops.sequence.sequence_offsets(offsets, 4, True, False, False)
+    sums = alignloss.ops.sequence.sequence_sum(values, checked, 2, None, backend)
     sums.sum().backward()
     assert bool(sums.isnan().all() & values.grad.isnan().all())
     with pytest.raises(ValueError, match="rise from 0"):
-        alignloss.ops.sequence_offsets(offsets, 4, True, False, True)
+        alignloss.ops.sequence.sequence_offsets(offsets, 4, True, False, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

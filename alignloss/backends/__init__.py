@@ -1,32 +1,20 @@
 """The primitives of the ops, twice with one signature: `_torch` (any device, the specification) and `_triton`.
 
+Imports kernels alone.
+
 Both work on a tile h W_slice^T * linear of C tokens and Vs vocabulary entries, in fp32 (fp64 for fp64 input), to which
 they add the slice of the bias, b * linear, so that x = (h W_slice^T + b) * linear, and on `state`, a tensor (7, C) of
-running sums over the vocabulary without the target column y. The logits are z = x, or z = cap tanh(x) under a softcap.
-Leaving the target out keeps 1 - p_y and log p_y exact as p_y -> 1.
+running sums over the vocabulary without the target column y, whose rows `kernels.state` names. The logits are z = x, or
+z = cap tanh(x) under a softcap. Leaving the target out keeps 1 - p_y and log p_y exact as p_y -> 1.
 """
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-
-# rows of `state`
-REF = 0  # reference m that the exponentials are relative to; at most 20 nats below the largest z
-SUM = 1  # sum of exp(z - m) over v != y
-TARGET = 2  # x of the target; NaN while no slice has held it, so a label outside the vocabulary ends as NaN
-SUM_ZE = 3  # sum of (z - m) exp(z - m) over v != y
-SUM_Z = 4  # sum of z over every v
-SUM_EE = 5  # sum of exp(z - m)^2 over v != y
-TOP = 6  # largest z over v != y
-STATE_ROWS = 7
-# rows of the `state` of a KL: maxima and sums of exponentials (in the backward their logarithms) of policy and
-# reference, and the sum of exp(z_ref - max) (z_ref - z)
-KL_TOP, KL_SUM, KL_REF_TOP, KL_REF_SUM, KL_GAP = range(5)
-KL_ROWS = 5
-LOWEST = -1e30  # finite stand-in for -inf, so that differences of maxima and references are never NaN
 
 # entries of a product of rows, in the accumulation dtype, that _torch makes at once
 WEIGHED_AT_ONCE = 1 << 18
@@ -34,6 +22,11 @@ WEIGHED_AT_ONCE = 1 << 18
 # what the caller asks for beyond log-probabilities, as bits of one int
 STATS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 LSE, ENTROPY, MEAN_LOGITS, IS_TOP1, LOG_SUM_SQ = (1 << i for i in range(len(STATS)))
+
+
+def asked(values: Sequence[object | None]) -> int:
+    """Bits of STATS that have a place to go, `values` of each."""
+    return sum(1 << i for i, value in enumerate(values) if value is not None)
 
 
 class Transform(NamedTuple):

@@ -7,18 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from . import (
-    ENTROPY,
-    IS_TOP1,
+from ..kernels.state import (
     KL_GAP,
     KL_REF_SUM,
     KL_REF_TOP,
     KL_SUM,
     KL_TOP,
-    LOG_SUM_SQ,
     LOWEST,
-    LSE,
-    MEAN_LOGITS,
     REF,
     SUM,
     SUM_EE,
@@ -26,10 +21,8 @@ from . import (
     SUM_ZE,
     TARGET,
     TOP,
-    WEIGHED_AT_ONCE,
-    Tokens,
-    Transform,
 )
+from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, LSE, MEAN_LOGITS, WEIGHED_AT_ONCE, Tokens, Transform, asked
 
 
 def gather(
@@ -66,7 +59,7 @@ def fold(
     first: int,  # vocabulary index of the tile's first column
     transform: Transform,
     stats: int,
-    save: int,  # 0: statistics alone; 1: and exponentials for `u`; 2: and for `u2`
+    derivatives: int,  # that accumulate: none, by `u`, by `u` and `u2`
     u: Tensor | None,  # (C, H) sum of exp(z - m) sech^2 W over v != y so far; rescaled
     u2: Tensor | None,  # (C, H) the same with (z - m) exp(z - m)
     dtype: torch.dtype,  # of the result, an operand of the next GEMM
@@ -79,7 +72,7 @@ def fold(
     state[TARGET] = torch.where(inside, target, state[TARGET, :, None]).squeeze(1)
     slope = None
     if transform.cap is not None:
-        if save:
+        if derivatives:
             slope = sech2(tile, out=scratch[0])
         tile.tanh_().mul_(transform.cap)
     if stats & MEAN_LOGITS:
@@ -102,14 +95,14 @@ def fold(
     z_exps = None
     if stats & LOG_SUM_SQ:
         state[SUM_EE].mul_(decay**2).add_(torch.mul(exps, exps, out=scratch[-1]).sum(1))
-    if stats & ENTROPY or save == 2:
+    if stats & ENTROPY or derivatives == 2:
         # e ln e = (z - m) e, and 0 at e = 0
         z_exps = torch.special.entr(exps, out=scratch[-1]).neg_()
         state[SUM_ZE].addcmul_(state[SUM], shift).mul_(decay).add_(z_exps.sum(1))
     state[SUM].mul_(decay).add_(exps.sum(1))
     if slope is not None:
         exps.mul_(slope)
-        if save == 2 and z_exps is not None:
+        if derivatives == 2 and z_exps is not None:
             z_exps.mul_(slope)
     return exps.to(dtype) if out is None else out.copy_(exps), None if z_exps is None else z_exps.to(dtype)
 
@@ -149,8 +142,7 @@ def finish(
             if derivative is not None:
                 derivative.masked_fill_(ignored[:, None], 0)
     at = part if tokens.token_index is None else tokens.token_index[part]
-    stats = sum(1 << i for i, output in enumerate(outputs[1:]) if output is not None)
-    for output, value in zip(outputs, _row_stats(state, weight.shape[0], transform, stats), strict=True):
+    for output, value in zip(outputs, _row_stats(state, weight.shape[0], transform, asked(outputs[1:])), strict=True):
         if output is not None and value is not None:
             output[at] = value.masked_fill(ignored, 0).to(output.dtype)
 

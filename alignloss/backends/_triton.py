@@ -6,31 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import blocks, kl, rows, sequence, stats, tile
+from ..kernels import blocks
+from ..kernels import kl as kl_kernels
+from ..kernels import rows as row_kernels
+from ..kernels import sequence as sequence_kernels
+from ..kernels import stats as stats_kernels
+from ..kernels import tile as tile_kernels
 from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, MEAN_LOGITS, Tokens, Transform
 
-__all__ = [
-    "dlogits",
-    "finish",
-    "fold",
-    "gather",
-    "held_dlogits",
-    "kl_dlogits",
-    "kl_fold",
-    "preference",
-    "preference_backward",
-    "scale",
-    "sequence_scatter",
-    "sequence_sum",
-    "statistics",
-    "weigh",
-]
 
-
-def gather(tokens: Tokens, part: slice, labels: Tensor, row_buffer: Tensor | None, state: Tensor) -> None:
+def gather(tokens: Tokens, part: slice, labels: Tensor, rows: Tensor | None, state: Tensor) -> None:
     hidden, all_labels, index = _of_part(tokens, part)
     assert hidden is not None
-    rows.gather_fwd(hidden, all_labels, index, row_buffer, labels, state, tokens.ignore_index, tokens.compute_dtype)
+    row_kernels.gather_fwd(hidden, all_labels, index, rows, labels, state, tokens.ignore_index, tokens.compute_dtype)
 
 
 def _of_part(tokens: Tokens, part: slice) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -47,21 +35,21 @@ def statistics(
     labels: Tensor,
     state: Tensor,
     transform: Transform,
-    wanted: int,
+    stats: int,
     workspace_bytes: int,
 ) -> bool:
     # is_top1 compares the target with the others: it takes all logits from one GEMM, or ties would break
-    if wanted & IS_TOP1 or weight.stride(1) != 1 or hidden.stride(1) != 1:
+    if stats & IS_TOP1 or weight.stride(1) != 1 or hidden.stride(1) != 1:
         return False
-    extras = _extras(wanted)
+    extras = _extras(stats)
     kind = blocks.architecture(weight.device)
     block_v = blocks.gemm_blocks(kind, weight.element_size(), extras or transform.cap is not None)[1]
     row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, extras)
-    rows = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
+    block = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
     precision = gemm_precision()
-    for start in range(0, len(labels), rows):
-        part = slice(start, start + rows)
-        stats.stats_fwd(
+    for start in range(0, len(labels), block):
+        part = slice(start, start + block)
+        stats_kernels.stats_fwd(
             hidden[part],
             weight,
             bias,
@@ -84,23 +72,24 @@ def gemm_precision() -> str:
 
 
 def fold(
-    x: Tensor,
+    tile: Tensor,
     bias: Tensor | None,
     scratch: Tensor,
     state: Tensor,
     labels: Tensor,
     first: int,
     transform: Transform,
-    wanted: int,
-    save: int,
+    stats: int,
+    derivatives: int,
     u: Tensor | None,
     u2: Tensor | None,
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    spare = scratch[0] if save == 2 else None
-    return tile.fold_fwd(
-        x, bias, spare, state, labels, u, u2, first, transform.cap, save, _extras(wanted) or save == 2, dtype, out
+    both = derivatives == 2
+    spare, extras = scratch[0] if both else None, both or _extras(stats)
+    return tile_kernels.fold_fwd(
+        tile, bias, spare, state, labels, u, u2, first, transform.cap, derivatives, extras, dtype, out
     )
 
 
@@ -122,7 +111,9 @@ def finish(
         outputs = [None if output is None else output[part] for output in outputs]
     else:
         index = tokens.token_index[part]
-    rows.finish_fwd(state, labels, index, u, u2, weight, *outputs, dlogp, dentropy, tokens.ignore_index, transform.cap)
+    row_kernels.finish_fwd(
+        state, labels, index, u, u2, weight, *outputs, dlogp, dentropy, tokens.ignore_index, transform.cap
+    )
 
 
 def weigh(
@@ -139,14 +130,14 @@ def weigh(
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     dhidden: Tensor | None,
-    row_buffer: Tensor | None,
+    rows: Tensor | None,
     scaled: Tensor | None,
 ) -> None:
     hidden, all_labels, index = _of_part(tokens, part)
     if index is None:
         dlogps = dlogps[part]
         dentropies, dhidden = (None if t is None else t[part] for t in (dentropies, dhidden))
-    rows.rows_bwd(
+    row_kernels.rows_bwd(
         dlogps,
         dentropies,
         all_labels,
@@ -160,7 +151,7 @@ def weigh(
         labels,
         coefficient,
         mix,
-        row_buffer,
+        rows,
         scaled,
         tokens.ignore_index,
         transform.slope,
@@ -170,7 +161,7 @@ def weigh(
 
 
 def dlogits(
-    x: Tensor,
+    tile: Tensor,
     bias: Tensor | None,
     scratch: Tensor,
     state: Tensor,
@@ -181,11 +172,11 @@ def dlogits(
     mix: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return tile.dlogits_bwd(x, bias, state, labels, coefficient, mix, first, transform.cap, dtype)
+    return tile_kernels.dlogits_bwd(tile, bias, state, labels, coefficient, mix, first, transform.cap, dtype)
 
 
 def held_dlogits(
-    held: Tensor,
+    tile: Tensor,
     reference: Tensor,
     state: Tensor,
     labels: Tensor,
@@ -193,24 +184,24 @@ def held_dlogits(
     transform: Transform,
     coefficient: Tensor,
 ) -> None:
-    tile.held_bwd(held, reference, state, labels, coefficient, first, transform.cap)
+    tile_kernels.held_bwd(tile, reference, state, labels, coefficient, first, transform.cap)
 
 
 def kl_fold(
-    x: Tensor,
-    x_ref: Tensor,
+    tile: Tensor,
+    ref_tile: Tensor,
     bias: Tensor | None,
     ref_bias: Tensor | None,
     scratch: Tensor,
     state: Tensor,
     transform: Transform,
 ) -> None:
-    kl.kl_fwd(x, x_ref, bias, ref_bias, state, transform.cap)
+    kl_kernels.kl_fwd(tile, ref_tile, bias, ref_bias, state, transform.cap)
 
 
 def kl_dlogits(
-    x: Tensor,
-    x_ref: Tensor,
+    tile: Tensor,
+    ref_tile: Tensor,
     bias: Tensor | None,
     ref_bias: Tensor | None,
     scratch: Tensor,
@@ -220,19 +211,19 @@ def kl_dlogits(
     lift: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    return kl.kl_bwd(x, x_ref, bias, ref_bias, state, coefficient, transform.cap, lift, dtype)
+    return kl_kernels.kl_bwd(tile, ref_tile, bias, ref_bias, state, coefficient, transform.cap, lift, dtype)
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
-    rows.scale_bwd(gradient, factor)
+    row_kernels.scale_bwd(gradient, factor)
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | None, sequences: int, token_weights: Tensor | None) -> Tensor:
-    return sequence.sequence_fwd(*_contiguous(values, token_weights, cu_seqlens), sequences)
+    return sequence_kernels.sequence_fwd(*_contiguous(values, token_weights, cu_seqlens), sequences)
 
 
 def sequence_scatter(dsums: Tensor, cu_seqlens: Tensor | None, token_weights: Tensor | None, tokens: int) -> Tensor:
-    return sequence.sequence_bwd(*_contiguous(dsums, token_weights, cu_seqlens), tokens)
+    return sequence_kernels.sequence_bwd(*_contiguous(dsums, token_weights, cu_seqlens), tokens)
 
 
 def preference(
@@ -246,7 +237,7 @@ def preference(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     vectors = _contiguous(values, token_weights, labels, nll_labels, cu_seqlens)
-    return sequence.preference_fwd(*vectors, sequences, *_contiguous(ref_logps), *options)
+    return sequence_kernels.preference_fwd(*vectors, sequences, *_contiguous(ref_logps), *options)
 
 
 def preference_backward(
@@ -261,7 +252,7 @@ def preference_backward(
     ignore_index: int,
 ) -> Tensor:
     vectors = _contiguous(token_weights, labels, nll_labels, cu_seqlens)
-    return sequence.preference_bwd(dloss, slopes, scales, *vectors, paired, ignore_index)
+    return sequence_kernels.preference_bwd(dloss, slopes, scales, *vectors, paired, ignore_index)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -269,5 +260,5 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _extras(wanted: int) -> bool:
-    return bool(wanted & (ENTROPY | MEAN_LOGITS | LOG_SUM_SQ))
+def _extras(stats: int) -> bool:
+    return bool(stats & (ENTROPY | MEAN_LOGITS | LOG_SUM_SQ))

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MAX_EXPONENT", "Paired", "Unpaired", "bounded_exp", "deformed_log", "log_odds", "logistic", "weighted"]
-
 Paired = tuple[Tensor, Tensor, Tensor]  # losses, chosen_rewards, rejected_rewards
 Unpaired = tuple[Tensor, Tensor]  # losses, rewards
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .common import bounded_exp, deformed_log
 
-__all__ = ["Divergence", "alpha_divergence", "forward_kl", "js_divergence", "reverse_kl"]
-
 Divergence = Callable[[Tensor], Tensor]  # (B,) -> (B,)
 
 

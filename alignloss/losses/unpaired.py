@@ -5,8 +5,6 @@ from torch import Tensor
 
 from .common import Unpaired, logistic, weighted
 
-__all__ = ["apo_zero_unpaired_loss", "bco_loss", "kto_loss", "npo_loss", "sft_loss"]
-
 
 def _by_label(desirable: Tensor, if_desirable: Tensor, otherwise: Tensor) -> Tensor:
     """Where `desirable` is neither 0 nor 1 the loss is NaN."""

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Counted", "count", "installed", "quantization_of"]
-
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes: weights per scale, scales per scale of theirs
 
 

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..planning import Plan, plan
 from .fit_config import count, installed, quantization_of
-from .planning import Plan, plan
 
-__all__ = ["MODELS", "Estimate", "Model", "estimate", "most_tokens", "read_model"]
-
-MODELS: dict[str, dict[str, Any]] = json.loads(files("alignloss").joinpath("data/models.json").read_text("utf-8"))
+MODELS: dict[str, dict[str, Any]] = json.loads(
+    files("alignloss.commands").joinpath("data/models.json").read_text("utf-8")
+)
 # what a config.json may leave out, of the families that are estimated
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -270,21 +270,7 @@ def estimate(
     Raises:
         ValueError: for a name or number out of range, and for quantized weights without `lora`.
     """
-    if precision not in ("bf16", "mixed") or optimizer not in OPTIMIZER_STATES:
-        raise ValueError(
-            f"precision must be 'bf16' or 'mixed', optimizer one of {sorted(OPTIMIZER_STATES)}; "
-            f"got {precision!r}, {optimizer!r}"
-        )
-    if not 0 < labelled <= 1 or not 1 <= length <= tokens or rank < 1:
-        raise ValueError(
-            "labelled must lie in (0, 1], length in [1, tokens], rank be positive; "
-            f"got {labelled}, {length} of {tokens}, {rank}"
-        )
-    if model.quantized_bytes is not None and not lora:
-        raise ValueError(
-            "quantized weights do not train: lora=True trains adapters beside them; to train every parameter, give the "
-            "config.json without quantization_config"
-        )
+    _check_step(model, tokens, length, labelled, lora, rank, precision, optimizer)
     mixed = precision == "mixed"
     trained = model.adapter_parameters(rank) if lora else model.decoder_parameters
     wide = 4 if mixed else 2
@@ -305,9 +291,7 @@ def estimate(
     scored = max(1, round(tokens * labelled))
     unit = max(1, round(length * labelled)) * (2 if paired else 1)
     loss = plan(
-        scored,
-        model.hidden_size,
-        model.vocabulary,
+        *(scored, model.hidden_size, model.vocabulary),
         train_head=not lora,
         pair_tokens=min(unit, scored),
         positions=tokens,
@@ -318,8 +302,7 @@ def estimate(
         device_memory=gpu_memory,
         workspace_bytes=workspace_bytes,
     )
-    head = 0 if lora else model.vocabulary * model.hidden_size * wide
-    dhidden = tokens * model.hidden_size * residual
+    head = model.vocabulary * model.hidden_size * wide * (not lora)
     return Estimate(
         weights,
         wide * trained,
@@ -328,8 +311,28 @@ def estimate(
         (layer + copies) * checkpointing + unpacked,
         loss,
         loss.peak_bytes - head * (loss.regime > 2),
-        loss.full_logits_bytes + dhidden,
+        loss.full_logits_bytes + tokens * model.hidden_size * residual,  # and dhidden
     )
+
+
+def _check_step(
+    model: Model, tokens: int, length: int, labelled: float, lora: bool, rank: int, precision: str, optimizer: str
+) -> None:
+    if precision not in ("bf16", "mixed") or optimizer not in OPTIMIZER_STATES:
+        raise ValueError(
+            f"precision must be 'bf16' or 'mixed', optimizer one of {sorted(OPTIMIZER_STATES)}; "
+            f"got {precision!r}, {optimizer!r}"
+        )
+    if not 0 < labelled <= 1 or not 1 <= length <= tokens or rank < 1:
+        raise ValueError(
+            "labelled must lie in (0, 1], length in [1, tokens], rank be positive; "
+            f"got {labelled}, {length} of {tokens}, {rank}"
+        )
+    if model.quantized_bytes is not None and not lora:
+        raise ValueError(
+            "quantized weights do not train: lora=True trains adapters beside them; to train every parameter, give the "
+            "config.json without quantization_config"
+        )
 
 
 def most_tokens(model: Model, memory: int, full_logits: bool, length: int, **options: Any) -> int:

@@ -7,10 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..checks import check_number
 from .fit import Estimate, Model, estimate, most_tokens, read_model
-from .planning import check_number
-
-__all__ = ["report"]
 
 GIB = 1 << 30
 HEADERS = ("weights", "grads", "optim.", "activ.", "loss", "total", "fits", "most\ntokens")

@@ -1,16 +1,13 @@
 """Several losses as one, in one pass over the hidden states."""
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .losses.common import weighted
-from .modules import PreferenceLoss
-from .planning import check_number
-
-__all__ = ["MixtureLoss"]
+from ..checks import check_number
+from .function import WeightedSum
+from .preference import PreferenceLoss
 
 
 class MixtureLoss(PreferenceLoss):
@@ -50,40 +47,14 @@ class MixtureLoss(PreferenceLoss):
                     "a mixture takes PreferenceLosses, all paired or all unpaired; "
                     f"got {[type(m).__name__ for m in modules]}. The NLL of the chosen sequences is nll_weight"
                 )
-            if module.projection_repr():
-                raise ValueError(f"give {module.projection_repr()} to the mixture, not to {type(module).__name__}")
+            if module.changed_options():
+                raise ValueError(f"give {module.changed_options()} to the mixture, not to {type(module).__name__}")
             check_number("a weight", weight)
         check_number("nll_weight", nll_weight)
         nll_weight += sum(weight * module.nll_weight for module, weight in zip(modules, weights, strict=True))
         if not any(weights) and not nll_weight:
             raise ValueError("every weight of the mixture is 0, the NLL's too: nothing is left to train")
         couples_batch = couples_batch or any(module.couples_batch for module in modules)
-        super().__init__(_Mixture(modules, weights), nll_weight=nll_weight, couples_batch=couples_batch, **options)
-        self.mixed, self.weights = nn.ModuleList(modules), weights
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weights={self.weights}"
-
-
-class _Mixture:
-    """The weighted sum of losses as one loss function, whose data are those of all of them."""
-
-    def __init__(self, modules: list[PreferenceLoss], weights: list[float]) -> None:
-        self.modules, self.weights = modules, weights
-        self.__name__ = "mixture of " + ", ".join(module.fn_name for module in modules)
-        required = {name for module in modules for name in module.names if name not in module.defaults}
-        names = dict.fromkeys(name for module in modules for name in module.names)
-        self.names = sorted(names, key=lambda name: name not in required)
-        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, kind, default=empty if name in required else None) for name in self.names]
-        )
-
-    def __call__(self, *values: Any) -> tuple[Tensor, ...]:
-        given, results = dict(zip(self.names, values, strict=True)), []
-        count = len(given["chosen_logps" if self.modules[0].paired else "logps"])
-        for module in self.modules:
-            arguments = [module.defaults.get(n) if given[n] is None else given[n] for n in module.names]
-            results.append(module.evaluated(arguments, count))
-        terms = [weighted(weight, result[0]) for weight, result in zip(self.weights, results, strict=True)]
-        return sum(terms[1:], terms[0]), *results[0][1:]
+        mixture = WeightedSum([module.function for module in modules], weights)
+        super().__init__(mixture, nll_weight=nll_weight, couples_batch=couples_batch, **options)
+        self.mixed = nn.ModuleList(modules)

@@ -7,8 +7,6 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-__all__ = ["notes", "plot", "table"]
-
 BLUE, ORANGE = "tab:blue", "tab:orange"
 
 

@@ -5,11 +5,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import ops
-from .logprob import labelled_tokens
-from .losses.common import log_odds
-
-__all__ = ["PairedOutput", "ScoredTokens", "UnpairedOutput", "measured"]
+from ..losses.common import log_odds
+from ..ops.sequence import labelled_tokens, sequence_sum
 
 # statistics of `linear_logprob_stats` that metrics are made of
 STATS = ("entropy", "mean_logits", "is_top1")
@@ -40,7 +37,7 @@ class ScoredTokens(NamedTuple):
         """Mean of a statistic over the labelled tokens of all sequences, or of those where `members` (S,) is 1; 0-d."""
         labelled = (self.labels != self.ignore_index).double()
         sums, counts = (
-            ops.sequence_sum(values, self.offsets, self.sequences, None, "torch")
+            sequence_sum(values, self.offsets, self.sequences, None, "torch")
             for values in (getattr(self, name) * labelled, labelled)
         )
         if members is not None:

@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
-from .checks import checked_labels
-from .logprob import LogprobStats, check_like, labelled_tokens, sequence_offsets
-from .ops import sequence_sum
-from .planning import check_number
-
-__all__ = ["ld_dpo_token_weights", "sampo_token_weights", "wpo_pair_weights"]
+from ..checks import check_like, check_number, checked_labels
+from ..logprob import LogprobStats
+from ..ops.sequence import labelled_tokens, sequence_layout, sequence_sum
 
 
 def ld_dpo_token_weights(
@@ -71,8 +68,8 @@ def _of_labels(weights: Tensor, labels: Tensor, offsets: Tensor | None, ignore_i
 def _pair_offsets(
     labels: Tensor, cu_seqlens: Tensor | None, real_sequences: int | None, ignore_index: int
 ) -> tuple[Tensor | None, int]:
-    """`sequence_offsets` of 2B sequences."""
-    offsets, sequences = sequence_offsets(labels, cu_seqlens, None, real_sequences, ignore_index)
+    """`sequence_layout` of 2B sequences."""
+    offsets, sequences = sequence_layout(labels, cu_seqlens, None, real_sequences, ignore_index)
     if sequences % 2:
         raise ValueError(f"weights of pairs take 2B sequences, chosen then rejected; got {sequences}, an odd number")
     return offsets, sequences

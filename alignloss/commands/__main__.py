@@ -30,7 +30,7 @@ def main() -> None:
         _need("demo", "transformers", "gguf", "accelerate", "matplotlib")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.setdefault(name, "1")
-        from alignloss.demo import DemoError, run
+        from alignloss.commands.demo import DemoError, run
 
         try:
             run(model, steps=steps, out=out)
@@ -51,7 +51,7 @@ def main() -> None:
         reserve: Annotated[float, typer.Option(min=0, help="GiB left to the CUDA context and fragments.")] = 1.5,
     ) -> None:
         """Estimate whether a training step fits a GPU: full and LoRA, with alignloss and with full logits."""
-        from alignloss.fit_report import report
+        from alignloss.commands.fit_report import report
 
         options = {
             "length": min(length, tokens),

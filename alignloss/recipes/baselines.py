@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-from .logprob import check_binary, validates
-from .planning import check_number
-
-__all__ = ["RunningShift", "kto_kl"]
+from ..checks import check_binary, check_number, validates
 
 
 def kto_kl(

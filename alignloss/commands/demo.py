@@ -27,10 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import alignloss
 from alignloss import losses
-from alignloss.demo_report import notes, plot, table
-from alignloss.measure import environment, peak_bytes
-
-__all__ = ["DemoError", "run"]
+from alignloss.commands.demo_report import notes, plot, table
+from alignloss.commands.measure import environment, peak_bytes
 
 BETA = 0.1
 PAIRS = 4  # preference pairs in a batch
@@ -113,7 +111,7 @@ MODELS = {"smollm2": load_smollm2, "tiny": load_tiny}
 
 
 def read_pairs(subject: Subject) -> list[Pair]:
-    lines = files("alignloss").joinpath("data/preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = files("alignloss.commands").joinpath("data/preferences.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         Pair(
             subject.encode(row["prompt"] + "\n"),
@@ -306,7 +304,6 @@ def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("d
     transformers.logging.set_verbosity_error()
     with console.status(f"loading {model}"), redirect_stderr(io.StringIO()):
         subject = MODELS[model]()
-    start = {key: value.clone() for key, value in subject.model.state_dict().items()}
     arms = [
         Arm(subject.model, alignloss.sequence_logprob, alignloss_loss),
         Arm(copy.deepcopy(subject.model), full_logits_sums, full_logits_loss),
@@ -319,27 +316,57 @@ def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("d
         Example(batch, Batch(*alignloss.mismatched_pairs(*batch, pad_token_id=subject.end)))
         for batch in batches_of([pool[i % len(pool)] for i in range(steps * PAIRS)], subject.end)
     ]
+    many = measure_many(arms, collate(pool[:MANY_PAIRS], subject.end))
+    report = {
+        "model": model,
+        "settings": {
+            "steps": steps,
+            "pairs_per_step": PAIRS,
+            "held_out_pairs": subject.held_out,
+            "learning_rate": subject.learning_rate,
+            "beta": BETA,
+            "vocabulary": arms[0].weight.shape[0],
+            "hidden_size": arms[0].weight.shape[1],
+            "layer_tokens": examples[0].batch.input_ids.numel(),
+            "layer_completion_tokens": int(examples[0].batch.completion_mask.sum()),
+        },
+        "environment": environment("alignloss", "torch", "transformers"),
+        "results": compare(arms, examples, held_out, subject.learning_rate, console),
+        "many_pairs": many,
+    }
+    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot(report).savefig(out / "demo.png", dpi=150)
+    console.print(table(report))
+    for note in notes(report):
+        console.print(note)
+    console.print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}")
+    return report
 
+
+def compare(
+    arms: list[Arm], examples: list[Example], held_out: list[Batch], learning_rate: float, console: Console
+) -> dict[str, Any]:
+    """What each loss costs and reaches in each arm, all from the same start."""
+    start = {key: value.clone() for key, value in arms[0].model.state_dict().items()}
     results: dict[str, Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("references", total=steps * (1 + len(MODULES)))
+        task = progress.add_task("references", total=len(examples) * (1 + len(MODULES)))
         references: list[list[Reference]] = [[] for _ in arms]
         for example in examples:
             for arm, reference in zip(arms, references, strict=True):
                 reference.append(arm.reference(example))
             progress.advance(task)
         before = [arm.pair_logps(held_out) for arm in arms]
-        many = measure_many(arms, collate(pool[:MANY_PAIRS], subject.end))
         for name in MODULES:
             progress.update(task, description=name)
             for arm in arms:
                 arm.model.load_state_dict(start)
             costs = measure_layer(name, arms, examples[0], references)
             curves: list[tuple[float, ...]] = []
-            for ours, theirs in train(name, arms, examples, references, subject.learning_rate):
+            for ours, theirs in train(name, arms, examples, references, learning_rate):
                 curves.append((ours, theirs))
-                step = f"{name} step {len(curves):>2}/{steps}"
+                step = f"{name} step {len(curves):>2}/{len(examples)}"
                 progress.console.print(
                     f"{step}  alignloss {ours:.6f}  full logits {theirs:.6f}  difference {ours - theirs:+.1e}"
                 )
@@ -356,28 +383,4 @@ def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("d
             }
             differences = [abs(ours - theirs) / abs(theirs) for ours, theirs in curves]
             results[name]["loss_difference"] = {"step_1": differences[0], "largest": max(differences)}
-
-    report = {
-        "model": model,
-        "settings": {
-            "steps": steps,
-            "pairs_per_step": PAIRS,
-            "held_out_pairs": subject.held_out,
-            "learning_rate": subject.learning_rate,
-            "beta": BETA,
-            "vocabulary": arms[0].weight.shape[0],
-            "hidden_size": arms[0].weight.shape[1],
-            "layer_tokens": examples[0].batch.input_ids.numel(),
-            "layer_completion_tokens": int(examples[0].batch.completion_mask.sum()),
-        },
-        "environment": environment("alignloss", "torch", "transformers"),
-        "results": results,
-        "many_pairs": many,
-    }
-    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    plot(report).savefig(out / "demo.png", dpi=150)
-    console.print(table(report))
-    for note in notes(report):
-        console.print(note)
-    console.print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}")
-    return report
+    return results

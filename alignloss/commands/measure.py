@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from . import cpu_bf16
-
-__all__ = ["environment", "peak_bytes"]
+from ..ops import cpu_bf16
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:

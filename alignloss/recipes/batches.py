@@ -1,4 +1,4 @@
-"""Batches put together from prompts and completions, right-padded. They run on the host: call them in the collator."""
+"""Labels of a batch, and batches put together from prompts and completions, which run on the host, in the collator."""
 
 import operator
 from collections.abc import Sequence
@@ -7,7 +7,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CompletionBatch", "mismatched_pairs", "self_play_pairs"]
+from ..checks import check_like, check_tensor
+from ..ops.sequence import sequence_layout
+
+
+def next_token_labels(
+    input_ids: Tensor,  # (S, T), or packed (tokens,) or (1, tokens)
+    completion_mask: Tensor,  # of the same shape, nonzero at tokens to score
+    *,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    real_sequences: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Labels aligned with hidden states: position t gets token t + 1 if the mask holds there, else `ignore_index`.
+
+    The last position of every sequence predicts nothing. Same shape as `input_ids`, int64. Packed sequences need
+    `cu_seqlens` here too: a (1, tokens) input without it is one sequence, scored across the borders. Repeated offsets
+    are empty sequences; tokens beyond the last of `real_sequences` get `ignore_index`. On a GPU, where values are not
+    validated, offsets that do not rise from 0 to the number of tokens give labels outside of every vocabulary.
+    """
+    check_tensor("input_ids", input_ids)
+    check_like("completion_mask", completion_mask, "input_ids", input_ids)
+    if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be integers (S, T) or packed (tokens,); got {tuple(input_ids.shape)} {input_ids.dtype}"
+        )
+    offsets, _ = sequence_layout(input_ids, cu_seqlens, None, real_sequences, may_be_empty=True)
+    labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
+    keep = completion_mask[..., 1:].bool()
+    labels[..., :-1] = torch.where(keep, input_ids[..., 1:].long(), ignore_index)
+    if offsets is None:
+        return labels
+    # an entry for the position before each offset, the first one for that of offset 0
+    flat = torch.nn.functional.pad(labels.reshape(-1), (1, 0)).index_fill_(0, offsets.clamp(min=0), ignore_index)[1:]
+    beyond = torch.arange(labels.numel(), device=labels.device) >= offsets[-1]
+    flat = torch.where(beyond, torch.where(offsets[-1] < 0, -1 - abs(ignore_index), ignore_index), flat)
+    return flat.view(labels.shape)
 
 
 class CompletionBatch(NamedTuple):

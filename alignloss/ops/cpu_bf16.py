@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["available", "bf16_products", "capabilities"]
-
 _lock = RLock()  # a signal handler that forks must not wait for its own thread
 _inside = 0  # calls under way, in any thread
 _own = local()  # .inside: those of this thread

@@ -3,10 +3,7 @@
 import torch
 from torch import nn
 
-from .checks import check_tensor, is_dtensor
-from .planning import check_number
-
-__all__ = ["update_reference"]
+from ..checks import check_number, check_tensor, is_dtensor
 
 
 @torch.no_grad()

@@ -1,0 +1,184 @@
+"""A batch of pairs or sequences, and how it goes through one pass: in groups of whole ones that fit the workspace."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..ops.head import Projection
+from ..ops.onepass import one_pass
+from ..ops.sequence import labelled_tokens
+from ..ops.sizes import fill_groups
+
+
+class Results(NamedTuple):
+    """What a loss gives for a batch of S sequences, B pairs (sequences if unpaired)."""
+
+    loss: Tensor  # 0-d
+    losses: Tensor  # (B,)
+    sums: Tensor  # (S,)
+    rewards: Tensor  # (S,)
+    nll_loss: Tensor  # 0-d
+
+
+class Batch(NamedTuple):
+    """What a loss takes beside the token log-probabilities of S sequences with M tokens, checked."""
+
+    labels: Tensor  # (M,)
+    offsets: Tensor | None  # (S + 1,) int64; None: S parts of one length
+    sequences: int
+    paired: bool
+    backend: str
+    token_weights: Tensor | None = None  # (M,)
+    nll_labels: Tensor | None = None  # (M,)
+    ref_logps: Tensor | None = None  # (S,)
+    data: dict[str, Tensor] = {}  # each (B,) or 0-d  # noqa: RUF012
+    pair_weights: Tensor | None = None  # (B,) or 0-d
+    num_sequences: float | Tensor | None = None
+    num_tokens: float | Tensor | None = None
+
+    @property
+    def units(self) -> int:
+        """B, pairs, or sequences if unpaired."""
+        return self.sequences // 2 if self.paired else self.sequences
+
+    def nll_tokens(self, ignore_index: int) -> Tensor:
+        """Tokens of the NLL, at least 1: of the chosen sequences if paired, of all otherwise."""
+        labels = self.labels if self.nll_labels is None else self.nll_labels
+        return labelled_tokens(labels, self.offsets, self.sequences, ignore_index)[: self.units].sum().clamp(min=1)
+
+    def select(self, units: list[int], numbers: list[int], lengths: list[int], positions: Tensor) -> "Batch":
+        """Some pairs (sequences if unpaired) as a packed batch, given the numbers and tokens of their sequences."""
+
+        def take(values: Tensor, which: list[int]) -> Tensor:
+            return values[torch.tensor(which, device=values.device)] if values.dim() else values
+
+        return self._replace(
+            token_weights=None if self.token_weights is None else self.token_weights[positions],
+            labels=self.labels[positions],
+            nll_labels=None if self.nll_labels is None else self.nll_labels[positions],
+            offsets=torch.tensor([0, *accumulate(lengths)], device=self.labels.device),
+            sequences=len(numbers),
+            ref_logps=None if self.ref_logps is None else take(self.ref_logps, numbers),
+            data={name: take(value, units) for name, value in self.data.items()},
+            pair_weights=None if self.pair_weights is None else take(self.pair_weights, units),
+        )
+
+
+class NeedsGraph(Exception):
+    """The loss differentiates something beside the log-probabilities, which only a graph of the whole step reaches."""
+
+
+def train_in_one_pass(
+    projection: Projection,
+    batch: Batch,
+    evaluate: Callable[[Tensor, Batch], Results],
+    stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS that is asked for; filled
+) -> Results | None:
+    """The results of a step that trains hidden states and head, in one pass; None where that does not apply.
+
+    Pairs (sequences, if unpaired) go into groups whose tiles fit the workspace; those that fit no group are a last one,
+    whose tiles are recomputed. Raises NeedsGraph.
+    """
+    trains = projection.hidden.requires_grad and projection.trains_head
+    if not (torch.is_grad_enabled() and trains) or torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    index, workspace_bytes = projection.token_index, projection.options.workspace_bytes
+    rows = projection.labels.numel() if index is None else index.numel()
+    if rows == 0:
+        return None
+    found: list[Results] = []
+    if rows <= projection.footprint.capacity(False, workspace_bytes, backends.asked(stats)):
+        loss = one_pass(projection, [index], [_share(evaluate, batch, None, found)], 1, stats)
+        return found[0]._replace(loss=loss)
+    most = projection.footprint.capacity(True, workspace_bytes, backends.asked(stats))
+    # which tokens are whose is not known of an index that the caller made, and not worth waiting for a GPU
+    if most == 0 or (index is not None and not projection.sorted_index):
+        return None
+    return _in_groups(projection, batch, evaluate, stats, most)
+
+
+def _in_groups(
+    projection: Projection,
+    batch: Batch,
+    evaluate: Callable[[Tensor, Batch], Results],
+    stats: Sequence[Tensor | None],
+    most: int,  # tokens of a group
+) -> Results | None:
+    labels, index, ignore_index = projection.labels, projection.token_index, projection.options.ignore_index
+    scored = labelled_tokens(labels, batch.offsets, batch.sequences, ignore_index).tolist()
+    if sum(scored) != (labels.numel() if index is None else index.numel()):
+        return None
+    if index is None:
+        index = torch.arange(labels.numel(), device=labels.device)
+    if batch.offsets is None:
+        length = labels.numel() // batch.sequences
+        bounds = [(s * length, (s + 1) * length) for s in range(batch.sequences)]
+    else:
+        bounds = list(pairwise(batch.offsets.tolist()))
+    # the sequences of each pair
+    members = [[unit, batch.units + unit] if batch.paired else [unit] for unit in range(batch.units)]
+    groups, rest = fill_groups([sum(scored[s] for s in unit) for unit in members], most)
+    if not groups:
+        return None
+    batch = batch._replace(
+        num_sequences=float(batch.units) if batch.num_sequences is None else batch.num_sequences,
+        num_tokens=batch.nll_tokens(ignore_index) if batch.num_tokens is None else batch.num_tokens,
+    )
+    ends = list(accumulate(scored, initial=0))
+    found: list[Results] = []
+    indices, shares, numbers = [], [], []
+    for units in [*groups, rest] if rest else groups:
+        chosen = list(chain.from_iterable(zip(*(members[unit] for unit in units), strict=True)))
+        ranges = [torch.arange(*bounds[s], device=labels.device) for s in chosen]
+        positions = torch.cat(ranges)
+        numbers.append(chosen)
+        indices.append(torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]))
+        selected = batch.select(units, chosen, [len(each) for each in ranges], positions)
+        shares.append(_share(evaluate, selected, positions, found))
+    return _merged(one_pass(projection, indices, shares, len(groups), stats), found, numbers)
+
+
+def _share(
+    evaluate: Callable[[Tensor, Batch], Results], batch: Batch, positions: Tensor | None, found: list[Results]
+) -> Callable[[Tensor], Tensor]:
+    """A function from the token log-probabilities (M,) to the loss of a batch, which keeps its results in `found`."""
+
+    def share(tokens: Tensor) -> Tensor:
+        results = evaluate(tokens if positions is None else tokens[positions], batch)
+        if tokens.is_leaf and _leaves(results.loss) != {tokens}:
+            raise NeedsGraph
+        found.append(Results(*(value.detach() for value in results)))
+        return results.loss
+
+    return share
+
+
+def _leaves(value: Tensor) -> set[Tensor]:
+    """The tensors that a graph ends in."""
+    leaves, seen, stack = set(), set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        stack.extend(next_node for next_node, _ in node.next_functions)
+    return leaves
+
+
+def _merged(loss: Tensor, found: list[Results], numbers: list[list[int]]) -> Results:
+    """The results of groups in the order of the batch; `numbers` holds the sequences of each, units first."""
+    units = [chosen[: len(results.losses)] for chosen, results in zip(numbers, found, strict=True)]
+    order, unit_order = (
+        torch.tensor(list(chain.from_iterable(lists)), device=loss.device).argsort() for lists in (numbers, units)
+    )
+    sums, rewards = (torch.cat(values)[order] for values in ([r.sums for r in found], [r.rewards for r in found]))
+    losses = torch.cat([results.losses for results in found])[unit_order]
+    return Results(loss, losses, sums, rewards, torch.stack([results.nll_loss for results in found]).sum())

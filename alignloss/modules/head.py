@@ -1,0 +1,101 @@
+"""What every loss module shares: the options of the projection, and the two ways to evaluate a loss."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+from .. import backends
+from ..checks import check_number, check_options, savable
+from ..logprob import stat_bits
+from ..ops.head import PROJECTION_OPTIONS, Projection, project
+from ..ops.logprob import score
+from .groups import Batch, Results, train_in_one_pass
+from .outputs import STATS, ScoredTokens
+
+HEAD_OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(project).parameters.items()
+    if name in PROJECTION_OPTIONS - {"token_index"}
+}
+
+
+class HeadLoss(nn.Module):
+    """A loss straight from hidden states; options of the projection as in `linear_logprob`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        check_keywords(f"{type(self).__name__} takes the options", dict.fromkeys(HEAD_OPTIONS, False), options)
+        self.head_options = HEAD_OPTIONS | options
+        check_options(**{name: v for name, v in self.head_options.items() if name not in ("backend", "validate")})
+        backends.check_name(self.head_options["backend"])
+
+    @property
+    def ignore_index(self) -> int:
+        return self.head_options["ignore_index"]
+
+    @property
+    def validate(self) -> bool | None:
+        return self.head_options["validate"]
+
+    def run(
+        self,
+        projection: Projection,
+        batch: Batch,
+        evaluate: Callable[[Tensor, Batch], Results],  # the loss from token log-probabilities (M,)
+        stats: Sequence[str],
+        one_pass: bool = True,
+    ) -> tuple[Results, ScoredTokens]:
+        """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
+        bits, results = stat_bits(stats, STATS), None
+        values: Sequence[Tensor | None] = ()
+        if one_pass:
+            kinds = {name: torch.bool if name == "is_top1" else projection.result_dtype for name in stats}
+            values = [
+                batch.labels.new_zeros(batch.labels.shape, dtype=kinds[name]) if name in kinds else None
+                for name in backends.STATS
+            ]
+            results = train_in_one_pass(projection, batch, evaluate, values)
+        if results is None:
+            logps, *values = score(projection, bits, differentiate_entropy=False)
+            results = evaluate(logps, batch)
+        asked = {
+            name: value.detach()
+            for name, value in zip(backends.STATS, values, strict=True)
+            if value is not None and name in stats
+        }
+        return results, ScoredTokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index, **asked)
+
+    def changed_options(self) -> dict[str, Any]:
+        """The options of the projection that are not the default ones."""
+        return {name: value for name, value in self.head_options.items() if value != HEAD_OPTIONS[name]}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.changed_options().items())
+
+
+def check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hint: str = "") -> None:
+    """`known` maps each name to whether it is required."""
+    unknown = sorted(set(given) - set(known))
+    missing = sorted(name for name, required in known.items() if required and given.get(name) is None)
+    if unknown or missing:
+        raise ValueError(f"{what} {sorted(known)}; unknown: {unknown}, missing: {missing}{hint}")
+
+
+def divisor(name: str, value: Any, device: torch.device) -> float | Tensor | None:
+    """A number, or a 0-d tensor, that means are divided by."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        check_number(name, value, positive=True)
+        return float(value)
+    if value.dim() or value.device != device:
+        raise ValueError(
+            f"{name} must be a number or a 0-d tensor on {device}; got shape {tuple(value.shape)} on {value.device}"
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(value):
+        check_number(name, value.item(), positive=True)
+    return savable(value.detach())

@@ -1,0 +1,70 @@
+"""Supervised fine-tuning: the likelihood alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import check_like, checked_labels, savable
+from ..losses import sft_loss
+from ..ops.head import project
+from ..ops.sequence import flat_token_weights, sequence_layout, sequence_sum
+from .groups import Batch, Results
+from .head import HeadLoss, check_keywords, divisor
+from .outputs import UnpairedOutput, measured
+
+
+class SFTLoss(HeadLoss):
+    """The negative log-likelihood alone, in nats per labelled token. Options as in `linear_logprob`."""
+
+    def forward(
+        self,
+        hidden: Tensor,  # (B, T, H), or packed (tokens, H) or (1, tokens, H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # hidden's shape without H
+        bias: Tensor | None = None,  # (V,)
+        *,
+        cu_seqlens: Tensor | None = None,  # (B + 1,)
+        real_sequences: int | None = None,
+        token_index: Tensor | None = None,  # (N,)
+        token_weights: Tensor | None = None,  # the shape of labels
+        num_tokens: float | Tensor | None = None,
+        stats: Sequence[str] = (),
+        **unknown: Any,
+    ) -> UnpairedOutput:
+        """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
+
+        loss = -sum of (weighted) token log-probabilities / num_tokens, by default the labelled tokens of this call.
+        `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
+        `cu_seqlens` and `real_sequences` as in `sequence_logprob`, `stats` as in `PreferenceLoss`.
+        """
+        check_keywords("SFTLoss takes no further data", {}, unknown)
+        labels = checked_labels("labels", labels)
+        offsets, sequences = sequence_layout(labels, cu_seqlens, self.validate, real_sequences, self.ignore_index)
+        if token_weights is not None:
+            check_like("token_weights", token_weights, "labels", labels)
+            token_weights = savable(token_weights.detach()).reshape(-1)
+        projection = project(hidden, weight, labels, bias, token_index=token_index, **self.head_options)
+        batch = Batch(
+            projection.labels,
+            offsets,
+            sequences,
+            False,
+            projection.options.backend,
+            token_weights=token_weights,
+            num_tokens=divisor("num_tokens", num_tokens, labels.device),
+        )
+        (loss, values, logps, rewards, _), scored = self.run(projection, batch, self._evaluate, stats)
+        dtype = projection.result_dtype
+        output = UnpairedOutput(*(t.to(dtype) for t in (loss, values.detach(), logps.detach(), rewards)))
+        return measured(output, scored)
+
+    def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
+        weights = flat_token_weights(batch.token_weights, batch.labels, self.ignore_index)
+        sums = sequence_sum(tokens, batch.offsets, batch.sequences, weights, batch.backend)
+        num_tokens = batch.num_tokens
+        if num_tokens is None:
+            num_tokens = batch.nll_tokens(self.ignore_index)
+        values, rewards = sft_loss(sums)
+        loss = values.sum() / num_tokens
+        return Results(loss, values, sums, rewards, loss)

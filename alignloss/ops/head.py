@@ -1,0 +1,206 @@
+"""The checked call that every op starts from: tensors, and one block of options."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+
+from .. import backends
+from ..checks import (
+    DTYPES,
+    check_head,
+    check_options,
+    check_savable,
+    check_tensor,
+    checked_labels,
+    savable,
+    validates,
+)
+from .sizes import Footprint, accumulation_dtype, default_workspace, total_memory
+
+
+class Options(NamedTuple):
+    """How to project, in the order in which every op takes it after its tensors and what is asked of it."""
+
+    select: bool  # choose the labelled rows inside the op
+    compute_dtype: torch.dtype
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    backend: str  # "torch" or "triton"
+    workspace_bytes: int
+    validate: bool
+
+    @property
+    def transform(self) -> backends.Transform:
+        return backends.Transform.of(self.logit_scale, self.softcap, self.temperature)
+
+    def footprint(
+        self,
+        vocabulary: int,
+        width: int,  # H
+        hidden_dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        device_type: str,
+        indexed: bool,  # the scored tokens are picked out of the positions
+    ) -> Footprint:
+        """What the sizes of a call's buffers follow from."""
+        dtypes = self.compute_dtype, hidden_dtype, weight_dtype
+        return Footprint(vocabulary, width, *dtypes, indexed, self.softcap is not None, device_type, self.backend)
+
+    def footprint_of(self, hidden: Tensor, weight: Tensor, indexed: bool) -> Footprint:
+        vocabulary, width = weight.shape
+        return self.footprint(vocabulary, width, hidden.dtype, weight.dtype, weight.device.type, indexed)
+
+
+class Projection(NamedTuple):
+    """A checked call on flattened tokens, with its options resolved."""
+
+    hidden: Tensor  # (M, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (M,) int64
+    token_index: Tensor | None  # (N,) int64 positions to score; None: every one, or see `Options.select`
+    sorted_index: bool  # token_index holds the labelled positions in rising order
+    options: Options
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.options.compute_dtype)
+
+    @property
+    def trains_head(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @property
+    def footprint(self) -> Footprint:
+        return self.options.footprint_of(self.hidden, self.weight, self.token_index is not None)
+
+
+def project(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *,
+    token_index: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    validate: bool | None = None,
+) -> Projection:
+    """Check the arguments of a call and resolve its options."""
+    _check_tensors(hidden, weight, labels, bias, token_index)
+    _check_modes(hidden, weight, bias, token_index, validates(validate, hidden.device))
+    check_options(ignore_index, logit_scale, softcap, temperature, workspace_bytes)
+    compute_dtype = _compute_dtype(hidden, weight, bias)
+    flat_labels = checked_labels("labels", labels).reshape(-1)
+    select, given = False, token_index is not None
+    if token_index is not None:
+        token_index = savable(token_index.long())
+    elif torch.compiler.is_compiling():
+        select = True  # a shape that depends on data would break the graph
+    else:
+        token_index = torch.nonzero(flat_labels != ignore_index).squeeze(1)
+        if token_index.numel() == flat_labels.numel():
+            token_index = None
+    options = Options(
+        select,
+        compute_dtype,
+        ignore_index,
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        backends.resolve(backend, hidden.device, compute_dtype),
+        int(workspace_bytes or default_workspace(hidden.device.type, total_memory(hidden.device))),
+        validates(validate, hidden.device),
+    )
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    return Projection(flat_hidden, weight, bias, flat_labels, token_index, not given, options)
+
+
+PROJECTION_OPTIONS = frozenset(inspect.signature(project).parameters) - {"hidden", "weight", "labels", "bias"}
+
+
+def check_known(what: str, options: dict[str, Any]) -> None:
+    unknown = sorted(set(options) - PROJECTION_OPTIONS)
+    if unknown:
+        raise ValueError(f"{what} takes the options {sorted(PROJECTION_OPTIONS)}; unknown: {unknown}")
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, token_index: Tensor | None
+) -> None:
+    required = {"hidden": hidden, "weight": weight, "labels": labels}
+    given = {name: value for name, value in (("bias", bias), ("token_index", token_index)) if value is not None}
+    hints = {"weight": "; pass lm_head.weight", "hidden": "; pass the model's last hidden states"}
+    for name, value in (required | given).items():
+        if isinstance(value, Tensor):
+            _check_transforms(name, value)
+        check_tensor(name, value, hints.get(name, ""))
+    check_head("weight", weight)
+    if hidden.dim() < 1 or weight.dim() != 2 or 0 in weight.shape or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (..., H) and weight (V, H) with one H >= 1 and V >= 1; "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have the leading shape of hidden, {tuple(hidden.shape[:-1])}, one label per position; "
+            f"got {tuple(labels.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if token_index is not None and (token_index.dim() != 1 or token_index.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"token_index must be (N,) int64, got {tuple(token_index.shape)} {token_index.dtype}")
+    for name, value in (required | given).items():
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}; move one of them")
+
+
+def _check_modes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_index: Tensor | None, validate: bool
+) -> None:
+    """Tensors without values, and those of inference mode that a backward would need."""
+    if torch.compiler.is_compiling():
+        return
+    if is_fake(hidden) and (token_index is None or validate):
+        raise ValueError(
+            "under FakeTensorMode there are no values to look labelled positions up in, or to check: give token_index "
+            "and validate=False"
+        )
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        check_savable(hidden=hidden, weight=weight, bias=bias)
+
+
+def _check_transforms(name: str, value: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name} carries a forward-mode tangent; alignloss differentiates in reverse mode only")
+    if is_gradtrackingtensor(value):
+        raise RuntimeError(f"{name} is inside torch.func.grad or a relative of it; alignloss takes backward() alone")
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, value in tensors.items():
+        if value.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}; dequantise the head first"
+            )
+    dtypes = {value.dtype for value in tensors.values()}
+    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(hidden.device.type)
+    if len(dtypes) > 1:
+        got = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
+        raise ValueError(f"hidden, weight and bias must have one dtype outside autocast; got {got}")
+    return hidden.dtype

@@ -1,0 +1,203 @@
+"""Regime 3: a training step of a trainable head in one pass over its tokens, 3 GEMMs.
+
+For a group of tokens whose logits fit the workspace: the tiles stay in memory as exponentials while U and the
+statistics accumulate as in regime 2; then the loss of the group, a plain torch function of its log-probabilities, gives
+one coefficient per token by autograd; then every tile becomes the gradient of its logits in place, and adds its part
+to dweight. Groups whose tiles are not held come last: they are computed a second time and add to the same dweight,
+4 GEMMs. That gradient belongs to a loss with upstream gradient 1; the backward multiplies it by the real one and hands
+its buffers over, so that a second backward (retain_graph=True) has to make the pass again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import check_kept, check_values
+from ..kernels.state import STATE_ROWS
+from .context import computing, device_guard, no_double_backward
+from .head import Projection
+from .logprob import linear_logprob_bwd
+from .sizes import Footprint
+from .walk import HeldTiles, Upstream, Walk, addmm
+
+
+def one_pass(
+    projection: Projection,
+    indices: Sequence[Tensor | None],  # scored positions of each group; None: every position
+    shares: Sequence[Callable[[Tensor], Tensor]],  # of each group, its share of the loss from log-probabilities (M,)
+    held: int,  # how many groups, the first ones, have their tiles held; those of the others are recomputed
+    stats: Sequence[Tensor | None],  # (M,) of each of backends.STATS; filled
+) -> Tensor:
+    """The sum of the groups' shares, 0-d, differentiable with respect to hidden, weight and bias."""
+    options = projection.options
+    if options.validate:
+        check_values(projection.labels, projection.token_index, options.ignore_index, len(projection.weight))
+    tensors = (projection.hidden, projection.weight, projection.bias)
+    return _OnePass.apply(*tensors, projection, indices, shares, held, stats)
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (M, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        projection: Projection,
+        indices: Sequence[Tensor | None],
+        shares: Sequence[Callable[[Tensor], Tensor]],
+        held: int,
+        stats: Sequence[Tensor | None],
+    ) -> Tensor:
+        projection = projection._replace(hidden=hidden, weight=weight, bias=bias)
+        ctx.needs = ctx.needs_input_grad[1:3]
+        losses: list[Tensor] = []
+        slopes: list[Tensor] = []
+
+        def differentiate(i: int, logps: Tensor) -> Tensor:
+            with torch.enable_grad():
+                tokens = logps.detach().requires_grad_()
+                share = shares[i](tokens)
+                slopes.extend(torch.autograd.grad(share, tokens))
+            losses.append(share.detach())
+            return slopes[-1]
+
+        gradient, state, dlogp = _pass(projection, indices, held, ctx.needs, differentiate, stats)
+        dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
+        ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
+        ctx.options, ctx.gradient, ctx.held = projection.options, gradient, held
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _OnePass.gradients(ctx, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            anchor = torch.ones((), device=upstream.device, requires_grad=True)
+            gradients = _OnlyFirstDerivatives.apply(anchor, *gradients)
+        return *gradients, *[None] * 5
+
+    @staticmethod
+    def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """dhidden, dweight and dbias."""
+        hidden, weight, bias, labels, state, dlogp, dlogps, *indices = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            check_kept(hidden=hidden, weight=weight, bias=bias)
+            projection = Projection(hidden, weight, bias, labels, None, True, ctx.options)
+            gradient, *_ = _pass(projection, indices, ctx.held, ctx.needs, lambda i, logps: dlogps)
+        index = indices[0] if len(indices) == 1 else torch.cat(indices)
+        head, unused = (None, None, None), dlogp.new_empty(0)
+        dhidden, *_ = linear_logprob_bwd(
+            dlogps * upstream, None, *head, labels, index, state, dlogp, unused, hidden.dtype, 0, 1, False, False,
+            *ctx.options._replace(select=False),
+        )  # fmt: skip
+        with device_guard(labels):
+            dweight, dbias = gradient.times(upstream)
+        return dhidden, dweight, None if dbias is None or bias is None else dbias.to(bias.dtype)
+
+
+class _OnlyFirstDerivatives(torch.autograd.Function):
+    """Gradients that raise an error where they would be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+
+    backward = staticmethod(no_double_backward)
+
+
+def _pass(
+    projection: Projection,
+    indices: Sequence[Tensor | None],
+    held: int,
+    needs: tuple[bool, bool],  # dweight, dbias
+    differentiate: Callable[[int, Tensor], Tensor],  # group, log-probabilities (M,) -> their gradient (M,)
+    stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS; filled
+) -> tuple["HeadGradient", Tensor, Tensor]:
+    """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
+    hidden, weight, bias, labels, _, _, options = projection
+    wanted = list(stats) or [None] * len(backends.STATS)
+    bits, several = backends.asked(wanted), len(indices) > 1
+    footprint = options.footprint_of(hidden, weight, indices[0] is not None)
+    options = options._replace(
+        select=False, workspace_bytes=options.workspace_bytes - footprint.accumulator_bytes(several)
+    )
+    counts = [labels.numel() if index is None else index.numel() for index in indices]
+    with device_guard(hidden):
+        state = hidden.new_empty((STATE_ROWS, sum(counts)), dtype=footprint.accum_dtype)
+        dlogp = hidden.new_empty((sum(counts), hidden.shape[1]), dtype=footprint.dtype)
+        gradient = HeadGradient(weight, footprint, *needs, several)
+        cells = max(counts[:held]) * footprint.pitch(len(weight))
+        tiles: Tensor | None = hidden.new_empty(cells, dtype=footprint.gemm_dtype)
+        start = 0
+        for i, index in enumerate(indices):
+            part = slice(start, start := start + counts[i])
+            logps = labels.new_empty(labels.numel(), dtype=torch.float64)
+            if index is not None:
+                logps.zero_()
+            if i == held:
+                tiles = None
+            with computing(hidden, options.compute_dtype):
+                walk = Walk(hidden, weight, bias, labels, index, options)
+                kept = None if tiles is None else HeldTiles(walk, tiles)
+                walk.forward(state[:, part], [logps, *wanted], bits, dlogp[part], None, kept, recomputed=True)
+            dlogps = differentiate(i, logps)
+            with computing(hidden, options.compute_dtype):
+                upstream = Upstream(walk, state[:, part], dlogps)
+                if kept is not None:
+                    gradient.add_held(walk, upstream, kept)
+                else:  # to the sums of the groups before
+                    walk.backward(upstream, gradient.dweight, gradient.dbias, True, bits, derivatives=1)
+            del walk, kept, upstream
+    return gradient, state, dlogp
+
+
+class HeadGradient:
+    """dweight and dbias of a loss with upstream gradient 1, added up over groups of rows."""
+
+    def __init__(
+        self, weight: Tensor, footprint: Footprint, need_dweight: bool, need_dbias: bool, several: bool
+    ) -> None:
+        self.primitives = backends.get(footprint.backend)
+        self.weight_dtype, accum_dtype = weight.dtype, footprint.accum_dtype
+        shape = weight.shape if need_dweight else (0,)
+        self.dweight = torch.empty(shape, dtype=accum_dtype if several else weight.dtype, device=weight.device)
+        self.dbias = torch.empty(len(weight) if need_dbias else 0, dtype=accum_dtype, device=weight.device)
+        self.unit: Tensor | None = None
+        self.begun = False
+
+    def add_held(self, walk: Walk, upstream: Upstream, held: HeldTiles) -> None:
+        """Add the part of a group, overwriting its tiles by the gradient of their logits."""
+        if torch.float16 in (walk.gemm_dtype, self.dweight.dtype):
+            self.unit = upstream.find_unit()
+        scaled = walk.empty(walk.rows, walk.width, dtype=walk.gemm_dtype)
+        upstream.weigh(slice(0, walk.rows), walk.row_buffer(walk.rows), scaled)
+        wide = self.dweight.dtype == walk.accum_dtype or walk.footprint.gemm_rounds_dweight
+        partial = None if self.dweight.dim() < 2 or wide else walk.empty(held.columns, walk.width)
+        for first in range(0, walk.vocabulary, held.columns):
+            last = min(first + held.columns, walk.vocabulary)
+            reference = held.references[first // held.columns]
+            dz = held.tile(first, last)
+            walk.primitives.held_dlogits(
+                dz, reference, upstream.state, walk.labels, first, walk.transform, upstream.coefficient
+            )
+            if self.dweight.dim() == 2:
+                dw = self.dweight[first:last] if partial is None else partial[: last - first]
+                addmm(dw, dz.T, scaled, beta=int(self.begun))
+                if partial is not None:
+                    self.dweight[first:last] = dw
+            if self.dbias.numel():
+                addmm(self.dbias[None, first:last], upstream.coefficient[None].to(dz.dtype), dz, beta=int(self.begun))
+        self.begun = True
+
+    def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(dweight, dbias) for an upstream gradient, in the buffers themselves where the dtype is the weight's."""
+        factor = (upstream if self.unit is None else upstream * self.unit).to(self.dbias.dtype)
+        for gradient in (self.dweight, self.dbias):
+            self.primitives.scale(gradient, factor)
+        dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None
+        return dweight, self.dbias if self.dbias.numel() else None

@@ -1,0 +1,324 @@
+"""The two walks over the vocabulary, tile by tile, forward and backward, over the primitives of a backend.
+
+Three regimes, by what has to be differentiated (V vocabulary, N scored tokens, H hidden; a GEMM is 2 N V H FLOPs); the
+third of the design, which needs the loss beside the log-probabilities, is in `onepass`, made of the parts below:
+
+1. nothing: statistics alone, 1 GEMM;
+2. hidden states alone: while the tiles pass, U = sum over v != y of exp(z_v - m) D_v W_v is accumulated too, so that
+   d logp / d hidden is finished in the forward and the backward scales its rows: 2 GEMMs;
+4. weight or bias as well: the forward of regime 2 (or 1), and a backward that recomputes the tiles in vocabulary slices
+   with every row, so that each slice of dweight is accumulated in fp32 and rounded once: 4 GEMMs.
+
+With the target y left out of every sum, q_v = exp(z_v - m) / s over v != y, and D_v = dz_v / d(h W_v):
+
+    d logp / d h = (1 - p_y) (D_y W_y - sum_{v != y} q_v D_v W_v)
+
+so every gradient is a well-scaled matrix with one factor g (1 - p_y) per row, which is applied in fp32 to rows.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import Tokens
+from ..kernels.state import REF
+from .head import Options
+from .sizes import accumulation_dtype, gemm_dtype
+
+
+class Walk:
+    """One call on its scored tokens: its dtypes, its buffers, the GEMM of a tile, and both walks."""
+
+    def __init__(
+        self,
+        hidden: Tensor | None,  # (M, H); None if the head is not trained, in the backward
+        weight: Tensor | None,  # (V, H); None likewise
+        bias: Tensor | None,  # (V,)
+        labels: Tensor,  # (M,)
+        token_index: Tensor | None,  # (N,)
+        options: Options,
+    ) -> None:
+        self.primitives = backends.get(options.backend)
+        labels, ignore_index = labels.contiguous(), options.ignore_index
+        index = torch.nonzero(labels != ignore_index).squeeze(1) if options.select else token_index
+        index = None if index is None else index.contiguous()
+        self.tokens = Tokens(hidden, labels, index, ignore_index, options.compute_dtype)
+        self.device, self.transform, self.workspace_bytes = labels.device, options.transform, options.workspace_bytes
+        self.rows = labels.numel() if index is None else index.numel()
+        # filled block by block
+        self.labels = labels if index is None else labels.new_empty(self.rows)
+        self.accum_dtype = accumulation_dtype(options.compute_dtype)
+        self.gemm_dtype = gemm_dtype(options.compute_dtype, self.device.type)
+        if hidden is None or weight is None:
+            return
+        self.hidden, self.weight = hidden, weight
+        self.vocabulary, self.width = weight.shape
+        self.footprint = options.footprint_of(hidden, weight, index is not None)
+        # b * linear in the accumulation dtype, of what the compute dtype holds of b
+        self.bias = None
+        if bias is not None:
+            self.bias = bias.to(options.compute_dtype).to(self.accum_dtype) * self.transform.linear
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.device)
+
+    def tile_view(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
+        """The tile (rows, columns) in a buffer (..., at least rows x pitch of the columns)."""
+        pitch = self.footprint.pitch(columns)
+        return buffer[..., : rows * pitch].view(*buffer.shape[:-1], rows, pitch)[..., :columns]
+
+    def row_buffer(self, block: int) -> Tensor | None:
+        return self.empty(block, self.width, dtype=self.gemm_dtype) if self.footprint.copies_rows else None
+
+    def weight_buffer(self, columns: int) -> Tensor | None:
+        return self.empty(columns, self.width, dtype=self.gemm_dtype) if self.footprint.casts_weight else None
+
+    def weight_slice(self, first: int, last: int, buffer: Tensor | None) -> Tensor:
+        if buffer is None:
+            return self.weight[first:last]
+        part, compute_dtype = self.weight[first:last], self.tokens.compute_dtype
+        # the copy rounds to the dtype of the GEMM, unless that is wider than the one to compute in
+        return buffer[: last - first].copy_(part if compute_dtype == self.gemm_dtype else part.to(compute_dtype))
+
+    def product_tile(self, rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """h W_slice^T * linear in the accumulation dtype: logits but for the bias, which the primitives add."""
+        addmm(out, rows, weight.T, beta=0, alpha=self.transform.linear)
+        return out
+
+    def bias_slice(self, first: int, last: int) -> Tensor | None:
+        """Of b * linear, for the logits of a slice."""
+        return None if self.bias is None else self.bias[first:last]
+
+    def forward(
+        self,
+        state: Tensor,  # (7, N or more); filled
+        outputs: list[Tensor | None],  # logps and STATS, (M,); filled
+        stats: int,
+        dlogp: Tensor | None,  # (N or more, H); filled
+        dentropy: Tensor | None,  # (N or more, H); filled
+        held: "HeldTiles | None" = None,  # keeps the tiles
+        recomputed: bool = False,  # a backward will recompute them
+    ) -> None:
+        """From hidden states to `outputs`: block by block of the rows, and for each slice by slice of the vocabulary.
+
+        A tile of logits is one GEMM. It is folded into the running sums of its rows, and what is left of it, the
+        exponentials, is multiplied by the slice again into U where a derivative is wanted: at the end of a block the
+        sums and U are all that its results need.
+        """
+        if self.rows == 0:
+            return
+        primitives, transform = self.primitives, self.transform
+        derivatives = (dlogp is not None) + (dentropy is not None)
+        block, columns, _ = self.footprint.forward_tile(
+            self.rows, stats, derivatives, self.workspace_bytes, recomputed, writes_dweight(self.weight)
+        )
+        if held is not None:
+            block, columns = self.rows, held.columns
+        in_place = held is not None and held.in_place
+        row_buffer = self.row_buffer(block)
+        weight_buffer = tile = scratch = accumulators = None
+        for start in range(0, self.rows, block):
+            part = slice(start, min(start + block, self.rows))
+            count = part.stop - start
+            labels, sums = self.labels[part], state[:, part]
+            copy = None if row_buffer is None else row_buffer[:count]
+            rows = self.hidden[part] if copy is None else copy
+            primitives.gather(self.tokens, part, labels, copy, sums)
+            u = u2 = None
+            fused = not derivatives and not self.footprint.casts_weight
+            fused &= not (recomputed and self.footprint.recomputes_exactly)
+            if not fused or not primitives.statistics(
+                rows, self.weight, self.bias, labels, sums, transform, stats, self.workspace_bytes
+            ):
+                if tile is None:
+                    cells = block * self.footprint.pitch(columns)
+                    tile = self.empty(cells * (not in_place))
+                    scratch = self.empty(self.footprint.fold_scratch(stats, derivatives), cells)
+                    weight_buffer = self.weight_buffer(columns)
+                    accumulators = self.empty(derivatives, block, self.width)
+                assert scratch is not None and accumulators is not None
+                u, u2 = (accumulators[i, :count] if i < derivatives else None for i in range(2))
+                for first in range(0, self.vocabulary, columns):
+                    last = min(first + columns, self.vocabulary)
+                    weight = self.weight_slice(first, last, weight_buffer)
+                    kept = None if held is None else held.tile(first, last)
+                    if kept is not None and in_place:
+                        x, kept = kept, None
+                    else:
+                        x = self.tile_view(tile, count, last - first)
+                    self.product_tile(rows, weight, x)
+                    bias, spare = self.bias_slice(first, last), self.tile_view(scratch, count, last - first)
+                    begun = (u, u2) if first else (None, None)
+                    exps, z_exps = primitives.fold(
+                        x, bias, spare, sums, labels, first, transform, stats, derivatives, *begun, self.gemm_dtype,
+                        kept,
+                    )  # fmt: skip
+                    if held is not None:
+                        held.references[first // columns].copy_(sums[REF])
+                    if u is not None:
+                        addmm(u, exps, weight, beta=int(first > 0))
+                    if u2 is not None:
+                        addmm(u2, z_exps, weight, beta=int(first > 0))
+            found = (None if t is None else t[part] for t in (dlogp, dentropy))
+            primitives.finish(self.tokens, part, labels, sums, u, u2, self.weight, transform, outputs, *found)
+
+    def backward(
+        self,
+        upstream: "Upstream",
+        dweight: Tensor,  # (V, H), of the weight's dtype or of the accumulation, or empty (0,); filled or added to
+        dbias: Tensor,  # (V,) or empty; likewise
+        add: bool,  # to what they hold, in the accumulation dtype
+        stats: int,  # of the forward, as the next
+        derivatives: int,
+    ) -> None:
+        """From upstream gradients to those of the head: slice by slice of the vocabulary, and for each block by block.
+
+        The tile of logits is computed again, becomes their gradient in place, and is multiplied by the rows, weighed
+        by their coefficients, into the slice of dweight, which no other slice adds to.
+        """
+        primitives, transform = self.primitives, self.transform
+        need_dweight, need_dbias = dweight.dim() == 2, dbias.numel() > 0
+        if self.rows == 0:
+            if not add:
+                dweight.zero_()
+                dbias.zero_()
+            return
+
+        if self.gemm_dtype == torch.float16:
+            upstream.find_unit()
+
+        # the tile of the forward, which knew the weight and not whether it trains
+        direct = writes_dweight(dweight if need_dweight else self.weight)
+        assert not add or (direct and upstream.unit is None)
+        (block, columns, _), direct = self.footprint.backward_tile(
+            self.rows, stats, derivatives, direct, self.workspace_bytes, rounded=dweight.is_contiguous()
+        )
+        weight_buffer = self.weight_buffer(columns)
+        row_buffer = self.row_buffer(block)
+        scaled_buffer = self.empty(block, self.width, dtype=self.gemm_dtype)
+        cells = block * self.footprint.pitch(columns)
+        tile, scratch = self.empty(cells), self.empty(self.footprint.dlogits_scratch(upstream.mix is not None), cells)
+        partial = self.empty(columns, self.width) if need_dweight and not direct else None
+        for first in range(0, self.vocabulary, columns):
+            last = min(first + columns, self.vocabulary)
+            w = self.weight_slice(first, last, weight_buffer)
+            dw = dweight[first:last] if partial is None else partial[: last - first]
+            for start in range(0, self.rows, block):
+                part = slice(start, min(start + block, self.rows))
+                count, beta = part.stop - start, int(start > 0 or add)
+                copy = None if row_buffer is None else row_buffer[:count]
+                rows, scaled = self.hidden[part] if copy is None else copy, scaled_buffer[:count]
+                if first == 0 or block < self.rows:
+                    upstream.weigh(part, copy, scaled)
+                x = self.product_tile(rows, w, self.tile_view(tile, count, last - first))
+                bias, spare = self.bias_slice(first, last), self.tile_view(scratch, count, last - first)
+                coefficient = upstream.coefficient[part]
+                mix = None if upstream.mix is None else upstream.mix[:, part]
+                dz = primitives.dlogits(
+                    x, bias, spare, upstream.state[:, part], self.labels[part], first, transform, coefficient, mix,
+                    self.gemm_dtype,
+                )  # fmt: skip
+                if need_dweight:
+                    addmm(dw, dz.T, scaled, beta=beta)
+                if need_dbias:
+                    addmm(dbias[None, first:last], coefficient[None].to(self.gemm_dtype), dz, beta=beta)
+            if upstream.unit is not None and need_dweight:
+                dw.mul_(upstream.unit)
+            if partial is not None:
+                dweight[first:last] = dw
+        if upstream.unit is not None:
+            dbias.mul_(upstream.unit)
+
+
+class HeldTiles:
+    """The tiles of a walk, kept as exponentials in the dtype of the GEMM, with the references they are relative to."""
+
+    def __init__(self, walk: Walk, tiles: Tensor) -> None:
+        self.walk = walk
+        self.columns = walk.footprint.held_columns(max(walk.rows, 1))
+        self.tiles = tiles  # room for N rows of V entries
+        self.references = walk.empty(-(-walk.vocabulary // self.columns), walk.rows)
+        self.in_place = walk.gemm_dtype == walk.accum_dtype  # logits are computed where they are held
+
+    def tile(self, first: int, last: int) -> Tensor:
+        return self.walk.tile_view(self.tiles[self.walk.rows * first :], self.walk.rows, last - first)
+
+
+class Upstream:
+    """The rows of a backward: their coefficients, and dhidden, which is filled the first time that a row is weighed."""
+
+    def __init__(
+        self,
+        walk: Walk,
+        state: Tensor,  # (7, N or more)
+        dlogps: Tensor,  # (M,)
+        dentropies: Tensor | None = None,  # (M,)
+        dlogp: Tensor | None = None,  # (N or more, H) or empty
+        dentropy: Tensor | None = None,  # (N or more, H) or empty
+        dhidden: Tensor | None = None,  # (M, H) or empty
+    ) -> None:
+        self.walk, self.state = walk, state
+        self.dlogps, self.dentropies = dlogps, dentropies
+        self.dlogp, self.dentropy, self.dhidden = (
+            None if t is None or t.dim() < 2 else t for t in (dlogp, dentropy, dhidden)
+        )
+        self.coefficient = walk.empty(walk.rows)
+        self.mix = None if dentropies is None else walk.empty(3, walk.rows)
+        self.unit: Tensor | None = None
+        self.filled = walk.rows if self.dhidden is None else 0
+
+    def find_unit(self) -> Tensor:
+        """A power of two to go round a GEMM in fp16, whose range the coefficients of a scaled loss may leave."""
+        self.weigh(slice(0, self.walk.rows))
+        self.unit = power_of_two(self.coefficient)
+        return self.unit
+
+    def weigh(self, part: slice, rows: Tensor | None = None, scaled: Tensor | None = None) -> None:
+        """Fill coefficients, mix and dhidden of a part, and on request its hidden rows, as they are and weighed."""
+        if part.start == part.stop:
+            return
+        fill = part.start >= self.filled
+        self.filled = max(self.filled, part.stop)
+        walk = self.walk
+        walk.primitives.weigh(
+            walk.tokens,
+            part,
+            walk.labels[part],
+            self.state[:, part],
+            walk.transform,
+            self.dlogps,
+            self.dentropies,
+            self.coefficient[part],
+            None if self.mix is None else self.mix[:, part],
+            self.unit,
+            self.dlogp[part] if fill and self.dlogp is not None else None,
+            self.dentropy[part] if fill and self.dentropy is not None else None,
+            self.dhidden if fill else None,
+            rows,
+            scaled,
+        )
+
+
+def addmm(out: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> None:
+    """out = beta out + alpha a b, accumulated in the dtype of `out`, which may be wider than that of a and b."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif _ADDMM_TAKES_A_WIDE_BASE:
+        torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+    elif beta == 0:
+        torch.mm(a, b, out.dtype, out=out).mul_(alpha)
+    else:
+        out.mul_(beta).add_(torch.mm(a, b, out.dtype), alpha=alpha)
+
+
+_ADDMM_TAKES_A_WIDE_BASE = torch.__version__ >= "2.10"  # pytorch/pytorch#167931
+
+
+def writes_dweight(weight: Tensor) -> bool:
+    """Whether a GEMM can write slices of the gradient of a weight like this, which is wide enough and contiguous."""
+    return weight.dtype == accumulation_dtype(weight.dtype) and weight.is_contiguous()
+
+
+def power_of_two(values: Tensor) -> Tensor:
+    """The least power of two that no value exceeds in size, 0-d, at least 2^-100."""
+    return values.abs().amax().clamp(min=2.0**-100).log2().ceil().exp2()

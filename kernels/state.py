@@ -1,0 +1,15 @@
+"""The rows of `state`, the running sums of a walk, by name: for the kernels, their launches and plain torch alike."""
+
+REF = 0  # reference m that the exponentials are relative to; at most 20 nats below the largest z
+SUM = 1  # sum of exp(z - m) over v != y
+TARGET = 2  # x of the target; NaN while no slice has held it, so a label outside the vocabulary ends as NaN
+SUM_ZE = 3  # sum of (z - m) exp(z - m) over v != y
+SUM_Z = 4  # sum of z over every v
+SUM_EE = 5  # sum of exp(z - m)^2 over v != y
+TOP = 6  # largest z over v != y
+STATE_ROWS = 7
+# rows of the `state` of a KL: maxima and sums of exponentials (in the backward their logarithms) of policy and
+# reference, and the sum of exp(z_ref - max) (z_ref - z)
+KL_TOP, KL_SUM, KL_REF_TOP, KL_REF_SUM, KL_GAP = range(5)
+KL_ROWS = 5
+LOWEST = -1e30  # finite stand-in for -inf, so that differences of maxima and references are never NaN
