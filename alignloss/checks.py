@@ -44,10 +44,14 @@ def problem_of(value: Tensor) -> str | None:
     if torch.compiler.is_compiling() or is_fake(value) or is_functorch_wrapped_tensor(value):
         return None
     kind = type(value).__name__
+    if value.is_nested:
+        return "a nested tensor: give its values() as packed tokens, with cu_seqlens=offsets()"
     if kind in ("Params4bit", "Int8Params") or hasattr(value, "quant_state"):
         return f"a quantised weight of bitsandbytes ({kind}): {_DEQUANTISE} (llm_int8_skip_modules)"
     if is_traceable_wrapper_subclass(value) and kind != "AsyncCollectiveTensor":  # which waits when it is read
         return f"a {kind}, whose values are those of other tensors, e.g. quantised ones: {_DEQUANTISE}"
+    if value.layout != torch.strided:
+        return f"in the layout {value.layout}, not a dense one: give to_dense()"
     if value.is_meta:
         return (
             "on meta, a device without values: offloaded (accelerate keeps them elsewhere between forwards) or never "
@@ -55,26 +59,42 @@ def problem_of(value: Tensor) -> str | None:
         )
     if hasattr(value, "ds_id") and value.numel() == 0:
         return f"emptied by DeepSpeed ZeRO-3: {_INSIDE}, or gather a frozen one with deepspeed.zero.GatheredParameters"
-    if value.numel() and value.layout == torch.strided and value.untyped_storage().size() == 0:
+    if value.numel() and value.untyped_storage().size() == 0:
         return f"freed, its storage is empty, as FSDP leaves a parameter between forwards: {_INSIDE}"
     return None
 
 
 def check_head(name: str, weight: Tensor) -> None:
-    """A ValueError for a parameter that is emptied or flat in place of (V, H)."""
-    if weight.dim() == 1:
+    """A ValueError for a parameter that is emptied or flat in place of (V, H), or packed by a quantisation."""
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {weight.dtype} {tuple(weight.shape)}, as a "
+            f"quantisation packs it (GPTQ, AWQ, bitsandbytes, fp8): {_DEQUANTISE}"
+        )
+    if weight.dim() == 1 or weight.numel() == 0:
         what = "FSDP1 makes one flat parameter of several" if weight.numel() else "ZeRO-3 and FSDP1 empty parameters"
-        raise ValueError(f"{name} must be {name} (V, H), got {tuple(weight.shape)}. {what}: if so, {_INSIDE}")
+        raise ValueError(f"{name} must be (V, H), got {tuple(weight.shape)}. {what}: if so, {_INSIDE}")
 
 
-def check_kept(**tensors: Tensor | None) -> None:
-    """A RuntimeError for one of hidden, weight and bias that was emptied or freed between forward and backward."""
+Kept = dict[str, tuple[torch.Size, torch.dtype]]
+
+
+def kept(**tensors: Tensor | None) -> Kept:
+    """What `check_kept` compares in the backward: shape and dtype of the tensors that the forward had."""
+    return {name: (value.shape, value.dtype) for name, value in tensors.items() if value is not None}
+
+
+def check_kept(before: Kept, **tensors: Tensor | None) -> None:
+    """A RuntimeError for a tensor that was emptied, freed or replaced between forward and backward."""
     for name, value in tensors.items():
         if value is None:
             continue
         problem = problem_of(value)
-        if problem is None and value.dim() < (1 if name.endswith("bias") else 2):
-            problem = f"emptied, {tuple(value.shape)}: {_INSIDE}"
+        if problem is None and (value.shape, value.dtype) != before[name]:
+            shape, dtype = before[name]
+            emptied = value.numel() == 0 or value.dim() < len(shape)
+            what = "emptied" if emptied else "another one"
+            problem = f"{what}, {tuple(value.shape)} {value.dtype} after {tuple(shape)} {dtype}: {_INSIDE}"
         if problem is not None:
             raise RuntimeError(f"the backward needs {name} as the forward had it, and it is {problem}")
 

@@ -1,4 +1,4 @@
-"""Writes alignloss/data/preferences.jsonl: preference pairs made from rules that anyone can check.
+"""Writes alignloss/commands/data/preferences.jsonl: preference pairs made from rules that anyone can check.
 
     python scripts/make_preferences.py [PATH]
 
@@ -17,7 +17,7 @@ from typing import TypeVar
 Row = tuple[str, str, str]  # prompt, chosen, rejected
 Item = TypeVar("Item")
 
-PATH = Path(__file__).resolve().parent.parent / "alignloss" / "data" / "preferences.jsonl"
+PATH = Path(__file__).resolve().parent.parent / "alignloss" / "commands" / "data" / "preferences.jsonl"
 SEED = 20
 PER_FAMILY = 40
 

@@ -17,7 +17,7 @@ from alignloss.commands.measure import peak_bytes
 
 Row = tuple[str, str, str]
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_preferences.py"
-DATA = files("alignloss").joinpath("data/preferences.jsonl")
+DATA = files("alignloss.commands").joinpath("data/preferences.jsonl")
 
 
 @pytest.fixture(scope="module")

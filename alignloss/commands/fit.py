@@ -134,14 +134,19 @@ def read_model(name: str) -> Model:
     elif path.is_file():
         try:
             config = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     else:
         raise ValueError(f"{name!r} is neither a config.json nor one of {', '.join(MODELS)}")
     if not isinstance(config, dict):
         raise ValueError(f"{name} is not the configuration of a model: it holds a {type(config).__name__}")
     try:
-        return _built(config) if name.lower() not in MODELS and installed() else _plain(config)
+        if not isinstance(config.get("model_type", ""), str):
+            raise ValueError(f"model_type must be a string, got {config['model_type']!r}")
+        if name.lower() not in MODELS and installed():
+            return _built(config)
+        _check_plain(config)
+        return _plain(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -170,9 +175,7 @@ def _has(config: dict[str, Any], key: str) -> bool:
     return bool(config.get(key)) or any(_has(value, key) for value in config.values() if isinstance(value, dict))
 
 
-def _plain(config: dict[str, Any]) -> Model:
-    """A decoder alone, from the content of its config.json."""
-    family = config.get("model_type")
+def _check_plain(config: dict[str, Any]) -> None:
     if _has(config, "auto_map") or any(
         key.endswith("_config") and isinstance(value, dict) for key, value in config.items()
     ):
@@ -181,6 +184,11 @@ def _plain(config: dict[str, Any]) -> Model:
             "a configuration with parts (text_config, vision_config, quantization_config) or with code (auto_map) is "
             "read through transformers; in the project's folder: pip install '.[fit]'"
         )
+
+
+def _plain(config: dict[str, Any]) -> Model:
+    """A decoder alone, from the content of its config.json."""
+    family = config.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(f"the model type {family!r} is not estimated; those are: {', '.join(_FAMILIES)}")
     config = _FAMILIES[family] | config

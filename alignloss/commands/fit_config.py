@@ -45,11 +45,22 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
             f"the bytes of the quantization {method!r} are not known, only those of bitsandbytes with load_in_4bit or "
             "load_in_8bit; give the config.json of the model before quantization"
         )
+    skipped = quantization.get("llm_int8_skip_modules")
+    if skipped is not None and (not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped)):
+        raise ValueError(f"llm_int8_skip_modules must be a list of names, got {skipped!r}")
     if bits == [8] and quantization.get("llm_int8_has_fp16_weight"):
         raise ValueError("llm_int8_has_fp16_weight is not estimated; leave quantization_config out for 16-bit weights")
     if bits == [4] and quantization.get("bnb_4bit_quant_type", "fp4") not in ("nf4", "fp4"):
         raise ValueError(f"bnb_4bit_quant_type must be nf4 or fp4, got {quantization['bnb_4bit_quant_type']!r}")
     return quantization
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_quantization(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
+    }
 
 
 def count(config: dict[str, Any], families: Any) -> Counted:
@@ -66,7 +77,7 @@ def count(config: dict[str, Any], families: Any) -> Counted:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     quantization = quantization_of(config)
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    plain = _without_quantization(config)
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"the model type {kind!r} is not one of transformers, so not estimated")

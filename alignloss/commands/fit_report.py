@@ -18,6 +18,8 @@ def report(name: str, tokens: int, *, gpu_memory: float, reserve: float, **optio
     """Print the table of a model; memory in GiB, other options as in `estimate`."""
     check_number("gpu_memory", gpu_memory, positive=True)
     check_number("reserve", reserve)
+    if gpu_memory > 1 << 20:
+        raise ValueError(f"gpu_memory is in GiB, of one GPU; got {gpu_memory:g}")
     model = read_model(name)
     memory = round(gpu_memory * GIB)
     options |= {"gpu_memory": memory}

@@ -48,7 +48,7 @@ class LossFunction:
         self.name = getattr(function, "__name__", repr(fn))
         self.couples_batch = any(function is coupled for coupled in losses.COUPLED)
         self.ours = any(function is ours for ours in losses.LOSSES.values())
-        parameters = inspect.signature(fn).parameters.values()
+        parameters = parameters_of(fn)
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.names = [p.name for p in positional]
         self.paired = "chosen_logps" in self.names and "rejected_logps" in self.names
@@ -63,7 +63,7 @@ class LossFunction:
         self.data = {p.name: p.default is p.empty for p in positional if p.name not in self.filled}
         self.defaults = {p.name: p.default for p in positional if p.default is not p.empty}
         keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        taken = set(self.data) & {*foreign, *reserved} | {p.name for p in keywords} & {
+        taken = set(self.data) & {*foreign, *reserved, "self"} | {p.name for p in keywords} & {
             *HEAD_OPTIONS, "fn", "couples_batch",
         }  # fmt: skip
         if taken:
@@ -73,7 +73,7 @@ class LossFunction:
         known = {p.name: p.default is p.empty for p in keywords}
         check_keywords(f"{self.name} takes the options", known, options, hint)
         if self.ours:
-            optional = {p.name for p in inspect.signature(function).parameters.values() if p.default is None}
+            optional = {p.name for p in parameters_of(function) if p.default is None}
             bound = {p.name: p.default for p in keywords} | options
             check_ranges({n: v for n, v in bound.items() if v is not None or n not in optional})
 
@@ -143,6 +143,20 @@ class WeightedSum:
 
     def __repr__(self) -> str:
         return f"{self.name}, weights={self.weights}"
+
+
+def parameters_of(fn: Any) -> list[inspect.Parameter]:
+    if isinstance(fn, torch.nn.Module):
+        raise ValueError(
+            f"{type(fn).__name__} is a torch.nn.Module, whose call says nothing of what it takes; give its forward, and "
+            "keep the module where its parameters are seen"
+        )
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except ValueError as error:  # of torch's own functions
+        raise ValueError(
+            f"{fn} says nothing of what it takes ({error}); wrap it in a function with named parameters"
+        ) from error
 
 
 def _unwrapped(fn: Any) -> Any:

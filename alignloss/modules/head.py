@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends
-from ..checks import check_number, check_options, savable
+from ..checks import check_number, check_options, check_tensor, savable
 from ..logprob import stat_bits
 from ..ops.head import PROJECTION_OPTIONS, Projection, project
 from ..ops.logprob import score
@@ -69,12 +69,10 @@ class HeadLoss(nn.Module):
         }
         return results, ScoredTokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index, **asked)
 
-    def changed_options(self) -> dict[str, Any]:
-        """The options of the projection that are not the default ones."""
-        return {name: value for name, value in self.head_options.items() if value != HEAD_OPTIONS[name]}
-
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.changed_options().items())
+        """The options of the projection that are not the default ones."""
+        changed = {name: value for name, value in self.head_options.items() if value != HEAD_OPTIONS[name]}
+        return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hint: str = "") -> None:
@@ -92,6 +90,7 @@ def divisor(name: str, value: Any, device: torch.device) -> float | Tensor | Non
     if not isinstance(value, Tensor):
         check_number(name, value, positive=True)
         return float(value)
+    check_tensor(name, value)
     if value.dim() or value.device != device:
         raise ValueError(
             f"{name} must be a number or a 0-d tensor on {device}; got shape {tuple(value.shape)} on {value.device}"

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..checks import check_number
 from .function import WeightedSum
+from .head import HeadLoss
 from .preference import PreferenceLoss
 
 
@@ -47,8 +48,8 @@ class MixtureLoss(PreferenceLoss):
                     "a mixture takes PreferenceLosses, all paired or all unpaired; "
                     f"got {[type(m).__name__ for m in modules]}. The NLL of the chosen sequences is nll_weight"
                 )
-            if module.changed_options():
-                raise ValueError(f"give {module.changed_options()} to the mixture, not to {type(module).__name__}")
+            if changed := HeadLoss.extra_repr(module):
+                raise ValueError(f"give {changed} to the mixture, not to {type(module).__name__}")
             check_number("a weight", weight)
         check_number("nll_weight", nll_weight)
         nll_weight += sum(weight * module.nll_weight for module, weight in zip(modules, weights, strict=True))

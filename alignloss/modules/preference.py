@@ -17,7 +17,7 @@ from ..losses import LOSSES
 from ..ops.head import Projection, project
 from ..ops.preference import preference
 from ..ops.sequence import flat_token_weights, labelled_tokens, sequence_layout, sequence_sum
-from .function import LossFunction, WeightedSum
+from .function import LossFunction, WeightedSum, parameters_of
 from .groups import Batch, NeedsGraph, Results
 from .head import HEAD_OPTIONS, HeadLoss, check_keywords, divisor
 from .outputs import PairedOutput, ScoredTokens, UnpairedOutput, measured
@@ -62,7 +62,7 @@ class PreferenceLoss(HeadLoss):
         if not callable(fn):
             raise ValueError(f"fn must be the name of a loss or a function, got {type(fn).__name__}")
         if not isinstance(fn, WeightedSum):
-            if nll_weight is not None and "nll_weight" in inspect.signature(fn).parameters:
+            if nll_weight is not None and any(p.name == "nll_weight" for p in parameters_of(fn)):
                 options["nll_weight"], nll_weight = nll_weight, None
             fn = LossFunction(fn, options, reserved=inspect.signature(self.forward).parameters)
         self.function = fn
@@ -152,7 +152,7 @@ class PreferenceLoss(HeadLoss):
         offsets, sequences = sequence_layout(labels, validate=self.validate, ignore_index=self.ignore_index, **layout)
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
-        layout["token_weights"] = token_weights
+        layout |= {"token_weights": token_weights, "token_index": token_index}
         scored_labels = labels
         if nll_labels is not None:
             nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets, sequences)
@@ -161,7 +161,6 @@ class PreferenceLoss(HeadLoss):
         batch = Batch(labels.reshape(-1), offsets, sequences, self.paired, projection.options.backend)
         batch = self._with_data(batch, labels, token_weights, pair_weights, nll_labels, num_sequences, num_tokens, data)
         if ref_hidden is not None and ref_weight is not None:
-            layout["token_index"] = token_index if nll_labels is None else None
             ref = self._projected_reference(ref_hidden, ref_weight, labels, ref_bias, layout)
             batch = batch._replace(ref_logps=ref)
         elif ref_logps is not None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_gradtrackingtensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
@@ -106,6 +106,11 @@ def project(
     select, given = False, token_index is not None
     if token_index is not None:
         token_index = savable(token_index.long())
+    elif is_batchedtensor(flat_labels):
+        raise ValueError(
+            "under torch.func.vmap over labels each call would score its own number of positions: give token_index, "
+            "padded to one number by positions that carry ignore_index"
+        )
     elif torch.compiler.is_compiling():
         select = True  # a shape that depends on data would break the graph
     else:
@@ -188,19 +193,22 @@ def _check_transforms(name: str, value: Tensor) -> None:
         raise RuntimeError(f"{name} carries a forward-mode tangent; alignloss differentiates in reverse mode only")
     if is_gradtrackingtensor(value):
         raise RuntimeError(f"{name} is inside torch.func.grad or a relative of it; alignloss takes backward() alone")
+    if is_batchedtensor(value) and torch.is_grad_enabled() and get_unwrapped(value).requires_grad:
+        raise RuntimeError(
+            f"{name} requires a gradient inside torch.func.vmap, where alignloss has none: one call with the batch as "
+            "a leading dimension gives it"
+        )
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, value in tensors.items():
         if value.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}; dequantise the head first"
-            )
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     dtypes = {value.dtype for value in tensors.values()}
     if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(hidden.device.type)
     if len(dtypes) > 1:
         got = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
-        raise ValueError(f"hidden, weight and bias must have one dtype outside autocast; got {got}")
+        raise ValueError(f"hidden, weight and bias must have one dtype, outside autocast and for float64; got {got}")
     return hidden.dtype

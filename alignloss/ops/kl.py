@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_kept, check_values
+from ..checks import check_kept, check_values, kept
 from ..kernels.state import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_ROWS, KL_SUM, KL_TOP, LOWEST, STATE_ROWS
 from .context import UNSAFE_IN_GRAPHS, computing, no_double_backward
 from .head import Options
@@ -266,10 +266,14 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
+_TENSORS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, labels, token_index = inputs[:8]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, labels, token_index, output[1])
+    ctx.kept = kept(**dict(zip(_TENSORS, tensors, strict=True)))
     _, ctx.ref_dtype, *ctx.options = inputs[7:]
     ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
 
@@ -279,8 +283,7 @@ def _backward(ctx, dkl, dstate):  # type: ignore[no-untyped-def]
     if dkl is None:
         return (None,) * arguments
     needs = ctx.needs_input_grad[:3]
-    names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
-    check_kept(**dict(zip(names, ctx.saved_tensors, strict=False)))
+    check_kept(ctx.kept, **dict(zip(_TENSORS, ctx.saved_tensors, strict=False)))
     gradients = linear_kl_bwd(dkl.contiguous(), *ctx.saved_tensors, ctx.ref_dtype, *needs, *ctx.options)
     dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * (arguments - 3)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ENTROPY, STATS
-from ..checks import check_kept, check_values
+from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
 from .context import UNSAFE_IN_GRAPHS, computing, no_double_backward
 from .head import Options, Projection
@@ -103,6 +103,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     head = (hidden, weight, bias) if trains_head else (None, None, None)
     ctx.save_for_backward(*head, labels, token_index, state, dlogp, dentropy)
+    ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
     ctx.asked, ctx.options = (hidden.dtype, stats, derivatives), options
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -112,7 +113,7 @@ def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-
     if dlogps is None and dentropies is None:
         return (None,) * arguments
     hidden, weight, bias, labels, token_index, state, dlogp, dentropy = ctx.saved_tensors
-    check_kept(hidden=hidden, weight=weight, bias=bias)
+    check_kept(ctx.kept, hidden=hidden, weight=weight, bias=bias)
     _, stats, _ = ctx.asked
     dlogps = (torch.zeros_like(dentropies) if dlogps is None else dlogps).double().contiguous()
     dentropies = None if dentropies is None or not stats & ENTROPY else dentropies.contiguous()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_kept, check_values
+from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
 from .context import computing, device_guard, no_double_backward
 from .head import Projection
@@ -68,6 +68,7 @@ class _OnePass(torch.autograd.Function):
         gradient, state, dlogp = _pass(projection, indices, held, ctx.needs, differentiate, stats)
         dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
         ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
+        ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
         ctx.options, ctx.gradient, ctx.held = projection.options, gradient, held
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
@@ -84,9 +85,10 @@ class _OnePass(torch.autograd.Function):
     def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """dhidden, dweight and dbias."""
         hidden, weight, bias, labels, state, dlogp, dlogps, *indices = ctx.saved_tensors
+        # a gradient that is made already must fit what it belongs to
+        check_kept(ctx.kept, hidden=hidden, weight=weight, bias=bias)
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            check_kept(hidden=hidden, weight=weight, bias=bias)
             projection = Projection(hidden, weight, bias, labels, None, True, ctx.options)
             gradient, *_ = _pass(projection, indices, ctx.held, ctx.needs, lambda i, logps: dlogps)
         index = indices[0] if len(indices) == 1 else torch.cat(indices)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_binary, check_number, validates
+from ..checks import check_binary, check_number, check_tensor, validates
 
 
 def kto_kl(
@@ -16,8 +16,7 @@ def kto_kl(
     Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1. With `group`, the mean runs over all its processes.
     """
     for name, value in (("kl_logps", kl_logps), ("ref_kl_logps", ref_kl_logps)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor (B,), got {type(value).__name__}; pass .logps")
+        check_tensor(name, value, "; pass .logps")
     if kl_logps.shape != ref_kl_logps.shape or kl_logps.dim() != 1:
         raise ValueError(f"kl_logps and ref_kl_logps must both be (B,); got {kl_logps.shape} and {ref_kl_logps.shape}")
     logratios = (kl_logps - ref_kl_logps).detach().double()
@@ -49,7 +48,8 @@ class RunningShift:
             if not 0 <= momentum < 1:
                 raise ValueError(f"momentum must be None or lie in [0, 1), got {momentum!r}")
         self.momentum = momentum
-        self.totals = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums and counts, undesirable first
+        with torch.inference_mode(False):  # where it is updated later, perhaps in another mode
+            self.totals = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums and counts, undesirable first
 
     @property
     def delta(self) -> Tensor:
@@ -71,8 +71,7 @@ class RunningShift:
         Raises:
             ValueError: for shapes that differ and, on a CPU, for `desirable` that is neither 0 nor 1.
         """
-        if not isinstance(rewards, Tensor):
-            raise ValueError(f"rewards must be a tensor (B,), got {rewards!r}")
+        check_tensor("rewards", rewards)
         self.totals = self.totals.to(rewards.device)
         good = torch.as_tensor(desirable, device=rewards.device)
         if rewards.dim() != 1 or good.shape not in ((), rewards.shape):

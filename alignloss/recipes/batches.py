@@ -69,9 +69,9 @@ def mismatched_pairs(
         ValueError: for fewer than two sequences (a pair would match itself), shapes that differ, or a completion that
             is not the end of its row, as with several turns of the assistant.
     """
-    for name, value in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
-        if not isinstance(input_ids, Tensor) or not isinstance(value, Tensor):
-            raise ValueError(f"input_ids and {name} must be torch.Tensors, got {type(input_ids)} and {type(value)}")
+    masks = {"attention_mask": attention_mask, "completion_mask": completion_mask}
+    for name, value in ({"input_ids": input_ids} | masks).items():
+        check_tensor(name, value)
     shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
     if len(shapes) != 1 or input_ids.dim() != 2:
         raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T), got {shapes}")
@@ -111,8 +111,9 @@ def self_play_pairs(
             f"got {len(prompts)}, {len(completions)} and {len(samples)}"
         )
     for tokens in (*prompts, *completions, *samples):
-        if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
-            raise ValueError(f"token ids must be 1-d integer tensors, got {getattr(tokens, 'shape', type(tokens))}")
+        check_tensor("each of the token ids", tokens)
+        if tokens.dim() != 1 or tokens.is_floating_point():
+            raise ValueError(f"token ids must be 1-d integer tensors, got {tuple(tokens.shape)} {tokens.dtype}")
     rows = [*zip(prompts, completions, strict=True), *zip(prompts, samples, strict=True)]
     return _joined(rows, pad_token_id)
 
