@@ -73,7 +73,7 @@ def check_head(name: str, weight: Tensor) -> None:
         )
     if weight.dim() == 1 or weight.numel() == 0:
         what = "FSDP1 makes one flat parameter of several" if weight.numel() else "ZeRO-3 and FSDP1 empty parameters"
-        raise ValueError(f"{name} must be (V, H), got {tuple(weight.shape)}. {what}: if so, {_INSIDE}")
+        raise ValueError(f"the head must be {name} (V, H), got {tuple(weight.shape)}. {what}: if so, {_INSIDE}")
 
 
 Kept = dict[str, tuple[torch.Size, torch.dtype]]
@@ -84,12 +84,15 @@ def kept(**tensors: Tensor | None) -> Kept:
     return {name: (value.shape, value.dtype) for name, value in tensors.items() if value is not None}
 
 
-def check_kept(before: Kept, **tensors: Tensor | None) -> None:
-    """A RuntimeError for a tensor that was emptied, freed or replaced between forward and backward."""
+def check_kept(before: Kept, *, values: bool = True, **tensors: Tensor | None) -> None:
+    """A RuntimeError for a tensor that was emptied, freed or replaced between forward and backward.
+
+    values: they are read again; otherwise one whose storage is freed still takes its gradient.
+    """
     for name, value in tensors.items():
         if value is None:
             continue
-        problem = problem_of(value)
+        problem = problem_of(value) if values else None
         if problem is None and (value.shape, value.dtype) != before[name]:
             shape, dtype = before[name]
             emptied = value.numel() == 0 or value.dim() < len(shape)

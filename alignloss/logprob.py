@@ -55,7 +55,8 @@ def linear_logprob(
     log p_y = z_y - logsumexp(z), z = softcap(logit_scale (h W^T + b)) / temperature, softcap(x) = c tanh(x / c).
 
     Args:
-        hidden: (..., H) floating point, any layout of leading dimensions.
+        hidden: (..., H) floating point, any layout of leading dimensions; one in which they cannot be viewed as one,
+            as `hidden[:, :-1]`, is copied first, beside the workspace.
         weight: (V, H), of the dtype of hidden unless autocast is on.
         labels: (...) integers in [0, V), or `ignore_index` where nothing is scored. Labels are aligned with hidden:
             `next_token_labels` makes them from token ids. HF's `labels`, which are not shifted, train the wrong thing.

@@ -211,6 +211,18 @@ def test_linear_layers_are_quantized_and_the_rest_is_not(tmp_path):
         estimate(model, 64, length=32)
 
 
+def test_where_a_quantization_stands_does_not_matter(tmp_path):
+    settings, asked = MULTIMODAL["llava"] | {"model_type": "llava"}, {"quantization_config": {"load_in_4bit": True}}
+    inside = settings | {"text_config": settings["text_config"] | asked}
+    models = [read_model(written(tmp_path, each)) for each in (settings | asked, inside)]
+    assert models[0] == models[1]
+
+
+def test_an_object_that_transformers_makes_nothing_of(tmp_path):
+    plain = TEXT | {"model_type": "llama"}
+    assert read_model(written(tmp_path, plain | {"foo_config": {"a": 1}})) == read_model(written(tmp_path, plain))
+
+
 def test_a_quantized_tower_and_the_command(tmp_path):
     settings = MULTIMODAL["llava"] | {"model_type": "llava", "quantization_config": {"load_in_4bit": True}}
     path = written(tmp_path, settings)
@@ -401,6 +413,12 @@ def test_bad_input_is_explained(arguments, message):
             '{"model_type": "llama", "quantization_config": {"load_in_4bit": true, "bnb_4bit_quant_type": "int4"}}',
             "must be nf4 or fp4, got 'int4'",
         ),
+        (
+            '{"model_type": "llama", "quantization_config": {"load_in_8bit": true, "llm_int8_skip_modules": "q_proj"}}',
+            "llm_int8_skip_modules must be a list of names, got 'q_proj'",
+        ),
+        ('{"model_type": ["llama"]}', r"model_type must be a string, got \['llama'\]"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_configuration_that_does_not_serve(tmp_path, content, message):

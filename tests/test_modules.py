@@ -354,3 +354,17 @@ def test_a_callable_object_is_a_loss():
     hidden, weight, _, labels = inputs(B, T)
     out = alignloss.PreferenceLoss(Callable())(hidden, weight, labels)
     torch.testing.assert_close(out.losses, -token_logps(hidden, weight, labels).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (torch.nn.Linear(2, 2), "Linear is a torch.nn.Module.*give its forward"),
+        (torch.add, "does not say what it takes: wrap it"),
+        (lambda self, chosen_logps, rejected_logps: None, r"reserved names, \['self'\]"),
+    ],
+)
+def test_what_cannot_be_a_loss_says_why(fn, message):
+    for options in ({}, {"nll_weight": 1.0}):
+        with pytest.raises(ValueError, match=message):
+            alignloss.PreferenceLoss(fn, **options)

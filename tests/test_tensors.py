@@ -44,6 +44,10 @@ KINDS = {
         "a TwoTensor, whose values are those of other tensors, e.g. quantised ones: dequantise",
     ),
     "int8": (lambda: torch.zeros(101, 37, dtype=torch.int8), "dequantise"),
+    "packed bytes": (lambda: torch.zeros(1869, 1, dtype=torch.uint8), "as a quantisation packs it.*: dequantise"),
+    "packed by columns": (lambda: torch.zeros(5, 101, dtype=torch.int32), "as a quantisation packs it.*: dequantise"),
+    "sparse": (lambda: torch.zeros(101, 37).to_sparse(), r"in the layout torch\.sparse_coo.*to_dense"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(3, 37)], layout=torch.jagged), "a nested tensor"),
     "float8": (lambda: torch.zeros(101, 37).to(torch.float8_e4m3fn), "dequantise"),
     "meta": (lambda: torch.nn.Parameter(torch.zeros(101, 37, device="meta")), "on meta, a device without values"),
     "ZeRO-3": (
@@ -51,6 +55,7 @@ KINDS = {
         "emptied by DeepSpeed ZeRO-3: compute the loss inside the forward",
     ),
     "emptied": (lambda: torch.nn.Parameter(torch.zeros(0)), "ZeRO-3 and FSDP1 empty parameters"),
+    "without rows": (lambda: torch.nn.Parameter(torch.zeros(0, 37)), "ZeRO-3 and FSDP1 empty parameters"),
     "flat": (lambda: torch.nn.Parameter(torch.zeros(101 * 37)), "FSDP1 makes one flat parameter of several"),
     "freed": (freed, "freed, its storage is empty, as FSDP leaves a parameter between forwards"),
 }
@@ -73,24 +78,42 @@ def test_a_weight_is_named_for_what_it_is(kind):
             run(make())
 
 
-def release_data(weight):
-    weight.data = torch.zeros(0)
+def replaced(*shape, dtype=torch.float32):
+    def release(weight):
+        weight.data = torch.zeros(shape, dtype=dtype)
+
+    return release
 
 
 def release_storage(weight):
     weight.untyped_storage().resize_(0)
 
 
-@pytest.mark.parametrize("release", [release_data, release_storage])
-@pytest.mark.parametrize("op", ["log-probability", "KL"])
+RELEASES = {
+    "emptied": replaced(0),
+    "without rows": replaced(0, 37),
+    "another vocabulary": replaced(7, 37),
+    "another dtype": replaced(101, 37, dtype=torch.bfloat16),
+    "freed": release_storage,
+}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("op", ["log-probability", "KL", "one pass"])
 def test_a_weight_that_is_gone_in_the_backward(op, release):
     hidden, weight, _, labels = inputs(4, 5, dtype=torch.float32)
-    h, w = leaf(hidden, torch.float32), torch.nn.Parameter(weight)
+    h, w = leaf(hidden, torch.float32), torch.nn.Parameter(weight.clone())
     if op == "KL":
-        result = alignloss.linear_kl(h, w, hidden, weight.clone(), labels)
+        result = alignloss.linear_kl(h, w, hidden, weight, labels)
+    elif op == "one pass":
+        result = alignloss.CPOLoss()(h, w, labels).loss
     else:
         result = alignloss.linear_logprob(h, w, labels)
-    release(w)
+    RELEASES[release](w)
+    if (op, release) == ("one pass", "freed"):  # the gradient is made, and fits
+        result.backward()
+        assert bool(w.grad.isfinite().all())
+        return
     with pytest.raises(RuntimeError, match="the backward needs weight as the forward had it, and it is"):
         result.sum().backward()
 
@@ -382,3 +405,58 @@ def test_ambient_defaults_change_nothing(ambient):
     for i, (value, exact) in enumerate(zip(got, expected, strict=True)):
         assert value.dtype == exact.dtype and value.device == exact.device, i
         assert torch.equal(value, exact), i
+
+
+@pytest.mark.parametrize("unreal", [freed, lambda: torch.zeros(2, device="meta")], ids=["freed", "meta"])
+def test_data_without_values_are_named_everywhere(unreal):
+    hidden, weight, _, labels = inputs(4, 5, dtype=torch.float32)
+    real = torch.zeros(2)
+    calls = {
+        "kl_logps": lambda: alignloss.kto_kl(unreal(), real),
+        "ref_kl_logps": lambda: alignloss.kto_kl(real, unreal()),
+        "rewards": lambda: alignloss.RunningShift().update(unreal(), True),
+        "attention_mask": lambda: alignloss.mismatched_pairs(labels, unreal(), labels, 0),
+        "each of the token ids": lambda: alignloss.self_play_pairs([unreal()], [real.long()], [real.long()], 0),
+        "num_sequences": lambda: alignloss.CPOLoss()(hidden, weight, labels, num_sequences=unreal()),
+        "num_tokens": lambda: alignloss.SFTLoss()(hidden, weight, labels, num_tokens=unreal()),
+        "pair_weights": lambda: alignloss.CPOLoss()(hidden, weight, labels, pair_weights=unreal()),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name} is (freed|on meta)"):
+            call()
+
+
+def test_a_shift_that_was_made_in_inference_mode_can_be_updated():
+    with torch.inference_mode():
+        shift = alignloss.RunningShift()
+    shift.update(torch.tensor([3.0]), True)
+    assert shift.delta.item() == 3
+
+
+def test_a_reference_beside_nll_labels_is_scored_at_the_given_positions(monkeypatch):
+    """No look-up, which would wait for a GPU, in either projection."""
+    hidden, weight, _, labels = inputs(4, 5, masked=0.0, dtype=torch.float32)
+    labels[:, :2] = -100
+    nll_labels = torch.randint(0, 101, (4, 5)).where(labels == -100, labels)
+    given = {"ref_hidden": hidden.roll(1, 0), "ref_weight": weight, "nll_labels": nll_labels}
+    module = alignloss.DPOLoss(nll_weight=0.1)
+    expected = module(hidden, weight, labels, **given)
+
+    def looked_up(*arguments):
+        raise AssertionError("positions were looked up")
+
+    monkeypatch.setattr(torch, "nonzero", looked_up)
+    got = module(hidden, weight, labels, **given, token_index=torch.arange(20))
+    assert torch.equal(got.losses, expected.losses) and torch.equal(got.loss, expected.loss)
+
+
+def test_vmap_says_what_it_does_not_do():
+    hidden, weight = torch.randn(2, 4, 5, 8), torch.randn(23, 8)
+    labels, index = torch.randint(0, 23, (2, 4, 5)), torch.arange(20)
+    call = lambda h, y, **o: alignloss.linear_logprob(h, weight, y, **o)
+    got = torch.func.vmap(lambda h, y: call(h, y, token_index=index))(hidden, labels)
+    assert torch.equal(got, call(hidden, labels))
+    with pytest.raises(ValueError, match=r"under torch\.func\.vmap over labels.*give token_index"):
+        torch.func.vmap(call)(hidden, labels)
+    with pytest.raises(RuntimeError, match=r"hidden requires a gradient inside torch\.func\.vmap"):
+        torch.func.vmap(call, (0, None))(hidden.requires_grad_(), labels[0])

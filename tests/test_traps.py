@@ -444,7 +444,7 @@ def test_divisors_are_positive_numbers(number):
     [
         (lambda h, w, y: alignloss.next_token_labels([[1]], [[1]]), "input_ids must be a torch.Tensor"),
         (lambda h, w, y: alignloss.next_token_labels(y, None), "completion_mask must be a torch.Tensor"),
-        (lambda h, w, y: alignloss.mismatched_pairs(y, y, None, 0), "torch.Tensors"),
+        (lambda h, w, y: alignloss.mismatched_pairs(y, y, None, 0), "completion_mask must be a torch.Tensor"),
         (lambda h, w, y: alignloss.mismatched_pairs(y, y, y, None), "pad_token_id must be an integer"),
         (lambda h, w, y: alignloss.kto_kl(*[alignloss.sequence_logprob(h, w, y)] * 2), "pass .logps"),
         (lambda h, w, y: alignloss.linear_logprob_stats(h, w, y, stats=None), "stats takes"),

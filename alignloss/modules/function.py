@@ -148,15 +148,13 @@ class WeightedSum:
 def parameters_of(fn: Any) -> list[inspect.Parameter]:
     if isinstance(fn, torch.nn.Module):
         raise ValueError(
-            f"{type(fn).__name__} is a torch.nn.Module, whose call says nothing of what it takes; give its forward, and "
+            f"{type(fn).__name__} is a torch.nn.Module, whose call does not say what it takes: give its forward, and "
             "keep the module where its parameters are seen"
         )
     try:
         return list(inspect.signature(fn).parameters.values())
     except ValueError as error:  # of torch's own functions
-        raise ValueError(
-            f"{fn} says nothing of what it takes ({error}); wrap it in a function with named parameters"
-        ) from error
+        raise ValueError(f"{fn} does not say what it takes: wrap it in a function with named parameters") from error
 
 
 def _unwrapped(fn: Any) -> Any:

@@ -325,11 +325,11 @@ def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
             raise ValueError(f"{name} must be a tensor ({count},) or 0-d, or a number; got {type(value).__name__}")
         # not torch.tensor, whose copy to a GPU waits for it
         value = torch.full((), float(value), device=device, dtype=torch.float64)
+    check_tensor(name, value)
     if value.dim() and value.shape != (count,):
         raise ValueError(f"{name} must be ({count},), in the order of the batch, or 0-d; got {tuple(value.shape)}")
     if value.is_complex():
         raise ValueError(f"{name} must be real, got {value.dtype}")
-    check_tensor(name, value)
     if value.dim() == 0 and value.device.type == "cpu" != device.type and not value.requires_grad:
         value = torch.full((), value.item(), device=device, dtype=torch.float64)
     if value.device != device:

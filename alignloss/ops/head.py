@@ -210,5 +210,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
         return torch.get_autocast_dtype(hidden.device.type)
     if len(dtypes) > 1:
         got = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
-        raise ValueError(f"hidden, weight and bias must have one dtype, outside autocast and for float64; got {got}")
+        raise ValueError(
+            f"hidden, weight and bias must have one dtype outside autocast, or if one is float64; got {got}"
+        )
     return hidden.dtype

@@ -85,9 +85,9 @@ class _OnePass(torch.autograd.Function):
     def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """dhidden, dweight and dbias."""
         hidden, weight, bias, labels, state, dlogp, dlogps, *indices = ctx.saved_tensors
-        # a gradient that is made already must fit what it belongs to
-        check_kept(ctx.kept, hidden=hidden, weight=weight, bias=bias)
         gradient, ctx.gradient = ctx.gradient, None
+        # one that is made already has to fit what it belongs to
+        check_kept(ctx.kept, values=gradient is None, hidden=hidden, weight=weight, bias=bias)
         if gradient is None:
             projection = Projection(hidden, weight, bias, labels, None, True, ctx.options)
             gradient, *_ = _pass(projection, indices, ctx.held, ctx.needs, lambda i, logps: dlogps)
