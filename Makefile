@@ -1,12 +1,13 @@
-# make demo    train a real small model through alignloss and through full logits, and compare
-# make test    lint, types and the whole test suite
-# make bench   measure time, memory and error beside full logits and every peer (half an hour to an hour on 2 cores)
+# make demo     train a real small model through alignloss and through full logits, and compare
+# make test     lint, types and the whole test suite
+# make nightly  the slow tests that make test leaves out
+# make bench    measure time, memory and error beside full logits and every peer (half an hour to an hour on 2 cores)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench clean
+.PHONY: demo test nightly bench clean
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,9 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+nightly: $(VENV)/dev
+	$(BIN)/python -m pytest -m nightly
 
 BENCH := $(BIN)/python -m benchmarks run
 FEW := --rounds 3 --modes "frozen head" "DPO step" --providers alignloss "full logits" TRL

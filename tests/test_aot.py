@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(other, marks=pytest.mark.nightly) for other in ("sm_80", "sm_100", "gfx942"))]
+)
 def test_kernels_compile_within_resources(target, tmp_path):
     path = tmp_path / "report.json"
     # in a process of its own: the interpreter, on for the other tests, is chosen at import

@@ -268,7 +268,9 @@ def stand_in(monkeypatch, replacement):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
 
 
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_exactness.py", "test_onepass.py"])
+@pytest.mark.parametrize(
+    "name", ["test_kernels.py", "test_onepass.py", pytest.param("test_exactness.py", marks=pytest.mark.nightly)]
+)
 def test_what_runs_on_a_gpu_gets_as_far_as_its_kernels(name):
     """Devices that mix, autocast of another device, sizes of a CPU: see `pretended_gpu`."""
     pytest.importorskip("triton")
