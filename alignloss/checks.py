@@ -143,6 +143,12 @@ def check_binary(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be bool, or 0 and 1; got {value.unique().tolist()[:8]}")
 
 
+def check_ids(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise ValueError(f"{name} must be integers, token ids; got {value.dtype}")
+
+
 def validates(validate: bool | None, device: torch.device) -> bool:
     """Whether values are checked on the host: as asked, by default on a CPU."""
     return device.type == "cpu" if validate is None else validate
@@ -178,8 +184,7 @@ def check_number(name: str, value: Any, positive: bool = False) -> None:
 def check_options(
     ignore_index: int, logit_scale: float, softcap: float | None, temperature: float, workspace_bytes: int | None
 ) -> None:
-    if not isinstance(ignore_index, Integral):
-        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
+    check_int64("ignore_index", ignore_index)
     for name, number, positive in (
         ("logit_scale", logit_scale, False),
         ("softcap", softcap, True),
@@ -188,6 +193,21 @@ def check_options(
     ):
         if number is not None:
             check_number(name, number, positive)
+    if torch.compiler.is_compiling():
+        return
+    cap = 1.0 if softcap is None else softcap
+    for factor in (logit_scale / temperature, logit_scale / cap, cap / temperature, cap, 1 / cap, 1 / temperature):
+        if not abs(factor) <= 1e30:
+            raise ValueError(
+                "logit_scale, softcap, temperature and their ratios must lie within 1e30, or float32 cannot hold the "
+                f"logits; got {logit_scale}, {softcap}, {temperature}"
+            )
+
+
+def check_int64(name: str, value: Any) -> None:
+    whole: Any = value if isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool) else None
+    if whole is None or not -(2**63) <= whole < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value!r}")
 
 
 # (lower bound, whether it is allowed, upper bound, whether it is allowed)

@@ -152,7 +152,7 @@ def sequence_logprob(
         cu_seqlens: (S + 1,) integers, the offsets of packed sequences, rising from 0 to the number of tokens.
         real_sequences: how many sequences S are real, the first ones, where cu_seqlens is padded to a static shape by
             repeating its last offset. Without it an offset that does not rise is an error, or, where values are not
-            validated, every result NaN: a padded batch means something else than the same batch without padding.
+            validated, every sum NaN: a padded batch means something else than the same batch without padding.
             With it, tokens beyond the last real sequence belong to none, and must carry no label.
         token_weights: factors on the token log-probabilities, detached.
         options: the other arguments, as in `linear_logprob`, with the same errors.

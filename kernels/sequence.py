@@ -115,8 +115,8 @@ def _kto(logratio, given, baseline, beta, desirable_weight, undesirable_weight):
     gap = beta * (logratio - tl.where(baseline < 0, 0.0, baseline))  # a NaN stays
     gap = tl.where(wanted | (given == 0), gap, float("nan"))
     x = tl.where(wanted, -gap, gap)
-    loss = weight * sigmoid64(x)
-    slope = beta * loss * sigmoid64(-x)
+    loss = tl.where(weight == 0, 0.0, weight * sigmoid64(x))  # not 0 * NaN
+    slope = tl.where(weight == 0, 0.0, beta * loss * sigmoid64(-x))
     return loss, tl.where(wanted, -slope, slope)
 
 

@@ -30,7 +30,7 @@ def test_a_pair_cannot_be_mismatched_with_itself():
     with pytest.raises(ValueError, match="at least 2 sequences, got 1"):
         alignloss.mismatched_pairs(one, one, one, 0)
     with pytest.raises(ValueError, match="one shape"):
-        alignloss.mismatched_pairs(torch.ones(2, 4), torch.ones(2, 4), torch.ones(2, 3), 0)
+        alignloss.mismatched_pairs(torch.ones(2, 4).long(), torch.ones(2, 4), torch.ones(2, 3), 0)
 
 
 def test_self_play_pairs_reject_what_the_model_wrote():

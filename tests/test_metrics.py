@@ -182,3 +182,25 @@ def test_a_result_around_other_tensors_says_what_it_lost(changed):
     out = torch.utils._pytree.tree_map(changed, alignloss.CPOLoss()(hidden, weight, labels))
     with pytest.raises(RuntimeError, match="call metrics\\(\\) on the module's own result"):
         out.metrics()
+
+
+@pytest.mark.parametrize("buffer", ["labels", "desirable", "kl"])
+def test_metrics_of_buffers_that_were_used_again_are_refused(buffer):
+    hidden, weight, _, labels = inputs(4, 5, dtype=torch.float32)
+    call = {"desirable": torch.tensor([True, True, False, False]), "kl": torch.tensor(0.5)}
+    out = alignloss.KTOLoss()(hidden, weight, labels, ref_logps=torch.full((4,), -20.0), **call)
+    kept = copy.deepcopy(out)
+    expected = out.metrics()
+    value = {"labels": labels, **call}[buffer]
+    value.copy_(value)
+    with pytest.raises(RuntimeError, match=f"{buffer} were written to since this loss was computed"):
+        out.metrics()
+    assert {name: v.item() for name, v in kept.metrics().items()} == {name: v.item() for name, v in expected.items()}
+
+
+@pytest.mark.parametrize("module", [alignloss.SFTLoss(), alignloss.CPOLoss()])
+def test_the_share_of_hits_is_no_number_beside_a_token_that_is_none(module):
+    hidden, weight, _, labels = inputs(4, 5, masked=0.0, dtype=torch.float32)
+    hidden[1, 2] = torch.nan
+    metrics = module(hidden, weight, labels, stats=("is_top1", "entropy")).metrics()
+    assert metrics["mean_token_accuracy"].isnan() and metrics["entropy"].isnan()

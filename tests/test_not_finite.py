@@ -194,3 +194,22 @@ def test_a_loss_of_no_number_is_none(name):
     hidden[:] = torch.nan
     out = module(hidden, weight, labels, bias, **data_of(module, 4))
     assert bool(out.losses.isnan().all()) and bool(out.loss.isnan())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("option", "row"), [("desirable_weight", 1), ("undesirable_weight", 2)])
+def test_sequences_whose_weight_is_0_leave_no_trace(option, row, bad, backend):
+    hidden, weight, bias, labels = small()
+    desirable = torch.tensor([True, True, False, False])
+    call = {"desirable": desirable, "kl": 0.0, "num_sequences": 4}
+    module = alignloss.KTOLoss(backend=backend, **{option: 0.0})
+    ref_logps = torch.linspace(-20, -18, 4)
+    out, got = gradients(
+        module, hidden, weight, bias, labels, ref_logps=ref_logps.index_fill(0, torch.tensor(row), bad), **call
+    )
+    clean, expected = gradients(module, hidden, weight, bias, labels, ref_logps=ref_logps, **call)
+    assert torch.equal(out.loss, clean.loss) and torch.equal(out.losses, clean.losses)
+    assert float(out.losses[row]) == 0
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name

@@ -185,3 +185,38 @@ def test_one_graph_serves_every_number_of_real_sequences():
         got = step(hidden, y, offsets, real)
         expected = alignloss.CPOLoss()(hidden, weight, y, cu_seqlens=offsets, real_sequences=real).loss
         assert error(got, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "sft"])
+def test_every_metric_of_offsets_that_do_not_fit_is_no_number(loss):
+    hidden, weight, _, labels = inputs(12, dtype=torch.float32)
+    module = (
+        alignloss.SFTLoss(validate=False) if loss == "sft" else alignloss.PreferenceLoss(loss, beta=0.1, validate=False)
+    )
+    data = {"desirable": True, "kl": 0.1} if loss == "kto" else {}
+    ref = {} if loss == "sft" else {"ref_logps": torch.zeros(6)}
+    out = module(
+        hidden,
+        weight,
+        labels,
+        cu_seqlens=torch.tensor([0, 3, 6, 9, 12, 12, 12]),
+        stats=("entropy", "is_top1"),
+        **data,
+        **ref,
+    )
+    metrics = {
+        name: value for name, value in out.metrics().items() if name not in ("kl", "logps/rejected", "rewards/rejected")
+    }
+    if loss == "sft":
+        assert metrics.pop("rewards") == 0  # by definition
+    assert all(value.isnan() for value in metrics.values()), metrics
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_offsets_that_do_not_fit_reach_the_gradient_of_every_token(backend):
+    hidden, weight, _, labels = inputs(12, masked=0.0, dtype=torch.float32)
+    hidden.requires_grad_()
+    weights = torch.ones(12).index_fill(0, torch.tensor([2, 5]), 0.0)
+    module = alignloss.CPOLoss(validate=False, backend=backend)
+    module(hidden, weight, labels, cu_seqlens=torch.tensor([0, 6, 12, 12, 12]), token_weights=weights).loss.backward()
+    assert bool(hidden.grad.isnan().all())

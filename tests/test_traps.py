@@ -471,3 +471,45 @@ def test_numbers_of_numpy_are_numbers():
     expected = alignloss.DPOLoss(beta=0.5)(hidden, weight, labels, ref_logps=ref, num_sequences=2).loss
     module = alignloss.DPOLoss(beta=numpy.float32(0.5))
     assert module(hidden, weight, labels, ref_logps=ref, num_sequences=numpy.int64(2)).loss == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h, w, y: alignloss.linear_logprob(h, w, y, ignore_index=True), "ignore_index must be an integer"),
+        (lambda h, w, y: alignloss.linear_logprob(h, w, y, ignore_index=2**70), "ignore_index must be .* of 64 bits"),
+        (lambda h, w, y: alignloss.linear_logprob(h, w, y, logit_scale=1e40), "within 1e30"),
+        (lambda h, w, y: alignloss.linear_logprob(h, w, y, temperature=1e-40), "within 1e30"),
+        (lambda h, w, y: alignloss.linear_logprob(h, w, y, softcap=1e300), "within 1e30"),
+        (lambda h, w, y: alignloss.DPOLoss(softcap=1e-40), "within 1e30"),
+        (lambda h, w, y: alignloss.DPOLoss()(h, w, y, ref_logps=torch.zeros(3)), r"ref_logps must be \(4,\) floating"),
+        (lambda h, w, y: alignloss.next_token_labels(y.float(), y), "input_ids must be integers"),
+        (lambda h, w, y: alignloss.next_token_labels(y > 0, y), "input_ids must be integers"),
+        (lambda h, w, y: alignloss.mismatched_pairs(y.bfloat16(), y, y, 0), "input_ids must be integers"),
+        (lambda h, w, y: alignloss.mismatched_pairs(y.cfloat(), y, y, 0), "input_ids must be integers"),
+        (lambda h, w, y: alignloss.self_play_pairs([y[0] > 0], [y[0]], [y[0]], 0), "1-d integer"),
+        (lambda h, w, y: alignloss.mismatched_pairs(y, y > 0, y > 99, 2**63), "pad_token_id must be .* of 64 bits"),
+        (
+            lambda h, w, y: alignloss.next_token_labels(
+                y[0], y[0], cu_seqlens=torch.tensor([0, 5]), real_sequences=True
+            ),
+            "real_sequences must be an int",
+        ),
+    ],
+)
+def test_numbers_and_ids_out_of_range_say_so(call, message):
+    hidden, weight, _, labels = inputs(4, 5, masked=0.0, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        call(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("ignore_index", [-(2**63), 2**63 - 1, -1])
+def test_any_ignore_index_of_64_bits(ignore_index):
+    hidden, weight, _, labels = inputs(4, 5, masked=0.5, dtype=torch.float32)
+    expected = alignloss.linear_logprob(hidden, weight, labels)
+    got = alignloss.linear_logprob(
+        hidden, weight, labels.where(labels != -100, ignore_index), ignore_index=ignore_index
+    )
+    assert torch.equal(got, expected)
+    made = alignloss.next_token_labels(labels.clamp(min=0), labels != -100, ignore_index=ignore_index)
+    assert set(made[:, -1].tolist()) == {ignore_index}

@@ -438,10 +438,10 @@ def sequence_scatter(
         position = torch.arange(tokens, device=dsums.device)
         sequence = torch.searchsorted(cu_seqlens, position, right=True)
         padded = F.pad(dsums, (1, 1))  # positions before the first and after the last offset belong to no sequence
-        spread = torch.where(cu_seqlens[0] < 0, torch.nan, padded[sequence])
+        spread = padded[sequence]
     if token_weights is not None:
         spread = torch.where(token_weights == 0, 0, spread * token_weights)  # not 0 * inf
-    return spread
+    return spread if cu_seqlens is None else torch.where(cu_seqlens[0] < 0, torch.nan, spread)
 
 
 def _add_bias(tile: Tensor, bias: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import Unpaired, logistic, weighted
+from .common import Unpaired, logistic
 
 
 def _by_label(desirable: Tensor, if_desirable: Tensor, otherwise: Tensor) -> Tensor:
@@ -29,12 +29,10 @@ def kto_loss(
     """
     rewards = beta * (logps - ref_logps)
     gains = rewards - beta * kl.detach().clamp(min=0)
-    losses = _by_label(
-        desirable,
-        weighted(desirable_weight, torch.sigmoid(-gains)),
-        weighted(undesirable_weight, torch.sigmoid(gains)),
-    )
-    return losses, rewards.detach()
+    weights = _by_label(desirable, gains.new_full((), desirable_weight), gains.new_full((), undesirable_weight))
+    left_out = weights == 0  # where a gain need not be finite; a gradient of 0 through the sigmoid would not be either
+    x = torch.where(left_out, 0, _by_label(desirable, -gains, gains))
+    return torch.where(left_out, 0, weights * torch.sigmoid(x)), rewards.detach()
 
 
 def apo_zero_unpaired_loss(

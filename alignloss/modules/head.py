@@ -62,7 +62,7 @@ class HeadLoss(nn.Module):
         if results is None:
             logps, *values = score(projection, bits, differentiate_entropy=False)
             results = evaluate(logps, batch)
-        asked = {
+        asked: dict[str, Any] = {
             name: value.detach()
             for name, value in zip(backends.STATS, values, strict=True)
             if value is not None and name in stats

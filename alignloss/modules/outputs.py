@@ -28,10 +28,26 @@ class ScoredTokens(NamedTuple):
     is_top1: Tensor | None = None  # (M,)
     desirable: Tensor | None = None  # (S,) or 0-d, of an unpaired loss, as given
     kl: Tensor | None = None  # of an unpaired loss, as given
+    versions: tuple[tuple[int, int], ...] = ()  # of what is the caller's: identity, and how often it was written
+
+    def borrowed(self) -> dict[str, Tensor]:
+        """What is the caller's, who may write to it."""
+        given = {"labels": self.labels, "desirable": self.desirable, "kl": self.kl}
+        return {name: value for name, value in given.items() if value is not None and not value.is_inference()}
+
+    def check_unchanged(self) -> None:
+        before = dict(self.versions)
+        for name, value in self.borrowed().items():
+            if before.get(id(value), value._version) != value._version:
+                raise RuntimeError(
+                    f"{name} were written to since this loss was computed, and metrics() would be those of other data: "
+                    "call metrics() before the buffers are used again, or give the loss a clone of them"
+                )
 
     def lengths(self) -> Tensor:
-        """Labelled tokens of each sequence, (S,) int64, at least 1."""
-        return labelled_tokens(self.labels, self.offsets, self.sequences, self.ignore_index).clamp(min=1)
+        """Labelled tokens of each sequence, (S,) float64, at least 1; NaN for offsets that did not fit."""
+        lengths = labelled_tokens(self.labels, self.offsets, self.sequences, self.ignore_index).clamp(min=1).double()
+        return lengths if self.offsets is None else torch.where(self.offsets[0] < 0, torch.nan, lengths)
 
     def mean(self, name: str, members: Tensor | None = None) -> Tensor:
         """Mean of a statistic over the labelled tokens of all sequences, or of those where `members` (S,) is 1; 0-d."""
@@ -44,15 +60,21 @@ class ScoredTokens(NamedTuple):
             sums, counts = (torch.where(members > 0, values, 0) for values in (sums, counts))
         return sums.sum() / counts.sum()
 
-    def metrics(self, groups: dict[str, Tensor | None], accuracy_of: Tensor | None = None) -> dict[str, Tensor]:
-        """Means of what was asked for: of logits for each group of sequences, of hits for those of one."""
+    def metrics(
+        self, groups: dict[str, Tensor | None], logps: Tensor, accuracy_of: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Means of what was asked for: of logits for each group of sequences, of hits for those of one.
+
+        logps: of the sequences whose hits are counted; where one is not a number, neither is their share.
+        """
         metrics = {}
         if self.entropy is not None:
             metrics["entropy"] = self.mean("entropy")
         if self.mean_logits is not None:
             metrics |= {f"logits{group}": self.mean("mean_logits", members) for group, members in groups.items()}
         if self.is_top1 is not None:
-            metrics["mean_token_accuracy"] = self.mean("is_top1", accuracy_of)
+            share = self.mean("is_top1", accuracy_of)
+            metrics["mean_token_accuracy"] = torch.where(logps.isnan().any(), torch.nan, share)
         return metrics
 
 
@@ -84,7 +106,7 @@ class PairedOutput(_PairedFields):
         """
         scored = _scored(self)
         count, lengths = len(self.chosen_logps), scored.lengths()
-        means = torch.cat([self.chosen_logps, self.rejected_logps]).double() / lengths
+        means = torch.cat([self.chosen_logps, self.rejected_logps]) / lengths
         odds = log_odds(means[:count]) - log_odds(means[count:])
         chosen = (torch.arange(2 * count, device=lengths.device) < count).double()
         margins = self.chosen_rewards - self.rejected_rewards
@@ -97,11 +119,11 @@ class PairedOutput(_PairedFields):
             "logps/chosen": self.chosen_logps.mean(),
             "logps/rejected": self.rejected_logps.mean(),
             "nll_loss": self.nll_loss,
-            "lengths/chosen": lengths[:count].double().mean(),
-            "lengths/rejected": lengths[count:].double().mean(),
+            "lengths/chosen": lengths[:count].mean(),
+            "lengths/rejected": lengths[count:].mean(),
             "log_odds_chosen": odds.mean(),
             "log_odds_ratio": torch.nn.functional.logsigmoid(odds).mean(),
-            **scored.metrics({"/chosen": chosen, "/rejected": 1 - chosen}, accuracy_of=chosen),
+            **scored.metrics({"/chosen": chosen, "/rejected": 1 - chosen}, self.chosen_logps, accuracy_of=chosen),
         }
         return {name: value.to(self.loss.dtype) for name, value in metrics.items()}
 
@@ -142,7 +164,7 @@ class UnpairedOutput(_UnpairedFields):
                 metrics[name + group] = kept.sum() / (len(values) if members is None else members.sum())
         if scored.desirable is not None:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        metrics |= {"lengths": scored.lengths().double().mean(), **scored.metrics(groups)}
+        metrics |= {"lengths": scored.lengths().mean(), **scored.metrics(groups, self.logps)}
         return {name: value.to(self.loss.dtype) for name, value in metrics.items()}
 
 
@@ -153,6 +175,8 @@ def measured(output: _Output, scored: ScoredTokens) -> _Output:
     """A result with what its metrics are made of."""
     # a compiler may know no attributes of tensors; there it stays with the tuple
     holder: Any = output if torch.compiler.is_compiling() else output.losses
+    if not torch.compiler.is_compiling():
+        scored = scored._replace(versions=tuple((id(t), t._version) for t in scored.borrowed().values()))
     holder._alignloss_scored = scored
     return output
 
@@ -165,4 +189,5 @@ def _scored(output: PairedOutput | UnpairedOutput) -> ScoredTokens:
             "this result was rebuilt around other tensors than the loss module returned, and what metrics() needs "
             "beside its fields stayed with those: call metrics() on the module's own result, and pass the dictionary on"
         )
+    scored.check_unchanged()
     return scored

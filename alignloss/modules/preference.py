@@ -340,13 +340,15 @@ def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
 def _given_reference(ref_logps: Any, sequences: int, device: torch.device) -> Tensor:
     if not isinstance(ref_logps, Tensor):
         raise ValueError(f"ref_logps must be a torch.Tensor ({sequences},), got {type(ref_logps).__name__}")
-    ref = ref_logps if ref_logps.dim() == 0 else _column("ref_logps", ref_logps, sequences, device)
+    check_tensor("ref_logps", ref_logps)
+    fits = ref_logps.shape == (sequences,)
+    ref = _column("ref_logps", ref_logps, sequences, device) if fits else ref_logps
     if ref.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"ref_logps must be float32 or float64, got {ref.dtype}: sums in nats lose whole nats in 16 bits. "
             "FSDP2's cast_forward_inputs casts what a wrapped forward is given: set it False, or pass them around it"
         )
-    if ref.requires_grad or ref.dim() == 0 or not ref.is_floating_point():
+    if ref.requires_grad or not fits or not ref.is_floating_point():
         raise ValueError(
             f"ref_logps must be ({sequences},) floating point without gradient, sums made under torch.no_grad(); "
             f"got {tuple(ref.shape)} {ref.dtype}, requires_grad={ref.requires_grad}"

@@ -44,7 +44,8 @@ def sequence_layout(
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, labels on {labels.device}; move one of them")
     if real_sequences is not None:
         slots = cu_seqlens.shape[0] - 1
-        if not isinstance(real_sequences, (Integral, torch.SymInt)) or not 0 <= real_sequences <= slots:
+        whole = isinstance(real_sequences, (Integral, torch.SymInt)) and not isinstance(real_sequences, bool)
+        if not whole or not 0 <= real_sequences <= slots:
             raise ValueError(
                 f"real_sequences must be an int in [0, {slots}], of the sequences in cu_seqlens; got {real_sequences!r}"
             )

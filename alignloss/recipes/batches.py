@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_like, check_tensor
+from ..checks import INTEGERS, check_ids, check_int64, check_like, check_tensor
 from ..ops.sequence import sequence_layout
 
 
@@ -26,12 +26,11 @@ def next_token_labels(
     are empty sequences; tokens beyond the last of `real_sequences` get `ignore_index`. On a GPU, where values are not
     validated, offsets that do not rise from 0 to the number of tokens give labels outside of every vocabulary.
     """
-    check_tensor("input_ids", input_ids)
+    check_ids("input_ids", input_ids)
+    check_int64("ignore_index", ignore_index)
     check_like("completion_mask", completion_mask, "input_ids", input_ids)
-    if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
-        raise ValueError(
-            f"input_ids must be integers (S, T) or packed (tokens,); got {tuple(input_ids.shape)} {input_ids.dtype}"
-        )
+    if input_ids.dim() not in (1, 2):
+        raise ValueError(f"input_ids must be (S, T) or packed (tokens,); got {tuple(input_ids.shape)}")
     offsets, _ = sequence_layout(input_ids, cu_seqlens, None, real_sequences, may_be_empty=True)
     labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
     keep = completion_mask[..., 1:].bool()
@@ -41,7 +40,7 @@ def next_token_labels(
     # an entry for the position before each offset, the first one for that of offset 0
     flat = torch.nn.functional.pad(labels.reshape(-1), (1, 0)).index_fill_(0, offsets.clamp(min=0), ignore_index)[1:]
     beyond = torch.arange(labels.numel(), device=labels.device) >= offsets[-1]
-    flat = torch.where(beyond, torch.where(offsets[-1] < 0, -1 - abs(ignore_index), ignore_index), flat)
+    flat = torch.where(beyond, torch.where(offsets[-1] < 0, -2 if ignore_index == -1 else -1, ignore_index), flat)
     return flat.view(labels.shape)
 
 
@@ -70,7 +69,8 @@ def mismatched_pairs(
             is not the end of its row, as with several turns of the assistant.
     """
     masks = {"attention_mask": attention_mask, "completion_mask": completion_mask}
-    for name, value in ({"input_ids": input_ids} | masks).items():
+    check_ids("input_ids", input_ids)
+    for name, value in masks.items():
         check_tensor(name, value)
     shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
     if len(shapes) != 1 or input_ids.dim() != 2:
@@ -111,8 +111,8 @@ def self_play_pairs(
             f"got {len(prompts)}, {len(completions)} and {len(samples)}"
         )
     for tokens in (*prompts, *completions, *samples):
-        check_tensor("each of the token ids", tokens)
-        if tokens.dim() != 1 or tokens.is_floating_point():
+        check_tensor("each of prompts, completions and samples", tokens)
+        if tokens.dim() != 1 or tokens.dtype not in INTEGERS:
             raise ValueError(f"token ids must be 1-d integer tensors, got {tuple(tokens.shape)} {tokens.dtype}")
     rows = [*zip(prompts, completions, strict=True), *zip(prompts, samples, strict=True)]
     return _joined(rows, pad_token_id)
@@ -124,6 +124,7 @@ def _joined(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> Complet
         pad_token_id = operator.index(pad_token_id)
     except TypeError:
         raise ValueError(f"pad_token_id must be an integer, got {pad_token_id!r}; any token id serves") from None
+    check_int64("pad_token_id", pad_token_id)
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64, device=rows[0][0].device)
     attention_mask, completion_mask = torch.zeros_like(ids), torch.zeros_like(ids)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..checks import check_number, check_tensor, is_dtensor
+from ..checks import DTYPES, check_number, check_tensor, is_dtensor
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0
     Raises:
         ValueError: where names or shapes of the parameters differ, as between a model and one with adapters; for
             parameters without values (emptied by ZeRO-3 or FSDP1, on the meta device), of which nothing would be
-            copied; before any parameter moves.
+            copied, quantised ones, and those of a reference that cannot be written; before any parameter moves.
     """
     for name, value in (("reference", reference), ("model", model)):
         if not isinstance(value, nn.Module):
@@ -41,10 +41,24 @@ def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0
         for name, parameter in parameters.items():
             if not is_dtensor(parameter):  # of which every process moves its shard
                 check_tensor(f"{what}.{name}", parameter)
+            if parameter.dtype not in DTYPES:
+                raise ValueError(f"{what}.{name} is {parameter.dtype}: dequantise it first")
             if parameter.numel() == 0:
                 raise ValueError(
                     f"{what}.{name} is empty here, {tuple(parameter.shape)}: gather the parameters of both first "
                     "(deepspeed.zero.GatheredParameters, FullyShardedDataParallel.summon_full_params)"
                 )
     for name, parameter in ours.items():
-        parameter.lerp_(theirs[name].to(parameter), mix)
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"reference.{name} was made under torch.inference_mode() and cannot move outside of it")
+        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            raise ValueError(f"reference.{name} is expanded: several of its entries share memory; give a copy of it")
+    for name, parameter in ours.items():
+        target = theirs[name].to(parameter)
+        if mix == 1:
+            parameter.copy_(target)
+        elif parameter.dtype.itemsize < 4:
+            parameter.copy_(parameter.float().mul_(1 - mix).add_(target, alpha=mix))  # rounded once
+        else:
+            # not lerp, whose difference of two equal infinities, as of a masked vocabulary, is NaN
+            parameter.mul_(1 - mix).add_(target, alpha=mix)
