@@ -19,15 +19,15 @@ class ScoredTokens(NamedTuple):
     its fields (accelerate, DDP, FSDP2, `_replace`, a tree map) mostly hands that tensor on.
     """
 
-    labels: Tensor  # (M,)
-    offsets: Tensor | None  # (S + 1,) of packed sequences; None: S parts of one length
+    labels: Tensor  #: (M,)
+    offsets: Tensor | None  #: (S + 1,) of packed sequences; None for S parts of one length
     sequences: int
     ignore_index: int
-    entropy: Tensor | None = None  # (M,) nats
-    mean_logits: Tensor | None = None  # (M,)
-    is_top1: Tensor | None = None  # (M,)
-    desirable: Tensor | None = None  # (S,) or 0-d, of an unpaired loss, as given
-    kl: Tensor | None = None  # of an unpaired loss, as given
+    entropy: Tensor | None = None  #: (M,) nats
+    mean_logits: Tensor | None = None  #: (M,)
+    is_top1: Tensor | None = None  #: (M,)
+    desirable: Tensor | None = None  #: (S,) or 0-d, of an unpaired loss, as given
+    kl: Tensor | None = None  #: of an unpaired loss, as given
 
     def lengths(self) -> Tensor:
         """Labelled tokens of each sequence, (S,) int64, at least 1."""
@@ -57,13 +57,13 @@ class ScoredTokens(NamedTuple):
 
 
 class _PairedFields(NamedTuple):
-    loss: Tensor  # 0-d
-    losses: Tensor  # (B,) as the function returned them, before pair_weights
-    chosen_logps: Tensor  # (B,)
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,)
-    rejected_rewards: Tensor  # (B,)
-    nll_loss: Tensor  # 0-d, NLL per chosen token, before nll_weight
+    loss: Tensor  #: 0-d
+    losses: Tensor  #: (B,) as the function returned them, before pair_weights
+    chosen_logps: Tensor  #: (B,)
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,)
+    rejected_rewards: Tensor  #: (B,)
+    nll_loss: Tensor  #: 0-d, NLL per chosen token, before nll_weight
 
 
 class PairedOutput(_PairedFields):
@@ -107,10 +107,10 @@ class PairedOutput(_PairedFields):
 
 
 class _UnpairedFields(NamedTuple):
-    loss: Tensor  # 0-d
-    losses: Tensor  # (B,) as the function returned them, before pair_weights
-    logps: Tensor  # (B,)
-    rewards: Tensor  # (B,)
+    loss: Tensor  #: 0-d
+    losses: Tensor  #: (B,) as the function returned them, before pair_weights
+    logps: Tensor  #: (B,)
+    rewards: Tensor  #: (B,)
 
 
 class UnpairedOutput(_UnpairedFields):
