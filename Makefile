@@ -1,13 +1,14 @@
 # make demo     train a real small model through alignloss and through full logits, and compare
-# make test     lint, types and the whole test suite
+# make test     lint, types and the tests
 # make nightly  the slow tests that make test leaves out
 # make bench    measure time, memory and error beside full logits and every peer (half an hour to an hour on 2 cores)
+# make docs     a site of the pages in docs/ and of the docstrings, in build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test nightly bench clean
+.PHONY: demo test nightly bench docs clean
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,11 @@ $(VENV)/demo: $(VENV)/created pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/created pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) -e '.[docs]'
 	touch $@
 
 demo: $(VENV)/demo
@@ -51,6 +57,9 @@ bench: $(VENV)/dev
 		--name cpu-float32-vocabulary
 	$(BENCH) --shapes 128x32768 --tokens 1024 --dtype bfloat16 --rounds 3 --modes "trainable head" "DPO step" \
 		--providers alignloss "full logits" "cross entropy" --name cpu-bfloat16-128x32768
+
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -d build/doctrees docs build/site
 
 clean:
 	rm -rf $(VENV) build *.egg-info

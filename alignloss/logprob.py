@@ -75,7 +75,7 @@ def linear_logprob(
             outside [0, V) gives NaN, in its gradient too, and never an access out of bounds.
 
     Returns:
-        (...) float32, or float64 for float64 input: 0 with no gradient at ignored positions. Gradients reach hidden,
+        (...) float32, or float64 for float64 input, 0 with no gradient at ignored positions. Gradients reach hidden,
         weight and bias, each in its own dtype; with hidden alone to differentiate the backward is a row scaling.
 
     Raises:
@@ -158,7 +158,7 @@ def sequence_logprob(
         options: the other arguments, as in `linear_logprob`, with the same errors.
 
     Returns:
-        (logps, lengths): (S,) float32 (float64 for float64 input), summed in float64 in a fixed order, and (S,) int64
+        `logps` (S,) float32 (float64 for float64 input), summed in float64 in a fixed order, and `lengths` (S,) int64,
         labelled tokens, at least 1. A sequence without labels has log-probability 0 and no gradient.
     """
     check_known("sequence_logprob", options)
@@ -197,7 +197,7 @@ def linear_kl(
             backend, workspace_bytes and validate, as in `linear_logprob`.
 
     Returns:
-        (...) float32, or float64 for float64 input: 0 with no gradient at ignored positions. Rounding may leave a KL of
+        (...) float32, or float64 for float64 input, 0 with no gradient at ignored positions. Rounding may leave a KL of
         nearly 0 slightly negative. A backward through the head holds the gradient of hidden in float32 beside the
         workspace.
 

@@ -29,19 +29,19 @@ def full_logits_bytes(positions: int, vocabulary: int, dtype: torch.dtype, train
 class Plan(NamedTuple):
     """What a call will run and hold. Bytes are beside its inputs, hidden, weight, bias and labels."""
 
-    tokens: int  # N
-    regime: int  # 1 nothing trains, 2 hidden states alone, 3 one pass, 4 the backward recomputes
-    groups: int  # of whole pairs in regime 3; 0 in the others
-    recomputed_tokens: int  # whose logits are computed twice: all in regime 4, in regime 3 of pairs that fit no group
-    gemms: float  # in units of 2 N V H FLOPs
+    tokens: int  #: N
+    regime: int  #: 1 nothing trains, 2 hidden states alone, 3 one pass, 4 the backward recomputes
+    groups: int  #: of whole pairs in regime 3; 0 in the others
+    recomputed_tokens: int  #: whose logits are computed twice, all in regime 4, in regime 3 of pairs that fit no group
+    gemms: float  #: in units of 2 N V H FLOPs
     flops: int
-    budget_bytes: int  # the workspace that may be used
-    workspace_bytes: int  # the workspace that is used, at the peak of forward or backward
-    saved_bytes: int  # kept from the forward to the backward
-    gradient_bytes: int  # dhidden, dweight and dbias
-    peak_bytes: int  # of all of these at once
-    one_pass_bytes: int | None  # the least budget that runs every pair in one pass; None where that cannot be
-    full_logits_bytes: int  # what full logits of every position hold at their peak, above gradients
+    budget_bytes: int  #: the workspace that may be used
+    workspace_bytes: int  #: the workspace that is used, at the peak of forward or backward
+    saved_bytes: int  #: kept from the forward to the backward
+    gradient_bytes: int  #: dhidden, dweight and dbias
+    peak_bytes: int  #: of all of these at once
+    one_pass_bytes: int | None  #: the least budget that runs every pair in one pass; None where that cannot be
+    full_logits_bytes: int  #: what full logits of every position hold at their peak, above gradients
 
     def __str__(self) -> str:
         runs = {

@@ -1,4 +1,4 @@
-"""The README's way through wrapped modules: the loss inside their forward, two processes against one."""
+"""The code of docs/processes.md, the loss inside the forward of a wrapped module: two processes against one."""
 
 import copy
 import os
@@ -13,8 +13,9 @@ from torch import nn
 
 import alignloss
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-WITH_LOSS = re.search(r"```python\n(class WithLoss.*?)\n\n\nwrapped", README, re.S).group(1)
+PAGE = (Path(__file__).parents[1] / "docs" / "processes.md").read_text(encoding="utf-8")
+CODE = r"```python\n(class WithLoss.*?)\n(wrapped = .*?)\n(out = .*?)\n```"
+WITH_LOSS, WRAP, CALL = re.search(CODE, PAGE, re.S).groups()
 B, T, H, V = 4, 5, 8, 23
 
 
@@ -36,17 +37,16 @@ class Model(nn.Module):
 
 
 def problem(tied):
+    """The names that the page leaves open, its class, and a batch."""
     torch.manual_seed(0)
-    names = {"torch": torch}
+    names = {"torch": torch, "model": Model(tied), "loss_fn": alignloss.DPOLoss(beta=0.5)}
     exec(WITH_LOSS, names)
     ids = torch.randint(0, V, (2 * B, T))
     labels = alignloss.next_token_labels(ids, torch.ones_like(ids))
-    return names["WithLoss"](Model(tied), alignloss.DPOLoss(beta=0.5)), ids, labels
+    return names, ids, labels, torch.linspace(-16, -14, 2 * B)
 
 
-def wrap(module, how):
-    if how == "DDP":
-        return nn.parallel.DistributedDataParallel(module)
+def sharded(module):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -58,14 +58,20 @@ def wrap(module, how):
 def half_of_the_pairs(rank: int, folder: str, how: str, tied: bool) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    module, ids, labels = problem(tied)
-    ref_logps = torch.linspace(-16, -14, 2 * B)
+    names, ids, labels, ref_logps = problem(tied)
+    module = names["WithLoss"](names["model"], names["loss_fn"])
     single = copy.deepcopy(module)
     single(ids, None, labels, ref_logps).loss.backward()
     mine = torch.tensor([2 * rank, 2 * rank + 1])
     mine = torch.cat([mine, B + mine])
-    wrapped = wrap(module, how)
-    wrapped(ids[mine], None, labels[mine], ref_logps[mine]).loss.backward()
+    names["batch"] = {"input_ids": ids[mine], "attention_mask": None}
+    names |= {"labels": labels[mine], "ref_logps": ref_logps[mine]}
+    if how == "DDP":
+        exec(WRAP, names)
+    else:
+        names["wrapped"] = sharded(module)
+    exec(CALL, names)
+    names["out"].loss.backward()
     for (name, got), expected in zip(module.named_parameters(), single.parameters(), strict=True):
         gradient = got.grad.full_tensor() if how == "FSDP2" else got.grad
         assert error(gradient, expected.grad) <= 1e-5, name

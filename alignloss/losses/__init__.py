@@ -56,6 +56,7 @@ from .reference_free import (
 )
 from .unpaired import apo_zero_unpaired_loss, bco_loss, kto_loss, npo_loss, sft_loss
 
+#: every loss by its name, which `PreferenceLoss` takes
 LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "dpo": dpo_loss,
     "robust_dpo": robust_dpo_loss,
@@ -98,7 +99,7 @@ LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "sft": sft_loss,
 }
 
-COUPLED = (aot_loss, aot_unpaired_loss)  # an element of their losses depends on the whole batch
+COUPLED = (aot_loss, aot_unpaired_loss)  #: an element of their losses depends on the whole batch
 
 __all__ = [
     "COUPLED",

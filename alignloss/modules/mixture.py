@@ -19,8 +19,8 @@ class MixtureLoss(PreferenceLoss):
     the same for both. `losses` of the result is the weighted sum, the rewards are those of the first loss.
 
     Args:
-        modules: `PreferenceLoss`es, all paired or all unpaired, whose own `nll_weight` counts w_i times. The options of
-            the projection belong to the mixture, not to them.
+        modules: `PreferenceLoss` modules, all paired or all unpaired, whose own `nll_weight` counts w_i times. The
+            options of the projection belong to the mixture, not to them.
         weights: w_i, a number for each.
         nll_weight, options: as in `PreferenceLoss`.
 

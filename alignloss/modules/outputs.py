@@ -19,25 +19,25 @@ class ScoredTokens(NamedTuple):
     its fields (accelerate, DDP, FSDP2, `_replace`, a tree map) mostly hands that tensor on.
     """
 
-    labels: Tensor  # (M,)
-    offsets: Tensor | None  # (S + 1,) of packed sequences; None: S parts of one length
+    labels: Tensor  #: (M,)
+    offsets: Tensor | None  #: (S + 1,) of packed sequences; None for S parts of one length
     sequences: int
     ignore_index: int
-    entropy: Tensor | None = None  # (M,) nats
-    mean_logits: Tensor | None = None  # (M,)
-    is_top1: Tensor | None = None  # (M,)
-    desirable: Tensor | None = None  # (S,) or 0-d, of an unpaired loss, as given
-    kl: Tensor | None = None  # of an unpaired loss, as given
-    versions: tuple[tuple[int, int], ...] = ()  # of what is the caller's: identity, and how often it was written
+    entropy: Tensor | None = None  #: (M,) nats
+    mean_logits: Tensor | None = None  #: (M,)
+    is_top1: Tensor | None = None  #: (M,)
+    desirable: Tensor | None = None  #: (S,) or 0-d, of an unpaired loss, as given
+    kl: Tensor | None = None  #: of an unpaired loss, as given
+    versions: tuple[tuple[int, int], ...] = ()  #: of what is the caller's: identity, and how often it was written
 
-    def borrowed(self) -> dict[str, Tensor]:
+    def _borrowed(self) -> dict[str, Tensor]:
         """What is the caller's, who may write to it."""
         given = {"labels": self.labels, "desirable": self.desirable, "kl": self.kl}
         return {name: value for name, value in given.items() if value is not None and not value.is_inference()}
 
-    def check_unchanged(self) -> None:
+    def _check_unchanged(self) -> None:
         before = dict(self.versions)
-        for name, value in self.borrowed().items():
+        for name, value in self._borrowed().items():
             if before.get(id(value), value._version) != value._version:
                 raise RuntimeError(
                     f"{name} were written to since this loss was computed, and metrics() would be those of other data: "
@@ -79,13 +79,13 @@ class ScoredTokens(NamedTuple):
 
 
 class _PairedFields(NamedTuple):
-    loss: Tensor  # 0-d
-    losses: Tensor  # (B,) as the function returned them, before pair_weights
-    chosen_logps: Tensor  # (B,)
-    rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,)
-    rejected_rewards: Tensor  # (B,)
-    nll_loss: Tensor  # 0-d, NLL per chosen token, before nll_weight
+    loss: Tensor  #: 0-d
+    losses: Tensor  #: (B,) as the function returned them, before pair_weights
+    chosen_logps: Tensor  #: (B,)
+    rejected_logps: Tensor  #: (B,)
+    chosen_rewards: Tensor  #: (B,)
+    rejected_rewards: Tensor  #: (B,)
+    nll_loss: Tensor  #: 0-d, NLL per chosen token, before nll_weight
 
 
 class PairedOutput(_PairedFields):
@@ -129,10 +129,10 @@ class PairedOutput(_PairedFields):
 
 
 class _UnpairedFields(NamedTuple):
-    loss: Tensor  # 0-d
-    losses: Tensor  # (B,) as the function returned them, before pair_weights
-    logps: Tensor  # (B,)
-    rewards: Tensor  # (B,)
+    loss: Tensor  #: 0-d
+    losses: Tensor  #: (B,) as the function returned them, before pair_weights
+    logps: Tensor  #: (B,)
+    rewards: Tensor  #: (B,)
 
 
 class UnpairedOutput(_UnpairedFields):
@@ -176,7 +176,7 @@ def measured(output: _Output, scored: ScoredTokens) -> _Output:
     # a compiler may know no attributes of tensors; there it stays with the tuple
     holder: Any = output if torch.compiler.is_compiling() else output.losses
     if not torch.compiler.is_compiling():
-        scored = scored._replace(versions=tuple((id(t), t._version) for t in scored.borrowed().values()))
+        scored = scored._replace(versions=tuple((id(t), t._version) for t in scored._borrowed().values()))
     holder._alignloss_scored = scored
     return output
 
@@ -189,5 +189,5 @@ def _scored(output: PairedOutput | UnpairedOutput) -> ScoredTokens:
             "this result was rebuilt around other tensors than the loss module returned, and what metrics() needs "
             "beside its fields stayed with those: call metrics() on the module's own result, and pass the dictionary on"
         )
-    scored.check_unchanged()
+    scored._check_unchanged()
     return scored

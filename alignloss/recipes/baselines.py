@@ -29,7 +29,7 @@ def kto_kl(
 class RunningShift:
     """BCO's shift delta: the mean of the mean rewards of desirable and of undesirable sequences, over the steps so far.
 
-    Jung et al. 2024 (arXiv:2404.04656). Give `delta` to the loss and its rewards to `update`:
+    Jung et al. 2024 (arXiv:2404.04656). Give `delta` to the loss and its rewards to `update`::
 
         out = bco(hidden, weight, labels, ref_logps=ref_logps, desirable=desirable, delta=shift.delta)
         shift.update(out.rewards, desirable)
@@ -53,7 +53,7 @@ class RunningShift:
 
     @property
     def delta(self) -> Tensor:
-        """The shift, 0-d float64: the mean of the two means, the only one while one kind has not been seen, or 0."""
+        """The shift, 0-d float64, the mean of the two means, the only one while one kind has not been seen, or 0."""
         sums, counts = self.totals
         seen = counts > 0
         means = torch.where(seen, sums / torch.where(seen, counts, 1), 0)

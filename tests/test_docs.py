@@ -1,0 +1,155 @@
+"""The README and docs/: their Python code runs, what it prints is what they show, and their links lead somewhere.
+
+The code of docs/processes.md needs more than one process, and runs in test_processes.py.
+"""
+
+import copy
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from test_processes import Model, V
+
+import alignloss
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.M)
+WITH_CODE = [name for name, text in TEXTS.items() if "```python\n" in text and name != "docs/processes.md"]
+B, T = 2, 6
+
+
+def stand_ins():
+    """What the pages leave to the reader: small models, a batch of B pairs, the same batch packed."""
+    torch.manual_seed(0)
+    model, ref_model = Model(tied=False), Model(tied=False)
+    input_ids = torch.randint(0, V, (2 * B, T))
+    attention_mask = (torch.arange(T) < torch.tensor([[6], [5], [4], [6]])).long()
+    completion_mask = attention_mask * (torch.arange(T) >= 2)
+    labels = alignloss.next_token_labels(input_ids, completion_mask)
+    hidden = model.model(input_ids, attention_mask).last_hidden_state.detach()
+    ref_hidden = ref_model.model(input_ids, attention_mask).last_hidden_state.detach()
+    ref_logps = alignloss.sequence_logprob(ref_hidden, ref_model.lm_head.weight, labels).logps.detach()
+    keep = attention_mask.bool()
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "completion_mask": completion_mask,
+        "ref_logps": ref_logps,
+    }
+    return batch | {
+        "alignloss": alignloss,
+        "torch": torch,
+        "B": B,
+        "model": model,
+        "ref_model": ref_model,
+        "loader": [batch],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loss_fn": alignloss.DPOLoss(),
+        "hidden": hidden.requires_grad_(),
+        "weight": copy.deepcopy(model.lm_head.weight),
+        "labels": labels,
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_model.lm_head.weight,
+        "packed_ids": input_ids[keep],
+        "packed_completion_mask": completion_mask[keep],
+        "packed_hidden": hidden[keep],
+        "cu_seqlens": torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)),
+        "pairs_in_all": 2 * B,
+        "chosen_tokens_in_all": 20,
+        "desirable": torch.arange(2 * B) % 2 == 0,
+        "scores": torch.zeros(B),
+        "prompts": [torch.tensor([1])],
+        "completions": [torch.tensor([2])],
+        "samples": [torch.tensor([3])],
+        "pad_token_id": 0,
+        "temperature": 0.7,
+        "old_logps": torch.zeros(2 * B, T),
+        "advantages": torch.ones(2 * B),
+    }
+
+
+def run(page):
+    """Run the Python blocks of a page in order, in one namespace; what a block prints stands in the block after it."""
+    names, blocks = stand_ins(), FENCED.findall(TEXTS[page])
+    for (language, code), (following, after) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+        if language == "python":
+            with redirect_stdout(io.StringIO()) as printed:
+                exec(compile(code, page, "exec"), names)
+            assert printed.getvalue() == (after if following == "text" else "")
+    return names
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_a_page_runs(page):
+    run(page)
+
+
+def test_the_training_loop_changes_the_model():
+    names = run("README.md")
+    assert names["out"].loss.isfinite() and names["labels"].shape == (2 * B, T)
+    before, after = stand_ins()["model"].parameters(), names["model"].parameters()
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_code_of_the_losses_gives_gradients_and_metrics():
+    names = run("docs/losses.md")
+    names["loss"].backward()
+    assert names["hidden"].grad.isfinite().all()
+    assert names["logged"]["rewards/accuracies"] <= 1
+
+
+def test_packed_sequences_have_the_loss_of_padded_ones():
+    names = run("docs/batches.md")
+    expected = names["loss_fn"](names["hidden"], names["weight"], names["labels"], ref_logps=names["ref_logps"])
+    got = names["loss_fn"](
+        names["packed_hidden"],
+        names["weight"],
+        names["packed_labels"],
+        ref_logps=names["ref_logps"],
+        cu_seqlens=names["padded"],
+        real_sequences=names["real"],
+    )
+    torch.testing.assert_close(got.losses, expected.losses)
+
+
+def test_the_table_has_every_loss_once():
+    names = re.findall(r"^\| `(\w+)` \|", TEXTS["docs/losses.md"], re.M)
+    assert sorted(names) == sorted(alignloss.losses.LOSSES)
+    assert re.findall(r"any of (\d+) \[losses\]", TEXTS["README.md"]) == [str(len(names))]
+
+
+def test_the_readme_is_short_and_its_measurements_are_those_of_the_page():
+    readme = TEXTS["README.md"]
+    assert readme.count("\n") <= 180
+    rows = re.search(r"^## Measured\n(.*?)^## ", readme, re.S | re.M).group(1).split("\n")
+    rows = [row for row in rows if row.startswith("| ")]
+    assert len(rows) > 5 and set(rows) <= set(TEXTS["docs/measured.md"].split("\n"))
+
+
+def anchors(text):
+    """Of its headings, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_names_of_tests_lead_somewhere(page):
+    text = FENCED.sub("", TEXTS[page])
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("https://"):
+            name, _, anchor = target.partition("#")
+            path = (PAGES[page].parent / name).resolve() if name else PAGES[page]
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_page_is_in_the_index():
+    listed = set(re.findall(r"^[\w-]+$", TEXTS["docs/index.md"], re.M))
+    assert listed == {path.stem for name, path in PAGES.items() if name.startswith("docs/")} - {"index"}
