@@ -104,3 +104,9 @@ def test_unpaired_losses_mix():
 def test_what_it_refuses(modules, weights, message):
     with pytest.raises(ValueError, match=message):
         alignloss.MixtureLoss(modules, weights)
+
+
+@pytest.mark.parametrize("option", ["beta", "tempreature", "label_smoothing"])
+def test_an_option_that_it_would_ignore_is_refused(option):
+    with pytest.raises(ValueError, match=f"its losses have their own.*unknown: ..{option}"):
+        alignloss.MixtureLoss([alignloss.DPOLoss(), alignloss.IPOLoss()], [1.0, 1.0], **{option: 0.5})

@@ -77,3 +77,30 @@ def test_forward_and_backward_share_a_tile(dtype, device, save, stats):
                     forward = foot.forward_tile(777, bits, save, workspace, True, direct)
                     backward, _ = foot.backward_tile(777, bits, save, direct, workspace)
                     assert forward[:2] == backward[:2]
+
+
+@pytest.mark.parametrize("head", ["sliced", "transposed"])
+@pytest.mark.parametrize("loss", ["log-probability", "groups and a rest"])
+def test_a_head_that_is_not_contiguous_is_recomputed_in_the_tiles_of_the_forward(loss, head, monkeypatch):
+    from alignloss.ops.sizes import Footprint
+
+    tiles = {"forward_tile": [], "backward_tile": []}
+    for name, found in tiles.items():
+        original = getattr(Footprint, name)
+
+        def spy(self, *arguments, original=original, found=found, **options):
+            result = original(self, *arguments, **options)
+            found.append((arguments[0], (result if len(result) == 3 else result[0])[:2]))
+            return result
+
+        monkeypatch.setattr(Footprint, name, spy)
+    vocabulary, width = 5000, 300
+    weight = torch.randn(vocabulary, 2 * width)[:, :width] if head == "sliced" else torch.randn(width, vocabulary).T
+    weight, hidden = weight.requires_grad_(), torch.randn(1, 900, width, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (1, 900))
+    if loss == "log-probability":
+        alignloss.linear_logprob(hidden, weight, labels, workspace_bytes=64 << 20).sum().backward()
+    else:  # one sequence that fits no group, beside short ones
+        offsets = torch.tensor([0, 20, 40, 900])
+        alignloss.SFTLoss(workspace_bytes=16 << 20)(hidden, weight, labels, cu_seqlens=offsets).loss.backward()
+    assert tiles["backward_tile"] and set(tiles["backward_tile"]) <= set(tiles["forward_tile"])

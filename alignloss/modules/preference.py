@@ -65,6 +65,10 @@ class PreferenceLoss(HeadLoss):
             if nll_weight is not None and any(p.name == "nll_weight" for p in parameters_of(fn)):
                 options["nll_weight"], nll_weight = nll_weight, None
             fn = LossFunction(fn, options, reserved=inspect.signature(self.forward).parameters)
+        else:
+            check_keywords(
+                f"a mixture takes the options {sorted(HEAD_OPTIONS)}, its losses have their own:", {}, options
+            )
         self.function = fn
         self.couples_batch = couples_batch or fn.couples_batch
         self._needs_graph = False  # the loss differentiates something beside the log-probabilities

@@ -187,12 +187,14 @@ class Walk:
         if self.gemm_dtype == torch.float16:
             upstream.find_unit()
 
-        # the tile of the forward, which knew the weight and not whether it trains
-        direct = writes_dweight(dweight if need_dweight else self.weight)
-        assert not add or (direct and upstream.unit is None)
+        written = writes_dweight(dweight if need_dweight else self.weight)
+        assert not add or (written and upstream.unit is None)
+        # where logits have to be those of the forward, its tile: that knew the weight and not how its gradient lies
+        direct = writes_dweight(self.weight) if self.footprint.recomputes_exactly else written
         (block, columns, _), direct = self.footprint.backward_tile(
             self.rows, stats, derivatives, direct, self.workspace_bytes, rounded=dweight.is_contiguous()
         )
+        direct |= written
         weight_buffer = self.weight_buffer(columns)
         row_buffer = self.row_buffer(block)
         scaled_buffer = self.empty(block, self.width, dtype=self.gemm_dtype)
