@@ -121,11 +121,15 @@ def savable(value: Tensor) -> Tensor:
     return value.clone()
 
 
+def check_integers(name: str, value: Any) -> None:
+    check_tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise ValueError(f"{name} must be integers, got {value.dtype}")
+
+
 def checked_labels(name: str, labels: Any) -> Tensor:
     """Labels as int64: a narrower dtype need not hold what they are compared with, ignore_index and V."""
-    check_tensor(name, labels)
-    if labels.dtype not in INTEGERS:
-        raise ValueError(f"{name} must be integers, got {labels.dtype}")
+    check_integers(name, labels)
     return savable(labels.long())
 
 
@@ -141,12 +145,6 @@ def check_like(name: str, value: Tensor, model_name: str, model: Tensor) -> None
 def check_binary(name: str, value: Tensor) -> None:
     if not bool(((value == 0) | (value == 1)).all()):
         raise ValueError(f"{name} must be bool, or 0 and 1; got {value.unique().tolist()[:8]}")
-
-
-def check_ids(name: str, value: Any) -> None:
-    check_tensor(name, value)
-    if value.dtype not in INTEGERS:
-        raise ValueError(f"{name} must be integers, token ids; got {value.dtype}")
 
 
 def validates(validate: bool | None, device: torch.device) -> bool:

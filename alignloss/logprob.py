@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_like, check_savable, checked_labels
+from .checks import check_savable, checked_labels
 from .ops.head import check_known, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
-from .ops.sequence import flat_token_weights, labelled_tokens, sequence_layout, sequence_sum
+from .ops.sequence import checked_token_weights, labelled_tokens, masked_weights, sequence_layout, sequence_sum
 
 
 class LogprobStats(NamedTuple):
@@ -165,9 +165,7 @@ def sequence_logprob(
     ignore_index = options.get("ignore_index", -100)
     labels = checked_labels("labels", labels)
     offsets, sequences = sequence_layout(labels, cu_seqlens, options.get("validate"), real_sequences, ignore_index)
-    if token_weights is not None:
-        check_like("token_weights", token_weights, "labels", labels)
-    weights = flat_token_weights(token_weights, labels, ignore_index)
+    weights = masked_weights(checked_token_weights(token_weights, labels), labels.reshape(-1), ignore_index)
     projection = project(hidden, weight, labels, bias, **options)
     sums = sequence_sum(score(projection)[0], offsets, sequences, weights, projection.options.backend)
     lengths = labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)

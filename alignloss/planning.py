@@ -172,7 +172,10 @@ def _options(
     if backend == "auto" or dtype == torch.float64:
         backend = "torch" if kind == "cpu" or dtype == torch.float64 else "triton"
     budget = default_workspace(kind, total) if workspace_bytes is None else int(workspace_bytes)
-    return kind, Options(False, dtype, -100, 1.0, softcap, 1.0, backend, budget, False)
+    return kind, Options(
+        select=False, compute_dtype=dtype, ignore_index=-100, logit_scale=1.0, softcap=softcap, temperature=1.0,
+        backend=backend, workspace_bytes=budget, validate=False,
+    )  # fmt: skip
 
 
 class _Held(NamedTuple):

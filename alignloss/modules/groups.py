@@ -1,14 +1,14 @@
 """A batch of pairs or sequences, and how it goes through one pass: in groups of whole ones that fit the workspace."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..ops.head import Projection
+from ..ops.logprob import output_dtypes
 from ..ops.onepass import one_pass
 from ..ops.sequence import labelled_tokens
 from ..ops.sizes import fill_groups
@@ -76,9 +76,9 @@ def train_in_one_pass(
     projection: Projection,
     batch: Batch,
     evaluate: Callable[[Tensor, Batch], Results],
-    stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS that is asked for; filled
-) -> Results | None:
-    """The results of a step that trains hidden states and head, in one pass; None where that does not apply.
+    stats: int,  # bits of backends.STATS
+) -> tuple[Results, list[Tensor | None]] | None:
+    """Results and statistics (M,) of a step that trains hidden states and head, in one pass; None if that cannot be.
 
     Pairs (sequences, if unpaired) go into groups whose tiles fit the workspace; those that fit no group are a last one,
     whose tiles are recomputed. Raises NeedsGraph.
@@ -92,24 +92,32 @@ def train_in_one_pass(
     rows = projection.labels.numel() if index is None else index.numel()
     if rows == 0:
         return None
-    found: list[Results] = []
-    if rows <= projection.footprint.capacity(False, workspace_bytes, backends.asked(stats)):
-        loss = one_pass(projection, [index], [_share(evaluate, batch, None, found)], 1, stats)
-        return found[0]._replace(loss=loss)
-    most = projection.footprint.capacity(True, workspace_bytes, backends.asked(stats))
+    if rows <= projection.footprint.capacity(False, workspace_bytes, stats):
+        found: list[Results] = []
+        values = _room(projection, stats)
+        loss = one_pass(projection, [index], [_share(evaluate, batch, None, found)], 1, values)
+        return found[0]._replace(loss=loss), values
+    most = projection.footprint.capacity(True, workspace_bytes, stats)
     # which tokens are whose is not known of an index that the caller made, and not worth waiting for a GPU
     if most == 0 or (index is not None and not projection.sorted_index):
         return None
     return _in_groups(projection, batch, evaluate, stats, most)
 
 
+def _room(projection: Projection, stats: int) -> list[Tensor | None]:
+    """Zeros (M,) for each of backends.STATS that is asked for."""
+    _, *kinds = output_dtypes(projection.result_dtype)
+    labels = projection.labels
+    return [labels.new_zeros(labels.shape, dtype=kind) if stats >> i & 1 else None for i, kind in enumerate(kinds)]
+
+
 def _in_groups(
     projection: Projection,
     batch: Batch,
     evaluate: Callable[[Tensor, Batch], Results],
-    stats: Sequence[Tensor | None],
+    stats: int,
     most: int,  # tokens of a group
-) -> Results | None:
+) -> tuple[Results, list[Tensor | None]] | None:
     labels, index, ignore_index = projection.labels, projection.token_index, projection.options.ignore_index
     scored = labelled_tokens(labels, batch.offsets, batch.sequences, ignore_index).tolist()
     if sum(scored) != (labels.numel() if index is None else index.numel()):
@@ -141,7 +149,8 @@ def _in_groups(
         indices.append(torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]))
         selected = batch.select(units, chosen, [len(each) for each in ranges], positions)
         shares.append(_share(evaluate, selected, positions, found))
-    return _merged(one_pass(projection, indices, shares, len(groups), stats), found, numbers)
+    values = _room(projection, stats)
+    return _merged(one_pass(projection, indices, shares, len(groups), values), found, numbers), values
 
 
 def _share(

@@ -50,16 +50,12 @@ class HeadLoss(nn.Module):
         one_pass: bool = True,
     ) -> tuple[Results, ScoredTokens]:
         """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
-        bits, results = stat_bits(stats, STATS), None
-        values: Sequence[Tensor | None] = ()
-        if one_pass:
-            kinds = {name: torch.bool if name == "is_top1" else projection.result_dtype for name in stats}
-            values = [
-                batch.labels.new_zeros(batch.labels.shape, dtype=kinds[name]) if name in kinds else None
-                for name in backends.STATS
-            ]
-            results = train_in_one_pass(projection, batch, evaluate, values)
-        if results is None:
+        bits = stat_bits(stats, STATS)
+        values: Sequence[Tensor | None]
+        trained = train_in_one_pass(projection, batch, evaluate, bits) if one_pass else None
+        if trained is not None:
+            results, values = trained
+        else:
             logps, *values = score(projection, bits, differentiate_entropy=False)
             results = evaluate(logps, batch)
         asked: dict[str, Any] = {

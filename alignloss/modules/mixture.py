@@ -7,7 +7,7 @@ from torch import nn
 
 from ..checks import check_number
 from .function import WeightedSum
-from .head import HeadLoss
+from .head import HEAD_OPTIONS, HeadLoss, check_keywords
 from .preference import PreferenceLoss
 
 
@@ -56,6 +56,8 @@ class MixtureLoss(PreferenceLoss):
         if not any(weights) and not nll_weight:
             raise ValueError("every weight of the mixture is 0, the NLL's too: nothing is left to train")
         couples_batch = couples_batch or any(module.couples_batch for module in modules)
-        mixture = WeightedSum([module.function for module in modules], weights)
-        super().__init__(mixture, nll_weight=nll_weight, couples_batch=couples_batch, **options)
+        known = dict.fromkeys(HEAD_OPTIONS, False)
+        check_keywords("its losses have their own options, a mixture takes those of the projection,", known, options)
+        HeadLoss.__init__(self, **options)
+        self._take(WeightedSum([module.function for module in modules], weights), nll_weight, couples_batch)
         self.mixed = nn.ModuleList(modules)

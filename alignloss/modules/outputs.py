@@ -104,7 +104,8 @@ class PairedOutput(_PairedFields):
         ("is_top1"). A value that is not a number stays one in its means. Nothing waits for a GPU until a value is read.
 
         Raises:
-            RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of.
+            RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of; or
+                where labels, desirable or kl were written to since the call.
         """
         scored = _scored(self)
         count, lengths = len(self.chosen_logps), scored.lengths()
@@ -151,7 +152,8 @@ class UnpairedOutput(_UnpairedFields):
         a value is read.
 
         Raises:
-            RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of.
+            RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of; or
+                where labels, desirable or kl were written to since the call.
         """
         scored, metrics = _scored(self), {}
         if scored.kl is not None:

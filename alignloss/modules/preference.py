@@ -16,7 +16,7 @@ from ..logprob import sequence_logprob
 from ..losses import LOSSES
 from ..ops.head import Projection, project
 from ..ops.preference import preference
-from ..ops.sequence import flat_token_weights, labelled_tokens, sequence_layout, sequence_sum
+from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, sequence_layout, sequence_sum
 from .function import LossFunction, WeightedSum, parameters_of
 from .groups import Batch, NeedsGraph, Results
 from .head import HEAD_OPTIONS, HeadLoss, check_keywords, divisor
@@ -61,22 +61,21 @@ class PreferenceLoss(HeadLoss):
             fn = LOSSES[fn]
         if not callable(fn):
             raise ValueError(f"fn must be the name of a loss or a function, got {type(fn).__name__}")
-        if not isinstance(fn, WeightedSum):
-            if nll_weight is not None and any(p.name == "nll_weight" for p in parameters_of(fn)):
-                options["nll_weight"], nll_weight = nll_weight, None
-            fn = LossFunction(fn, options, reserved=inspect.signature(self.forward).parameters)
-        else:
-            check_keywords(
-                f"a mixture takes the options {sorted(HEAD_OPTIONS)}, its losses have their own:", {}, options
-            )
-        self.function = fn
-        self.couples_batch = couples_batch or fn.couples_batch
+        if nll_weight is not None and any(p.name == "nll_weight" for p in parameters_of(fn)):
+            options["nll_weight"], nll_weight = nll_weight, None
+        function = LossFunction(fn, options, reserved=inspect.signature(self.forward).parameters)
+        self._take(function, nll_weight, couples_batch)
+
+    def _take(self, function: LossFunction | WeightedSum, nll_weight: float | None, couples_batch: bool) -> None:
+        """Become the module of a loss function."""
+        self.function = function
+        self.couples_batch = couples_batch or function.couples_batch
         self._needs_graph = False  # the loss differentiates something beside the log-probabilities
         self.nll_weight = 0.0 if nll_weight is None else nll_weight
         check_number("nll_weight", self.nll_weight)
         if nll_weight and not self.paired:
             raise ValueError(
-                f"nll_weight adds the NLL of chosen sequences and {fn.name} is unpaired; use SFTLoss beside it"
+                f"nll_weight adds the NLL of chosen sequences and {function.name} is unpaired; use SFTLoss beside it"
             )
 
     @property
@@ -208,16 +207,13 @@ class PreferenceLoss(HeadLoss):
     ) -> Batch:
         """A batch with all that a call gives beside labels and reference, checked."""
         device = labels.device
-        if token_weights is not None:
-            check_like("token_weights", token_weights, "labels", labels)
-            token_weights = savable(token_weights.detach()).reshape(-1)
         columns = {n: _column(n, value, batch.units, device) for n, value in data.items() if value is not None}
         if "desirable" in columns and validates(self.validate, device) and not torch.compiler.is_compiling():
             check_binary("desirable", columns["desirable"])
         if pair_weights is not None:
             pair_weights = _column("pair_weights", pair_weights, batch.units, device).detach()
         return batch._replace(
-            token_weights=token_weights,
+            token_weights=checked_token_weights(token_weights, labels),
             nll_labels=None if nll_labels is None else nll_labels.reshape(-1),
             data=columns,
             pair_weights=pair_weights,
@@ -264,7 +260,7 @@ class PreferenceLoss(HeadLoss):
         """By plain torch around the loss function."""
         offsets, sequences, labels = batch.offsets, batch.sequences, batch.labels
         count = batch.units
-        weights = flat_token_weights(batch.token_weights, labels, self.ignore_index)
+        weights = masked_weights(batch.token_weights, labels, self.ignore_index)
         if batch.nll_labels is not None:
             preferred = labels != self.ignore_index
             weights = preferred.double() if weights is None else weights * preferred
@@ -342,9 +338,7 @@ def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:
 
 
 def _given_reference(ref_logps: Any, sequences: int, device: torch.device) -> Tensor:
-    if not isinstance(ref_logps, Tensor):
-        raise ValueError(f"ref_logps must be a torch.Tensor ({sequences},), got {type(ref_logps).__name__}")
-    check_tensor("ref_logps", ref_logps)
+    check_tensor("ref_logps", ref_logps, f"; give the sums of {sequences} sequences")
     fits = ref_logps.shape == (sequences,)
     ref = _column("ref_logps", ref_logps, sequences, device) if fits else ref_logps
     if ref.dtype in (torch.bfloat16, torch.float16):

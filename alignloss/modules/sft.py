@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_like, checked_labels, savable
+from ..checks import checked_labels
 from ..losses import sft_loss
 from ..ops.head import project
-from ..ops.sequence import flat_token_weights, sequence_layout, sequence_sum
+from ..ops.sequence import checked_token_weights, masked_weights, sequence_layout, sequence_sum
 from .groups import Batch, Results
 from .head import HeadLoss, check_keywords, divisor
 from .outputs import UnpairedOutput, measured
@@ -41,9 +41,7 @@ class SFTLoss(HeadLoss):
         check_keywords("SFTLoss takes no further data", {}, unknown)
         labels = checked_labels("labels", labels)
         offsets, sequences = sequence_layout(labels, cu_seqlens, self.validate, real_sequences, self.ignore_index)
-        if token_weights is not None:
-            check_like("token_weights", token_weights, "labels", labels)
-            token_weights = savable(token_weights.detach()).reshape(-1)
+        token_weights = checked_token_weights(token_weights, labels)
         projection = project(hidden, weight, labels, bias, token_index=token_index, **self.head_options)
         batch = Batch(
             projection.labels,
@@ -60,7 +58,7 @@ class SFTLoss(HeadLoss):
         return measured(output, scored)
 
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
-        weights = flat_token_weights(batch.token_weights, batch.labels, self.ignore_index)
+        weights = masked_weights(batch.token_weights, batch.labels, self.ignore_index)
         sums = sequence_sum(tokens, batch.offsets, batch.sequences, weights, batch.backend)
         num_tokens = batch.num_tokens
         if num_tokens is None:

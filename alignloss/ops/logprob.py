@@ -19,9 +19,7 @@ def score(projection: Projection, stats: int = 0, differentiate_entropy: bool = 
         derivatives = 2
     recomputed = torch.is_grad_enabled() and projection.trains_head
     hidden, weight, bias, labels, token_index, _, options = projection
-    outputs = linear_logprob_fwd(
-        hidden, weight, bias, labels, token_index, stats, derivatives, recomputed, *options
-    )  # fmt: skip
+    outputs = linear_logprob_fwd(hidden, weight, bias, labels, token_index, stats, derivatives, recomputed, *options)
     return outputs[: 1 + len(STATS)]
 
 

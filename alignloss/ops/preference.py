@@ -84,8 +84,11 @@ def preference_backward(
 
 
 @preference.register_fake
-def _(values, token_weights, labels, nll_labels, cu_seqlens, sequences, *data):  # type: ignore[no-untyped-def]
-    count = sequences if data[6] == "kto" else sequences // 2
+def _(  # type: ignore[no-untyped-def]
+    values, token_weights, labels, nll_labels, cu_seqlens, sequences, ref_logps, desirable, kl, pair_weights,
+    num_sequences, num_tokens, loss, *options,
+):  # fmt: skip
+    count = sequences if loss == "kto" else sequences // 2
     shapes = [(), (count,), (sequences,), (sequences,), ()]
     outputs = [values.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return (*outputs, *(values.new_empty(n, dtype=torch.float64) for n in (sequences, 2)))
@@ -97,16 +100,18 @@ def _(dloss, slopes, scales, token_weights, labels, *rest):  # type: ignore[no-u
 
 
 def _preference_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, token_weights, labels, nll_labels, cu_seqlens, *_ = inputs
+    _, token_weights, labels, nll_labels, cu_seqlens, *_, loss, ignore_index = inputs[:14]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[-2:], token_weights, labels, nll_labels, cu_seqlens)
-    ctx.paired, ctx.ignore_index = inputs[12] != "kto", inputs[13]
+    ctx.paired, ctx.ignore_index = loss != "kto", ignore_index
 
 
 def _preference_backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
+    arguments = len(ctx.needs_input_grad)
     if dloss is None:
-        return (None,) * 19
-    return preference_backward(dloss, *ctx.saved_tensors, ctx.paired, ctx.ignore_index), *(None,) * 18
+        return (None,) * arguments
+    dvalues = preference_backward(dloss, *ctx.saved_tensors, ctx.paired, ctx.ignore_index)
+    return dvalues, *(None,) * (arguments - 1)
 
 
 preference.register_autograd(_preference_backward, setup_context=_preference_setup)

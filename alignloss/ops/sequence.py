@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_tensor, savable, validates
+from ..checks import check_like, check_tensor, savable, validates
 from .context import device_guard, no_double_backward
 
 
@@ -72,11 +72,17 @@ def labelled_tokens(labels: Tensor, offsets: Tensor | None, sequences: int, igno
     return counts[offsets[1:]] - counts[offsets[:-1]]
 
 
-def flat_token_weights(token_weights: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Token weights as (M,) float64, detached, 0 at ignored positions."""
+def checked_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Token weights of the shape of labels as (M,), detached."""
     if token_weights is None:
         return None
-    return savable(token_weights.detach()).double().masked_fill(labels == ignore_index, 0).reshape(-1)
+    check_like("token_weights", token_weights, "labels", labels)
+    return savable(token_weights.detach()).reshape(-1)
+
+
+def masked_weights(token_weights: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor | None:
+    """Checked token weights (M,) in float64, 0 at ignored positions."""
+    return None if token_weights is None else token_weights.double().masked_fill(labels == ignore_index, 0)
 
 
 @torch.library.custom_op("alignloss::sequence_offsets", mutates_args=())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import INTEGERS, check_ids, check_int64, check_like, check_tensor
+from ..checks import INTEGERS, check_int64, check_integers, check_like, check_tensor
 from ..ops.sequence import sequence_layout
 
 
@@ -26,7 +26,7 @@ def next_token_labels(
     are empty sequences; tokens beyond the last of `real_sequences` get `ignore_index`. On a GPU, where values are not
     validated, offsets that do not rise from 0 to the number of tokens give labels outside of every vocabulary.
     """
-    check_ids("input_ids", input_ids)
+    check_integers("input_ids", input_ids)
     check_int64("ignore_index", ignore_index)
     check_like("completion_mask", completion_mask, "input_ids", input_ids)
     if input_ids.dim() not in (1, 2):
@@ -69,7 +69,7 @@ def mismatched_pairs(
             is not the end of its row, as with several turns of the assistant.
     """
     masks = {"attention_mask": attention_mask, "completion_mask": completion_mask}
-    check_ids("input_ids", input_ids)
+    check_integers("input_ids", input_ids)
     for name, value in masks.items():
         check_tensor(name, value)
     shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
