@@ -172,6 +172,14 @@ def check_values(labels: Tensor, token_index: Tensor | None, ignore_index: int, 
         )
 
 
+def check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hint: str = "") -> None:
+    """`known` maps each name to whether it is required."""
+    unknown = sorted(set(given) - set(known))
+    missing = sorted(name for name, required in known.items() if required and given.get(name) is None)
+    if unknown or missing:
+        raise ValueError(f"{what} {sorted(known)}; unknown: {unknown}, missing: {missing}{hint}")
+
+
 def check_number(name: str, value: Any, positive: bool = False) -> None:
     if torch.compiler.is_compiling():
         return  # a number that varies is symbolic there

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_savable, checked_labels
-from .ops.head import check_known, project
+from .checks import check_keywords, check_savable, checked_labels
+from .ops.head import PROJECTION_OPTIONS, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
 from .ops.sequence import checked_token_weights, labelled_tokens, masked_weights, sequence_layout, sequence_sum
@@ -121,8 +121,8 @@ def linear_logprob_stats(
         differentiable, the others are not. An entropy to be differentiated costs a third GEMM in the forward: ask for
         it under `torch.no_grad()` if it is only logged.
     """
-    check_known("linear_logprob_stats", options)
-    bits = stat_bits(stats, backends.STATS)
+    check_keywords("linear_logprob_stats takes the options", PROJECTION_OPTIONS, options)
+    bits = backends.stat_bits(stats)
     projection = project(hidden, weight, labels, bias, **options)
     outputs = score(projection, bits)
     fields = {
@@ -161,7 +161,7 @@ def sequence_logprob(
         `logps` (S,) float32 (float64 for float64 input), summed in float64 in a fixed order, and `lengths` (S,) int64,
         labelled tokens, at least 1. A sequence without labels has log-probability 0 and no gradient.
     """
-    check_known("sequence_logprob", options)
+    check_keywords("sequence_logprob takes the options", PROJECTION_OPTIONS, options)
     ignore_index = options.get("ignore_index", -100)
     labels = checked_labels("labels", labels)
     offsets, sequences = sequence_layout(labels, cu_seqlens, options.get("validate"), real_sequences, ignore_index)
@@ -203,7 +203,7 @@ def linear_kl(
         ValueError: as `linear_logprob`, and where the vocabularies or precisions of the two differ.
         RuntimeError: when differentiated twice.
     """
-    check_known("linear_kl", options)
+    check_keywords("linear_kl takes the options", PROJECTION_OPTIONS, options)
     policy = project(hidden, weight, labels, bias, **options)
     with torch.no_grad():
         try:
@@ -230,10 +230,3 @@ def linear_kl(
         policy.token_index, reference.options.compute_dtype, *policy.options,
     )  # fmt: skip
     return kl.view(labels.shape)
-
-
-def stat_bits(stats: Sequence[str], known: Sequence[str]) -> int:
-    """Names out of `known`, themselves out of `backends.STATS`, as bits."""
-    if not isinstance(stats, Sequence) or isinstance(stats, str) or any(name not in known for name in stats):
-        raise ValueError(f"stats takes a sequence of names out of {tuple(known)}, got {stats!r}")
-    return sum(1 << i for i, name in enumerate(backends.STATS) if name in stats)

@@ -239,14 +239,15 @@ def _workspace(
             )
             forward = max(forward, *(shared + tile.bytes for tile in tiles))
         return forward, shared
-    direct = head.weight_dtype == head.accum_dtype
-    tile = head.forward_tile(tokens, 0, derivatives, budget, regime == 4, direct)
+    tile = head.forward_tile(tokens, 0, derivatives, budget, regime == 4, head.wide_weight)
     if regime == 1 and head.backend == "triton" and not head.casts_weight:
         # the fused kernel holds partial statistics of a block of rows instead of a tile
         block_v = blocks.gemm_blocks(_architecture(head), head.gemm_dtype.itemsize, head.softcap)[1]
         partials = tile.rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
         return tile.rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
-    return tile.bytes, head.backward_tile(tokens, 0, derivatives, direct, budget)[0].bytes if regime == 4 else 0
+    if regime != 4:
+        return tile.bytes, 0
+    return tile.bytes, head.backward_tile(tokens, 0, derivatives, head.wide_weight, budget)[0].bytes
 
 
 def _architecture(head: Footprint) -> str:

@@ -84,7 +84,7 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     hidden = inputs.hidden.detach().flatten(0, 1)[: case.labelled].to(head.gemm_dtype)
     weight = inputs.weight.detach().to(head.gemm_dtype)
     passes = [(1, expected.gemms > 1, False)]  # logits, U, dweight
-    save, direct = int(expected.gemms > 1), dtype == head.accum_dtype
+    save, direct = int(expected.gemms > 1), head.wide_weight
     tiles = [head.forward_tile(case.labelled, 0, save, expected.budget_bytes, expected.regime == 4, direct)[:2]]
     if expected.regime == 3:
         rows = -(-case.labelled // expected.groups)

@@ -1,5 +1,7 @@
 """Triton kernels of alignloss, installed and imported as `alignloss.kernels`.
 
+Imports nothing of ours: torch and Triton; `state` and `blocks` do without Triton, since plain torch needs them too.
+
 The bare name `kernels` belongs to Hugging Face's package. Where this folder is found first under that name (the root of
 the repository is on `sys.path`), it steps aside for that package, and is an empty module without it.
 """

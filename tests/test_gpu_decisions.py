@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import alignloss
 from alignloss.backends import _torch
 from alignloss.commands.measure import peak_bytes
+from alignloss.modules import groups
 from alignloss.ops import head, kl, onepass, sizes, walk
 from alignloss.ops.walk import addmm as real_addmm
 
@@ -27,7 +28,7 @@ B, T, H, V = 2, 8, 48, 133
 RUNS = [("torch", torch.bfloat16), ("torch", torch.float16), ("triton", torch.float16)]
 CAPS = [None, 2.0]
 # bytes: one tile of everything; groups of pairs in one pass; several blocks of rows and slices of the vocabulary
-AMPLE, GROUPS, TIGHT = 1 << 22, 40_000, 9_000
+AMPLE, GROUPS, TIGHT = 1 << 22, 56_000, 9_000
 MIB = 1 << 20
 
 
@@ -47,14 +48,27 @@ def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """The number of groups of each step that runs in one pass."""
+    counts = []
+
+    def one_pass(projection, indices, *rest):
+        counts.append(len(indices))
+        return onepass.one_pass(projection, indices, *rest)
+
+    monkeypatch.setattr(groups, "one_pass", one_pass)
+    return counts
+
+
 def replace_products(monkeypatch, addmm):
     for module in (walk, onepass, kl):
         monkeypatch.setattr(module, "addmm", addmm)
 
 
-def problem(dtype):
+def problem(dtype, sequences=2 * B):
     """hidden, weight, bias exactly as `dtype` holds them, in float64, and labels."""
-    *tensors, labels = inputs(2 * B, T, hidden_size=H, vocabulary=V)
+    *tensors, labels = inputs(sequences, T, hidden_size=H, vocabulary=V)
     return *(t.to(dtype).double() for t in tensors), labels
 
 
@@ -129,9 +143,9 @@ def test_statistics_and_the_gradient_of_the_entropy(backend, dtype, cap):
 @pytest.mark.parametrize("workspace", [AMPLE, GROUPS, TIGHT], ids=["one pass", "groups", "recomputed"])
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
-def test_training_steps(backend, dtype, cap, workspace):
-    *tensors, labels = problem(dtype)
-    ref = torch.randn(2 * B, dtype=torch.float64) - 30
+def test_training_steps(backend, dtype, cap, workspace, passes):
+    *tensors, labels = problem(dtype, 4 * B)
+    ref = torch.randn(4 * B, dtype=torch.float64) - 30
     module = alignloss.DPOLoss(softcap=cap, backend=backend, workspace_bytes=workspace)
 
     def full(h, w, b):
@@ -142,6 +156,9 @@ def test_training_steps(backend, dtype, cap, workspace):
         lambda h, w, b: [module(h, w, labels, b, ref_logps=ref).loss],
         full, full, tensors, dtype, "hidden weight bias",
     )  # fmt: skip
+    # the sums of several groups in fp16 would need one scale
+    several = workspace == GROUPS and dtype == torch.bfloat16
+    assert [min(count, 2) for count in passes] == [1] * (workspace == AMPLE) + [2] * several
 
 
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
@@ -326,7 +343,7 @@ def test_nothing_waits_for_the_gpu_with_a_token_index(trained, workspace, monkey
         monkeypatch.setattr(torch.Tensor, name, refused)
     monkeypatch.setattr(torch, "tensor", refused)
     # which looks at its flags on a CPU alone
-    monkeypatch.setattr(_torch, "may_hold", lambda flags: True)
+    monkeypatch.setattr(_torch, "_may_hold", lambda flags: True)
     with Waits():
         results = [
             alignloss.linear_logprob(h, w, labels, b, **given, **options),
@@ -343,6 +360,32 @@ def test_nothing_waits_for_the_gpu_with_a_token_index(trained, workspace, monkey
         for result in results:
             if trained:
                 result.sum().backward()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_groups_wait_once_and_before_the_first_gemm(packed, passes, monkeypatch):
+    *tensors, labels = problem(torch.bfloat16, 4 * B)
+    h, w, b = (leaf(t, torch.bfloat16) for t in tensors)
+    batch, layout = (h, w, labels, b), {}
+    if packed:
+        batch = (h.flatten(0, 1), w, labels.flatten(), b)
+        layout = {"cu_seqlens": torch.tensor([0, 3, 10, 18, 24, 33, 40, 48, 4 * B * T])}
+    loss_fn = alignloss.DPOLoss(workspace_bytes=GROUPS, validate=False)
+    ref, events = torch.zeros(4 * B), []
+
+    def noted(event, real):
+        return lambda *args, **options: (events.append(event), real(*args, **options))[1]
+
+    for name in ("tolist", "item", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, noted("wait", getattr(torch.Tensor, name)))
+    monkeypatch.setattr(torch, "nonzero", noted("wait", torch.nonzero))
+    monkeypatch.setattr(torch, "tensor", noted("copy", torch.tensor))
+    replace_products(monkeypatch, noted("gemm", walk.addmm))
+    loss_fn(*batch, ref_logps=ref, **layout).loss.backward()
+    assert passes[0] > 1
+    before, after = events[: events.index("gemm")], events[events.index("gemm") :]
+    assert before.count("wait") == 2  # which positions are scored, and how many are whose
+    assert set(after) == {"gemm"}
 
 
 COMPILE = """

@@ -65,7 +65,7 @@ def test_the_gradient_of_a_recomputed_head_is_too(spread, workspace, trained):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_forward_and_backward_share_a_tile(dtype, device, save, stats):
-    from alignloss.logprob import stat_bits
+    from alignloss.backends import stat_bits
     from alignloss.ops.sizes import Footprint
 
     bits = stat_bits(stats, ("lse", "entropy"))

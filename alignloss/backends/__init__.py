@@ -24,6 +24,13 @@ STATS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 LSE, ENTROPY, MEAN_LOGITS, IS_TOP1, LOG_SUM_SQ = (1 << i for i in range(len(STATS)))
 
 
+def stat_bits(names: Sequence[str], known: Sequence[str] = STATS) -> int:
+    """The bits of names out of `known`, themselves out of STATS."""
+    if not isinstance(names, Sequence) or isinstance(names, str) or any(name not in known for name in names):
+        raise ValueError(f"stats takes a sequence of names out of {tuple(known)}, got {names!r}")
+    return sum(1 << i for i, name in enumerate(STATS) if name in names)
+
+
 def asked(values: Sequence[object | None]) -> int:
     """Bits of STATS that have a place to go, `values` of each."""
     return sum(1 << i for i, value in enumerate(values) if value is not None)

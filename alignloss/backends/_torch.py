@@ -73,7 +73,7 @@ def fold(
     slope = None
     if transform.cap is not None:
         if derivatives:
-            slope = sech2(tile, out=scratch[0])
+            slope = _sech2(tile, out=scratch[0])
         tile.tanh_().mul_(transform.cap)
     if stats & MEAN_LOGITS:
         state[SUM_Z] += tile.sum(1)
@@ -186,7 +186,7 @@ def _derivative(
     """
     target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
     if transform.cap is not None:
-        target.mul_(sech2(state[TARGET])[:, None])
+        target.mul_(_sech2(state[TARGET])[:, None])
     inverse = torch.where(state[SUM] == 0, 0, 1 / state[SUM])[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
@@ -279,7 +279,7 @@ def dlogits(
     index, inside = _target_column(tile, labels, first)
     slope = None
     if transform.cap is not None:
-        slope = sech2(tile, out=scratch[0])
+        slope = _sech2(tile, out=scratch[0])
         tile.tanh_().mul_(transform.cap)
     tile.sub_(state[REF, :, None])
     negative_inverse = torch.where(state[SUM] == 0, 0, -1 / state[SUM])
@@ -289,7 +289,7 @@ def dlogits(
         at_target = mix[2]
         tilt = torch.clamp(tile, min=LOWEST, out=scratch[-1]).mul_(mix[1, :, None]).add_(mix[0, :, None])
     if transform.cap is not None:
-        at_target = at_target * sech2(state[TARGET])
+        at_target = at_target * _sech2(state[TARGET])
     tile.exp_().mul_(negative_inverse[:, None])
     if tilt is not None:
         tile.mul_(tilt)
@@ -313,7 +313,7 @@ def held_dlogits(
     index, inside = _target_column(tile, labels, first)
     factor = torch.where(state[SUM] == 0, 0, -(reference - state[REF]).exp() / state[SUM])
     tile.mul_(factor[:, None])
-    at_target = torch.ones_like(factor) if transform.cap is None else sech2(state[TARGET])
+    at_target = torch.ones_like(factor) if transform.cap is None else _sech2(state[TARGET])
     tile.scatter_(1, index, torch.where(inside, at_target[:, None].to(tile.dtype), tile.gather(1, index)))
     _clear(tile, coefficient)
 
@@ -321,11 +321,11 @@ def held_dlogits(
 def _clear(rows: Tensor, coefficient: Tensor) -> None:
     """Set the rows to 0 whose coefficient is 0: a product would keep what is not finite in them."""
     unused = coefficient == 0
-    if may_hold(unused):
+    if _may_hold(unused):
         rows.masked_fill_(unused[:, None], 0)
 
 
-def may_hold(flags: Tensor) -> bool:
+def _may_hold(flags: Tensor) -> bool:
     """Whether any flag is set. True where asking would wait for a device, or where there are no values to ask."""
     return flags.device.type != "cpu" or is_fake(flags) or bool(flags.any())
 
@@ -391,7 +391,7 @@ def kl_dlogits(
     _add_bias(ref_tile, ref_bias)
     slope = None
     if transform.cap is not None:
-        slope = sech2(tile, out=scratch)
+        slope = _sech2(tile, out=scratch)
         for x in (tile, ref_tile):
             x.tanh_().mul_(transform.cap)
     tile.sub_(state[KL_TOP, :, None]).sub_(state[KL_SUM, :, None]).exp_()
@@ -404,7 +404,7 @@ def kl_dlogits(
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
     """Multiply a gradient by a factor, 0-d, in place; on a CPU not by 1."""
-    if may_hold(factor != 1):
+    if _may_hold(factor != 1):
         # one dimension more, or a 16-bit gradient would round the factor first
         gradient.mul_(factor.view((1,) * gradient.dim()))
 
@@ -455,7 +455,7 @@ def _target_column(tile: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Te
     return column.clamp(0, tile.shape[1] - 1), inside
 
 
-def sech2(x: Tensor, out: Tensor | None = None) -> Tensor:
+def _sech2(x: Tensor, out: Tensor | None = None) -> Tensor:
     # 1 / cosh^2, not 1 - tanh^2: no cancellation where tanh saturates
     return torch.cosh(x, out=out).square_().reciprocal_()
 

@@ -46,7 +46,7 @@ def statistics(
     block_v = blocks.gemm_blocks(kind, weight.element_size(), extras or transform.cap is not None)[1]
     row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, extras)
     block = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
-    precision = gemm_precision()
+    precision = _gemm_precision()
     for start in range(0, len(labels), block):
         part = slice(start, start + block)
         stats_kernels.stats_fwd(
@@ -63,7 +63,7 @@ def statistics(
     return True
 
 
-def gemm_precision() -> str:
+def _gemm_precision() -> str:
     """How cuBLAS multiplies float32 operands as torch is set: "tf32" or "ieee"."""
     matmul = torch.backends.cuda.matmul
     # the older switch raises once the newer ones were used; torch before 2.9 has the older one alone

@@ -7,6 +7,8 @@ the batch, the rewards detached. The implied reward is r = beta log(pi / pi_ref)
 
 A function of this kind, a user's own included, becomes a module by `alignloss.PreferenceLoss(function, **options)`;
 those of `LOSSES` by their names too. Losses over lists of more than two sequences are out of scope.
+
+Imports nothing of ours: torch alone.
 """
 
 from collections.abc import Callable

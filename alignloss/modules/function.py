@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from ..checks import check_ranges
+from ..checks import check_keywords, check_ranges
 from ..losses.common import weighted
-from .head import HEAD_OPTIONS, check_keywords
+from .head import HEAD_OPTIONS
 
 # what the library fills in, by the name of the parameter: (column, half of the batch)
 _UNPAIRED: dict[str, tuple[str, int | None]] = {

@@ -119,7 +119,10 @@ def _in_groups(
     most: int,  # tokens of a group
 ) -> tuple[Results, list[Tensor | None]] | None:
     labels, index, ignore_index = projection.labels, projection.token_index, projection.options.ignore_index
-    scored = labelled_tokens(labels, batch.offsets, batch.sequences, ignore_index).tolist()
+    counts = labelled_tokens(labels, batch.offsets, batch.sequences, ignore_index)
+    # all that the host has to know of a batch, in one wait for a GPU
+    known = (counts if batch.offsets is None else torch.cat([counts, batch.offsets])).tolist()
+    scored = known[: batch.sequences]
     if sum(scored) != (labels.numel() if index is None else index.numel()):
         return None
     if index is None:
@@ -128,7 +131,7 @@ def _in_groups(
         length = labels.numel() // batch.sequences
         bounds = [(s * length, (s + 1) * length) for s in range(batch.sequences)]
     else:
-        bounds = list(pairwise(batch.offsets.tolist()))
+        bounds = list(pairwise(known[batch.sequences :]))
     # the sequences of each pair
     members = [[unit, batch.units + unit] if batch.paired else [unit] for unit in range(batch.units)]
     groups, rest = fill_groups([sum(scored[s] for s in unit) for unit in members], most)
@@ -149,8 +152,9 @@ def _in_groups(
         indices.append(torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]))
         selected = batch.select(units, chosen, [len(each) for each in ranges], positions)
         shares.append(_share(evaluate, selected, positions, found))
-    values = _room(projection, stats)
-    return _merged(one_pass(projection, indices, shares, len(groups), values), found, numbers), values
+    values, order = _room(projection, stats), _Order.of(numbers, batch.units, labels.device)
+    loss = one_pass(projection, indices, shares, len(groups), values)
+    return order.merged(loss, found), values
 
 
 def _share(
@@ -182,12 +186,23 @@ def _leaves(value: Tensor) -> set[Tensor]:
     return leaves
 
 
-def _merged(loss: Tensor, found: list[Results], numbers: list[list[int]]) -> Results:
-    """The results of groups in the order of the batch; `numbers` holds the sequences of each, units first."""
-    units = [chosen[: len(results.losses)] for chosen, results in zip(numbers, found, strict=True)]
-    order, unit_order = (
-        torch.tensor(list(chain.from_iterable(lists)), device=loss.device).argsort() for lists in (numbers, units)
-    )
-    sums, rewards = (torch.cat(values)[order] for values in ([r.sums for r in found], [r.rewards for r in found]))
-    losses = torch.cat([results.losses for results in found])[unit_order]
-    return Results(loss, losses, sums, rewards, torch.stack([results.nll_loss for results in found]).sum())
+class _Order(NamedTuple):
+    """Where the results of groups belong in the batch."""
+
+    sequences: Tensor  # (S,)
+    units: Tensor  # (B,)
+
+    @staticmethod
+    def of(numbers: list[list[int]], units: int, device: torch.device) -> "_Order":
+        """From the sequences of each group, the first ones of its units first; made before the pass, so that the copy
+        to a GPU does not wait for it."""
+        sequences = list(chain.from_iterable(numbers))
+        both = (sequences, [number for number in sequences if number < units])
+        return _Order(*(torch.tensor(order).argsort().to(device) for order in both))
+
+    def merged(self, loss: Tensor, found: list[Results]) -> Results:
+        sums, rewards = (
+            torch.cat(values)[self.sequences] for values in ([r.sums for r in found], [r.rewards for r in found])
+        )
+        losses = torch.cat([results.losses for results in found])[self.units]
+        return Results(loss, losses, sums, rewards, torch.stack([results.nll_loss for results in found]).sum())

@@ -9,17 +9,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends
-from ..checks import check_number, check_options, check_tensor, savable
-from ..logprob import stat_bits
+from ..checks import check_keywords, check_number, check_options, check_tensor, savable
 from ..ops.head import PROJECTION_OPTIONS, Projection, project
 from ..ops.logprob import score
 from .groups import Batch, Results, train_in_one_pass
-from .outputs import STATS, ScoredTokens
+from .outputs import METRIC_STATS, ScoredTokens
 
+# of a module, with their defaults; token_index is one of a call
 HEAD_OPTIONS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(project).parameters.items()
-    if name in PROJECTION_OPTIONS - {"token_index"}
+    name: inspect.signature(project).parameters[name].default for name in PROJECTION_OPTIONS if name != "token_index"
 }
 
 
@@ -50,7 +48,7 @@ class HeadLoss(nn.Module):
         one_pass: bool = True,
     ) -> tuple[Results, ScoredTokens]:
         """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
-        bits = stat_bits(stats, STATS)
+        bits = backends.stat_bits(stats, METRIC_STATS)
         values: Sequence[Tensor | None]
         trained = train_in_one_pass(projection, batch, evaluate, bits) if one_pass else None
         if trained is not None:
@@ -69,14 +67,6 @@ class HeadLoss(nn.Module):
         """The options of the projection that are not the default ones."""
         changed = {name: value for name, value in self.head_options.items() if value != HEAD_OPTIONS[name]}
         return ", ".join(f"{name}={value}" for name, value in changed.items())
-
-
-def check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hint: str = "") -> None:
-    """`known` maps each name to whether it is required."""
-    unknown = sorted(set(given) - set(known))
-    missing = sorted(name for name, required in known.items() if required and given.get(name) is None)
-    if unknown or missing:
-        raise ValueError(f"{what} {sorted(known)}; unknown: {unknown}, missing: {missing}{hint}")
 
 
 def divisor(name: str, value: Any, device: torch.device) -> float | Tensor | None:

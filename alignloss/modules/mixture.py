@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_number
+from ..checks import check_keywords, check_number
 from .function import WeightedSum
-from .head import HEAD_OPTIONS, HeadLoss, check_keywords
+from .head import HEAD_OPTIONS, HeadLoss
 from .preference import PreferenceLoss
 
 

@@ -9,7 +9,7 @@ from ..losses.common import log_odds
 from ..ops.sequence import labelled_tokens, sequence_sum
 
 # statistics of `linear_logprob_stats` that metrics are made of
-STATS = ("entropy", "mean_logits", "is_top1")
+METRIC_STATS = ("entropy", "mean_logits", "is_top1")
 
 
 class ScoredTokens(NamedTuple):

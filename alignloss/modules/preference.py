@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_binary, check_like, check_number, check_tensor, checked_labels, savable, validates
+from ..checks import (
+    check_binary,
+    check_keywords,
+    check_like,
+    check_number,
+    check_tensor,
+    checked_labels,
+    savable,
+    validates,
+)
 from ..logprob import sequence_logprob
 from ..losses import LOSSES
 from ..ops.head import Projection, project
@@ -19,7 +28,7 @@ from ..ops.preference import preference
 from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, sequence_layout, sequence_sum
 from .function import LossFunction, WeightedSum, parameters_of
 from .groups import Batch, NeedsGraph, Results
-from .head import HEAD_OPTIONS, HeadLoss, check_keywords, divisor
+from .head import HEAD_OPTIONS, HeadLoss, divisor
 from .outputs import PairedOutput, ScoredTokens, UnpairedOutput, measured
 
 

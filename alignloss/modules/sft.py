@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import checked_labels
+from ..checks import check_keywords, checked_labels
 from ..losses import sft_loss
 from ..ops.head import project
 from ..ops.sequence import checked_token_weights, masked_weights, sequence_layout, sequence_sum
 from .groups import Batch, Results
-from .head import HeadLoss, check_keywords, divisor
+from .head import HeadLoss, divisor
 from .outputs import UnpairedOutput, measured
 
 

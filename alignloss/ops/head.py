@@ -1,7 +1,7 @@
 """The checked call that every op starts from: tensors, and one block of options."""
 
 import inspect
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from .. import backends
 from ..checks import (
     DTYPES,
+    INTEGERS,
     check_head,
     check_options,
     check_savable,
@@ -132,13 +133,10 @@ def project(
     return Projection(flat_hidden, weight, bias, flat_labels, token_index, not given, options)
 
 
-PROJECTION_OPTIONS = frozenset(inspect.signature(project).parameters) - {"hidden", "weight", "labels", "bias"}
-
-
-def check_known(what: str, options: dict[str, Any]) -> None:
-    unknown = sorted(set(options) - PROJECTION_OPTIONS)
-    if unknown:
-        raise ValueError(f"{what} takes the options {sorted(PROJECTION_OPTIONS)}; unknown: {unknown}")
+# by name, and whether it is required, as `check_keywords` takes them
+PROJECTION_OPTIONS = {
+    name: False for name, p in inspect.signature(project).parameters.items() if p.kind is p.KEYWORD_ONLY
+}
 
 
 def _check_tensors(
@@ -164,8 +162,8 @@ def _check_tensors(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if token_index is not None and (token_index.dim() != 1 or token_index.dtype not in (torch.int64, torch.int32)):
-        raise ValueError(f"token_index must be (N,) int64, got {tuple(token_index.shape)} {token_index.dtype}")
+    if token_index is not None and (token_index.dim() != 1 or token_index.dtype not in INTEGERS):
+        raise ValueError(f"token_index must be (N,) integers, got {tuple(token_index.shape)} {token_index.dtype}")
     for name, value in (required | given).items():
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}; move one of them")

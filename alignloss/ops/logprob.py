@@ -9,7 +9,7 @@ from ..kernels.state import STATE_ROWS
 from .context import UNSAFE_IN_GRAPHS, computing, no_double_backward
 from .head import Options, Projection
 from .sizes import accumulation_dtype
-from .walk import Upstream, Walk
+from .walk import Scored, Upstream, Walk
 
 
 def score(projection: Projection, stats: int = 0, differentiate_entropy: bool = True) -> tuple[Tensor, ...]:
@@ -56,10 +56,10 @@ def linear_logprob_fwd(
     with computing(hidden, compute_dtype):
         walk = Walk(hidden, weight, bias, labels, token_index, options)
         # under `select` the shape has to be known to the compiler: the rows beyond the scored ones are unused
-        kept = labels.shape[0] if select else walk.rows
+        reserved = labels.shape[0] if select else walk.rows
         new = labels.new_zeros if select else labels.new_empty
-        state = new((STATE_ROWS, kept), dtype=walk.accum_dtype)
-        saved = [new((kept, hidden.shape[1]) if derivatives > i else 0, dtype=compute_dtype) for i in range(2)]
+        state = new((STATE_ROWS, reserved), dtype=walk.accum_dtype)
+        saved = [new((reserved, hidden.shape[1]) if derivatives > i else 0, dtype=compute_dtype) for i in range(2)]
         # a position that is not scored is 0
         new = labels.new_empty if walk.tokens.token_index is None else labels.new_zeros
         asked = [True, *(bool(stats >> i & 1) for i in range(len(STATS)))]
@@ -156,19 +156,25 @@ def linear_logprob_bwd(
         select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate
     )
     with computing(dlogps, compute_dtype):
-        walk = Walk(hidden, weight, bias, labels, token_index, options)
+        head = None if hidden is None or weight is None else (hidden, weight, bias)
+        scored = (
+            Scored(None, labels, token_index, options) if head is None else Walk(*head, labels, token_index, options)
+        )
         dhidden = dlogp.new_empty(0, dtype=hidden_dtype)
         if dlogp.dim() == 2:
             # a position that is not scored has no gradient
-            new = dlogp.new_empty if walk.tokens.token_index is None else dlogp.new_zeros
+            new = dlogp.new_empty if scored.tokens.token_index is None else dlogp.new_zeros
             dhidden = new((len(labels), dlogp.shape[1]), dtype=hidden_dtype)
-        upstream = Upstream(walk, state, dlogps, dentropies, dlogp, dentropy, dhidden)
-        dweight = state.new_empty(0) if weight is None or not need_dweight else torch.empty_like(weight)
-        dbias = walk.empty(walk.vocabulary if need_dbias else 0)
-        if need_dweight or need_dbias:
-            walk.backward(upstream, dweight, dbias, False, stats, derivatives)
+        upstream = Upstream(scored, state, dlogps, dentropies, dlogp, dentropy, dhidden)
+        dweight, dbias = scored.empty(0), scored.empty(0)
+        if isinstance(scored, Walk):
+            if need_dweight:
+                dweight = torch.empty_like(scored.weight)
+            if need_dbias:
+                dbias = scored.empty(scored.vocabulary)
+            scored.backward(upstream, dweight, dbias, False, stats, derivatives)
         else:
-            upstream.weigh(slice(0, walk.rows))
+            upstream.weigh(slice(0, scored.rows))
         return dhidden, dweight, dbias
 
 

@@ -90,6 +90,11 @@ class Footprint(NamedTuple):
         return {self.weight_dtype, self.dtype} != {self.gemm_dtype}
 
     @property
+    def wide_weight(self) -> bool:
+        """Whether the gradient of the weight is of the dtype that it is accumulated in."""
+        return self.weight_dtype == self.accum_dtype
+
+    @property
     def slice_bytes(self) -> int:
         """Bytes per vocabulary entry of a slice of the weight in the dtype of the GEMM, where it has another."""
         twice = self.dtype != self.gemm_dtype and self.weight_dtype != self.dtype  # rounded, then widened
@@ -162,7 +167,7 @@ class Footprint(NamedTuple):
     ) -> Tile:
         """The tile of a forward that saves so many derivatives of N = `rows` tokens.
 
-        recomputed: a backward will recompute it; direct: as in `backward`.
+        recomputed: a backward will recompute it; direct: as in `backward_tile`.
         """
         sizes, wide = self._forward_bytes(stats, derivatives), SLICE  # a slice reads and writes U once
         if not (recomputed and self.recomputes_exactly):
@@ -236,14 +241,13 @@ class Footprint(NamedTuple):
 
     def accumulator_bytes(self, several: bool) -> int:
         """Workspace of the dweight that `several` groups of one pass share, where the gradient itself is too narrow."""
-        narrow = self.weight_dtype != self.accum_dtype
-        return self.accum_dtype.itemsize * self.vocabulary * self.width * (several and narrow)
+        return self.accum_dtype.itemsize * self.vocabulary * self.width * (several and not self.wide_weight)
 
     def one_pass_bytes(self, rows: int, several: bool, columns: int, stats: int = 0) -> int:
         """Workspace of one pass whose largest group has so many tokens; `several` groups share an accumulator."""
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         copies = self.copies_rows or several  # rows of a group are picked out of the others
-        direct = self.weight_dtype == self.accum_dtype or self.gemm_rounds_dweight
+        direct = self.wide_weight or self.gemm_rounds_dweight
         held = rows * (self.pitch(self.vocabulary) * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
         cell = accum * (self.fold_scratch(stats, 1) + (gemm != accum))

@@ -1,13 +1,15 @@
 """The two walks over the vocabulary, tile by tile, forward and backward, over the primitives of a backend.
 
-Three regimes, by what has to be differentiated (V vocabulary, N scored tokens, H hidden; a GEMM is 2 N V H FLOPs); the
-third of the design, which needs the loss beside the log-probabilities, is in `onepass`, made of the parts below:
+By what has to be differentiated (V vocabulary, N scored tokens, H hidden; a GEMM is 2 N V H FLOPs), regime
 
 1. nothing: statistics alone, 1 GEMM;
 2. hidden states alone: while the tiles pass, U = sum over v != y of exp(z_v - m) D_v W_v is accumulated too, so that
    d logp / d hidden is finished in the forward and the backward scales its rows: 2 GEMMs;
 4. weight or bias as well: the forward of regime 2 (or 1), and a backward that recomputes the tiles in vocabulary slices
-   with every row, so that each slice of dweight is accumulated in fp32 and rounded once: 4 GEMMs.
+   with every row, so that each slice of dweight is accumulated in fp32 and rounded once: 4 GEMMs, 3 where the head
+   trains alone.
+
+Regime 3 needs the loss beside the log-probabilities: `onepass`, made of the parts below.
 
 With the target y left out of every sum, q_v = exp(z_v - m) / s over v != y, and D_v = dz_v / d(h W_v):
 
@@ -26,14 +28,12 @@ from .head import Options
 from .sizes import accumulation_dtype, gemm_dtype
 
 
-class Walk:
-    """One call on its scored tokens: its dtypes, its buffers, the GEMM of a tile, and both walks."""
+class Scored:
+    """The scored tokens of a call, its dtypes, and what fills them."""
 
     def __init__(
         self,
-        hidden: Tensor | None,  # (M, H); None if the head is not trained, in the backward
-        weight: Tensor | None,  # (V, H); None likewise
-        bias: Tensor | None,  # (V,)
+        hidden: Tensor | None,  # (M, H); None where only its gradient is wanted
         labels: Tensor,  # (M,)
         token_index: Tensor | None,  # (N,)
         options: Options,
@@ -43,24 +43,37 @@ class Walk:
         index = torch.nonzero(labels != ignore_index).squeeze(1) if options.select else token_index
         index = None if index is None else index.contiguous()
         self.tokens = Tokens(hidden, labels, index, ignore_index, options.compute_dtype)
-        self.device, self.transform, self.workspace_bytes = labels.device, options.transform, options.workspace_bytes
+        self.device, self.transform = labels.device, options.transform
         self.rows = labels.numel() if index is None else index.numel()
         # filled block by block
         self.labels = labels if index is None else labels.new_empty(self.rows)
         self.accum_dtype = accumulation_dtype(options.compute_dtype)
         self.gemm_dtype = gemm_dtype(options.compute_dtype, self.device.type)
-        if hidden is None or weight is None:
-            return
-        self.hidden, self.weight = hidden, weight
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.device)
+
+
+class Walk(Scored):
+    """Scored tokens before a head: its buffers, the GEMM of a tile, and both walks."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (M, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        labels: Tensor,  # (M,)
+        token_index: Tensor | None,  # (N,)
+        options: Options,
+    ) -> None:
+        super().__init__(hidden, labels, token_index, options)
+        self.hidden, self.weight, self.workspace_bytes = hidden, weight, options.workspace_bytes
         self.vocabulary, self.width = weight.shape
-        self.footprint = options.footprint_of(hidden, weight, index is not None)
+        self.footprint = options.footprint_of(hidden, weight, self.tokens.token_index is not None)
         # b * linear in the accumulation dtype, of what the compute dtype holds of b
         self.bias = None
         if bias is not None:
             self.bias = bias.to(options.compute_dtype).to(self.accum_dtype) * self.transform.linear
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.accum_dtype, device=self.device)
 
     def tile_view(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
         """The tile (rows, columns) in a buffer (..., at least rows x pitch of the columns)."""
@@ -141,9 +154,9 @@ class Walk:
                 for first in range(0, self.vocabulary, columns):
                     last = min(first + columns, self.vocabulary)
                     weight = self.weight_slice(first, last, weight_buffer)
-                    kept = None if held is None else held.tile(first, last)
-                    if kept is not None and in_place:
-                        x, kept = kept, None
+                    keep = None if held is None else held.tile(first, last)
+                    if keep is not None and in_place:
+                        x, keep = keep, None
                     else:
                         x = self.tile_view(tile, count, last - first)
                     self.product_tile(rows, weight, x)
@@ -151,7 +164,7 @@ class Walk:
                     begun = (u, u2) if first else (None, None)
                     exps, z_exps = primitives.fold(
                         x, bias, spare, sums, labels, first, transform, stats, derivatives, *begun, self.gemm_dtype,
-                        kept,
+                        keep,
                     )  # fmt: skip
                     if held is not None:
                         held.references[first // columns].copy_(sums[REF])
@@ -251,7 +264,7 @@ class Upstream:
 
     def __init__(
         self,
-        walk: Walk,
+        scored: Scored,
         state: Tensor,  # (7, N or more)
         dlogps: Tensor,  # (M,)
         dentropies: Tensor | None = None,  # (M,)
@@ -259,19 +272,19 @@ class Upstream:
         dentropy: Tensor | None = None,  # (N or more, H) or empty
         dhidden: Tensor | None = None,  # (M, H) or empty
     ) -> None:
-        self.walk, self.state = walk, state
+        self.scored, self.state = scored, state
         self.dlogps, self.dentropies = dlogps, dentropies
         self.dlogp, self.dentropy, self.dhidden = (
             None if t is None or t.dim() < 2 else t for t in (dlogp, dentropy, dhidden)
         )
-        self.coefficient = walk.empty(walk.rows)
-        self.mix = None if dentropies is None else walk.empty(3, walk.rows)
+        self.coefficient = scored.empty(scored.rows)
+        self.mix = None if dentropies is None else scored.empty(3, scored.rows)
         self.unit: Tensor | None = None
-        self.filled = walk.rows if self.dhidden is None else 0
+        self.filled = scored.rows if self.dhidden is None else 0
 
     def find_unit(self) -> Tensor:
         """A power of two to go round a GEMM in fp16, whose range the coefficients of a scaled loss may leave."""
-        self.weigh(slice(0, self.walk.rows))
+        self.weigh(slice(0, self.scored.rows))
         self.unit = power_of_two(self.coefficient)
         return self.unit
 
@@ -281,13 +294,13 @@ class Upstream:
             return
         fill = part.start >= self.filled
         self.filled = max(self.filled, part.stop)
-        walk = self.walk
-        walk.primitives.weigh(
-            walk.tokens,
+        of = self.scored
+        of.primitives.weigh(
+            of.tokens,
             part,
-            walk.labels[part],
+            of.labels[part],
             self.state[:, part],
-            walk.transform,
+            of.transform,
             self.dlogps,
             self.dentropies,
             self.coefficient[part],
@@ -317,7 +330,7 @@ _ADDMM_TAKES_A_WIDE_BASE = torch.__version__ >= "2.10"  # pytorch/pytorch#167931
 
 
 def writes_dweight(weight: Tensor) -> bool:
-    """Whether a GEMM can write slices of the gradient of a weight like this, which is wide enough and contiguous."""
+    """Whether a GEMM can write slices of the gradient of a weight like this: `wide_weight`, and contiguous."""
     return weight.dtype == accumulation_dtype(weight.dtype) and weight.is_contiguous()
 
 
