@@ -1,5 +1,5 @@
 # make demo     train a real small model through alignloss and through full logits, and compare
-# make test     lint, types and the tests
+# make test     lint, types and the tests, two processes of them at a time
 # make nightly  the slow tests that make test leaves out
 # make bench    measure time, memory and error beside full logits and every peer (half an hour to an hour on 2 cores)
 # make docs     a site of the pages in docs/ and of the docstrings, in build/site
@@ -37,7 +37,7 @@ test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 nightly: $(VENV)/dev
 	$(BIN)/python -m pytest -m nightly

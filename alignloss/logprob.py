@@ -81,6 +81,13 @@ def linear_logprob(
     Raises:
         ValueError: for shapes, dtypes, devices, options or (if validated) values that do not fit.
         RuntimeError: when differentiated twice.
+
+    Example:
+        A head of zeros gives each of its 8 tokens the probability 1 / 8; -100 is not scored:
+
+        >>> hidden, weight = torch.randn(1, 3, 4), torch.zeros(8, 4)
+        >>> alignloss.linear_logprob(hidden, weight, torch.tensor([[7, 0, -100]]))
+        tensor([[-2.0794, -2.0794,  0.0000]])
     """
     projection = project(
         hidden,
@@ -120,6 +127,16 @@ def linear_logprob_stats(
         LogprobStats, each asked field of the shape of labels, 0 (False) at ignored positions. `logps` and `entropy` are
         differentiable, the others are not. An entropy to be differentiated costs a third GEMM in the forward: ask for
         it under `torch.no_grad()` if it is only logged.
+
+    Example:
+        >>> hidden, weight = torch.randn(1, 2, 4), torch.zeros(8, 4)
+        >>> with torch.no_grad():
+        ...     labels = torch.tensor([[7, 0]])
+        ...     out = alignloss.linear_logprob_stats(hidden, weight, labels, stats=("entropy", "is_top1"))
+        >>> out.entropy
+        tensor([[2.0794, 2.0794]])
+        >>> out.is_top1
+        tensor([[True, True]])
     """
     check_keywords("linear_logprob_stats takes the options", PROJECTION_OPTIONS, options)
     bits = backends.stat_bits(stats)
@@ -160,6 +177,17 @@ def sequence_logprob(
     Returns:
         `logps` (S,) float32 (float64 for float64 input), summed in float64 in a fixed order, and `lengths` (S,) int64,
         labelled tokens, at least 1. A sequence without labels has log-probability 0 and no gradient.
+
+    Example:
+        Two sequences, padded and packed:
+
+        >>> hidden, weight = torch.randn(2, 3, 4), torch.zeros(8, 4)
+        >>> labels = torch.tensor([[7, 0, 1], [2, 5, -100]])
+        >>> alignloss.sequence_logprob(hidden, weight, labels)
+        SequenceLogprob(logps=tensor([-6.2383, -4.1589]), lengths=tensor([3, 2]))
+        >>> offsets = torch.tensor([0, 3, 5])
+        >>> alignloss.sequence_logprob(hidden.view(6, 4)[:5], weight, labels.view(6)[:5], cu_seqlens=offsets).logps
+        tensor([-6.2383, -4.1589])
     """
     check_keywords("sequence_logprob takes the options", PROJECTION_OPTIONS, options)
     ignore_index = options.get("ignore_index", -100)
@@ -202,6 +230,15 @@ def linear_kl(
     Raises:
         ValueError: as `linear_logprob`, and where the vocabularies or precisions of the two differ.
         RuntimeError: when differentiated twice.
+
+    Example:
+        The two heads may have hidden states of different widths:
+
+        >>> hidden, weight = torch.zeros(1, 2, 4), torch.zeros(2, 4)
+        >>> ref_hidden, ref_weight = torch.ones(1, 2, 1), torch.tensor([[1.0], [3.0]]).log()
+        >>> labels = torch.tensor([[0, -100]])
+        >>> alignloss.linear_kl(hidden, weight, ref_hidden, ref_weight, labels)  # of (1/4, 3/4) from (1/2, 1/2)
+        tensor([[0.1308, 0.0000]])
     """
     check_keywords("linear_kl takes the options", PROJECTION_OPTIONS, options)
     policy = project(hidden, weight, labels, bias, **options)

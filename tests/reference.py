@@ -54,6 +54,14 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / scale.clamp(min=1e-300))
 
 
+def within(got, naive, exact, times: float = 2, beyond: float = 0.0) -> bool:
+    """Whether each of some tensors errs at most `times` as much as the naive one of its dtype, and `beyond`."""
+    return all(
+        g.dtype == n.dtype and error(g.view(e.shape), e) <= times * error(n, e) + beyond
+        for g, n, e in zip(got, naive, exact, strict=True)
+    )
+
+
 def replace_kernels(monkeypatch, replacement):
     """Put replacement(module, name, kernel) in place of every Triton kernel."""
     from alignloss.kernels import kl, rows, sequence, stats, tile

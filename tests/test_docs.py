@@ -1,9 +1,10 @@
-"""The README and docs/: their Python code runs, what it prints is what they show, and their links lead somewhere.
+"""The README, docs/ and docstrings: their Python code runs, prints what they show, and their links lead somewhere.
 
 The code of docs/processes.md needs more than one process, and runs in test_processes.py.
 """
 
 import copy
+import doctest
 import io
 import re
 from contextlib import redirect_stdout
@@ -153,3 +154,13 @@ def test_links_and_names_of_tests_lead_somewhere(page):
 def test_every_page_is_in_the_index():
     listed = set(re.findall(r"^[\w-]+$", TEXTS["docs/index.md"], re.M))
     assert listed == {path.stem for name, path in PAGES.items() if name.startswith("docs/")} - {"index"}
+
+
+@pytest.mark.parametrize("name", alignloss.__all__)
+def test_the_examples_of_docstrings_run(name):
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    public = getattr(alignloss, name)
+    (found,) = finder.find(public, name, globs={"torch": torch, "alignloss": alignloss})
+    assert runner.run(found).failed == 0
+    # a tuple is what another's example returns
+    assert found.examples or issubclass(public, tuple)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import error, inputs, leaf, logits, token_logps
+from reference import error, inputs, leaf, logits, token_logps, within
 
 import alignloss
 
@@ -64,8 +64,8 @@ def test_16_bit_error_is_at_most_twice_that_of_naive_torch(dtype):
             kl = compute(*leaves, *rest, labels)
         kl.sum().backward()
         results.append([kl.detach(), *(t.grad for t in leaves)])
-    for exact, naive, fused in zip(*results, strict=True):
-        assert error(fused, exact) <= 2 * error(naive, exact)
+    exact, naive, fused = results
+    assert within(fused, naive, exact)
 
 
 def test_gradcheck_and_no_second_derivative():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import error, inputs, leaf, token_logps
+from reference import error, inputs, leaf, token_logps, within
 
 import alignloss
 from alignloss import losses
@@ -124,10 +124,8 @@ def test_16_bit_errs_at_most_twice_as_much_as_plain_torch(tokens, dtype):
 
     module = alignloss.DPOLoss(workspace_bytes=room(tokens, dtype))
     exact = step(plain, torch.float64)
-    for ours, naive, truth in zip(
-        step(lambda h, w: module(h, w, labels, ref_logps=ref).loss, dtype), step(plain, dtype), exact, strict=True
-    ):
-        assert error(ours, truth) <= 2 * error(naive, truth)
+    ours = step(lambda h, w: module(h, w, labels, ref_logps=ref).loss, dtype)
+    assert within(ours, step(plain, dtype), exact)
 
 
 @pytest.mark.parametrize("tokens", [1e4, 1e8])

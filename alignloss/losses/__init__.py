@@ -8,6 +8,15 @@ the batch, the rewards detached. The implied reward is r = beta log(pi / pi_ref)
 A function of this kind, a user's own included, becomes a module by `alignloss.PreferenceLoss(function, **options)`;
 those of `LOSSES` by their names too. Losses over lists of more than two sequences are out of scope.
 
+Example:
+    >>> zero = torch.zeros(2)
+    >>> chosen = torch.tensor([0.0, 10.0])
+    >>> losses, chosen_rewards, rejected_rewards = alignloss.losses.dpo_loss(chosen, zero, zero, zero, beta=0.1)
+    >>> losses  # -log sigmoid of 0 and of 1
+    tensor([0.6931, 0.3133])
+    >>> chosen_rewards
+    tensor([0., 1.])
+
 Imports nothing of ours: torch alone.
 """
 

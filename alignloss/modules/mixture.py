@@ -26,6 +26,13 @@ class MixtureLoss(PreferenceLoss):
 
     Raises:
         ValueError: for anything else.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 3, 4), torch.zeros(8, 4)
+        >>> labels = torch.tensor([[7, 0, 1], [2, 5, 6]])
+        >>> simpo, cpo = alignloss.SimPOLoss(gamma=0.0), alignloss.CPOLoss(nll_weight=0.0)
+        >>> alignloss.MixtureLoss([simpo, cpo], weights=[1.0, 2.0])(hidden, weight, labels).loss  # 3 log 2
+        tensor(2.0794)
     """
 
     def __init__(

@@ -53,6 +53,16 @@ class PreferenceLoss(HeadLoss):
     Raises:
         ValueError: for an option that `fn` lacks, a missing one, one of ours out of its range, an unknown name, or a
             signature that is neither paired nor unpaired.
+
+    Example:
+        >>> def cubed(chosen_logps, rejected_logps, *, beta):
+        ...     margins = beta * (chosen_logps - rejected_logps)
+        ...     return (1 - margins) ** 3, (beta * chosen_logps).detach(), (beta * rejected_logps).detach()
+        >>> loss_fn = alignloss.PreferenceLoss(cubed, beta=0.1)
+        >>> hidden, weight = torch.randn(2, 3, 4), torch.zeros(8, 4)
+        >>> labels = torch.tensor([[7, 0, 1], [2, 5, 6]])  # a chosen and a rejected sequence
+        >>> loss_fn(hidden, weight, labels).loss
+        tensor(1.)
     """
 
     def __init__(
@@ -146,7 +156,8 @@ class PreferenceLoss(HeadLoss):
                 their number, or processes with few pairs weigh theirs more.
             stats: statistics of the scored tokens for `metrics()` of the result, any of "entropy", "mean_logits",
                 "is_top1"; each costs a reduction over the logits as they pass, and has no gradient.
-            data: the other positional parameters of the loss function, each (B,) or 0-d.
+            data: the other positional parameters of the loss function, each (B,) or 0-d; `desirable` is bool, or 0 and
+                1, whoever's the function is: `metrics()` splits its means by it.
 
         Returns:
             PairedOutput or UnpairedOutput, in float32 (float64 for float64 input).

@@ -15,7 +15,13 @@ from .outputs import UnpairedOutput, measured
 
 
 class SFTLoss(HeadLoss):
-    """The negative log-likelihood alone, in nats per labelled token. Options as in `linear_logprob`."""
+    """The negative log-likelihood alone, in nats per labelled token. Options as in `linear_logprob`.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 3, 4), torch.zeros(8, 4)
+        >>> alignloss.SFTLoss()(hidden, weight, torch.tensor([[7, 0, 1], [2, 5, -100]])).loss
+        tensor(2.0794)
+    """
 
     def forward(
         self,

@@ -14,6 +14,10 @@ def kto_kl(
     """max(0, mean(log pi - log pi_ref)) in nats over mismatched pairs, 0-d and detached: the `kl` of `KTOLoss`.
 
     Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1. With `group`, the mean runs over all its processes.
+
+    Example:
+        >>> alignloss.kto_kl(torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -8.0]))  # the mean of 1 and 3
+        tensor(2.)
     """
     for name, value in (("kl_logps", kl_logps), ("ref_kl_logps", ref_kl_logps)):
         check_tensor(name, value, "; pass .logps")
@@ -40,6 +44,12 @@ class RunningShift:
         device: where it is kept at first; it follows the rewards of the first update.
 
     It has `state_dict` and `load_state_dict`, like an optimizer, and is no module: sums and counts stay float64.
+
+    Example:
+        >>> shift = alignloss.RunningShift()
+        >>> shift.update(torch.tensor([1.0, 3.0, -4.0]), torch.tensor([True, True, False]))
+        >>> shift.delta  # the mean of 2 and -4
+        tensor(-1., dtype=torch.float64)
     """
 
     def __init__(self, momentum: float | None = None, *, device: torch.device | str = "cpu") -> None:

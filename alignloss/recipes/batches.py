@@ -25,6 +25,12 @@ def next_token_labels(
     `cu_seqlens` here too: a (1, tokens) input without it is one sequence, scored across the borders. Repeated offsets
     are empty sequences; tokens beyond the last of `real_sequences` get `ignore_index`. On a GPU, where values are not
     validated, offsets that do not rise from 0 to the number of tokens give labels outside of every vocabulary.
+
+    Example:
+        >>> input_ids = torch.tensor([[5, 6, 7, 8]])
+        >>> completion_mask = torch.tensor([[0, 0, 1, 1]])
+        >>> alignloss.next_token_labels(input_ids, completion_mask)
+        tensor([[-100,    7,    8, -100]])
     """
     check_integers("input_ids", input_ids)
     check_int64("ignore_index", ignore_index)
@@ -67,6 +73,14 @@ def mismatched_pairs(
     Raises:
         ValueError: for fewer than two sequences (a pair would match itself), shapes that differ, or a completion that
             is not the end of its row, as with several turns of the assistant.
+
+    Example:
+        >>> input_ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+        >>> attention_mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> completion_mask = torch.tensor([[0, 1, 1], [0, 1, 0]])
+        >>> alignloss.mismatched_pairs(input_ids, attention_mask, completion_mask, pad_token_id=0).input_ids
+        tensor([[1, 5, 0],
+                [4, 2, 3]])
     """
     masks = {"attention_mask": attention_mask, "completion_mask": completion_mask}
     check_integers("input_ids", input_ids)
@@ -104,6 +118,13 @@ def self_play_pairs(
 
     Raises:
         ValueError: for lists of different lengths, or token ids that are not 1-d integers.
+
+    Example:
+        >>> prompts, completions = [torch.tensor([1, 2])], [torch.tensor([3])]
+        >>> samples = [torch.tensor([4, 5])]
+        >>> alignloss.self_play_pairs(prompts, completions, samples, pad_token_id=0).input_ids
+        tensor([[1, 2, 3, 0],
+                [1, 2, 4, 5]])
     """
     if not len(prompts) == len(completions) == len(samples) or not len(prompts):
         raise ValueError(

@@ -19,6 +19,13 @@ def update_reference(reference: nn.Module, model: nn.Module, *, mix: float = 1.0
         ValueError: where names or shapes of the parameters differ, as between a model and one with adapters; for
             parameters without values (emptied by ZeRO-3 or FSDP1, on the meta device), of which nothing would be
             copied, quantised ones, and those of a reference that cannot be written; before any parameter moves.
+
+    Example:
+        >>> reference, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(reference.weight), torch.nn.init.ones_(model.weight)
+        >>> alignloss.update_reference(reference, model, mix=0.25)
+        >>> reference.weight.item()
+        0.25
     """
     for name, value in (("reference", reference), ("model", model)):
         if not isinstance(value, nn.Module):

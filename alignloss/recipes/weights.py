@@ -24,6 +24,12 @@ def ld_dpo_token_weights(
 
     Returns:
         The shape of labels, float32; 0 at ignored positions.
+
+    Example:
+        >>> labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
+        >>> alignloss.ld_dpo_token_weights(labels, tail_weight=0.5)
+        tensor([[1.0000, 1.0000, 0.5000],
+                [1.0000, 1.0000, 0.0000]])
     """
     check_number("tail_weight", tail_weight)
     if not 0 <= tail_weight <= 1:
@@ -51,6 +57,11 @@ def sampo_token_weights(
 
     Returns:
         The shape of labels, float32, of 0 and 1.
+
+    Example:
+        >>> labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
+        >>> alignloss.sampo_token_weights(labels).sum(1)
+        tensor([2., 2.])
     """
     labels = checked_labels("labels", labels)
     noise = torch.rand(labels.shape, generator=generator, device=labels.device, dtype=torch.float64)
@@ -114,6 +125,14 @@ def wpo_pair_weights(
 
     Returns:
         (B,), detached.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 3, 4), torch.zeros(8, 4)
+        >>> labels = torch.tensor([[7, 0, 1], [2, 5, -100]])
+        >>> with torch.no_grad():
+        ...     stats = alignloss.linear_logprob_stats(hidden, weight, labels, stats=("log_sum_sq_probs",))
+        >>> alignloss.wpo_pair_weights(stats, labels)  # no token is likelier than another
+        tensor([1.])
     """
     if not isinstance(stats, LogprobStats):
         raise ValueError(f"stats must be what linear_logprob_stats returns, got {type(stats).__name__}")
