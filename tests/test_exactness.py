@@ -104,6 +104,7 @@ def test_16_bit_error_is_at_most_twice_that_of_naive_torch(dtype, trained):
         lambda h, w, b: [alignloss.linear_logprob(h, w, labels, b, workspace_bytes=100_000)],
         upstream, (hidden, weight, bias), dtype, trained,
     )  # fmt: skip
+    assert [f.dtype for f in fused] == [p.dtype for p in plain]
     assert within(fused, plain, exact)
 
 
