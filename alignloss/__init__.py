@@ -14,6 +14,7 @@ from .logprob import (
 from .modules.mixture import MixtureLoss
 from .modules.named import CPOLoss, DPOLoss, IPOLoss, KTOLoss, ORPOLoss, SimPOLoss
 from .modules.outputs import PairedOutput, ScoredTokens, UnpairedOutput
+from .modules.own_loss import one_pass_loss
 from .modules.preference import PreferenceLoss
 from .modules.sft import SFTLoss
 from .planning import Plan, plan
@@ -53,6 +54,7 @@ __all__ = [
     "losses",
     "mismatched_pairs",
     "next_token_labels",
+    "one_pass_loss",
     "plan",
     "sampo_token_weights",
     "self_play_pairs",

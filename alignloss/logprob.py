@@ -113,6 +113,7 @@ def linear_logprob_stats(
     bias: Tensor | None = None,  # (V,)
     *,
     stats: Sequence[str] = (),
+    differentiable_entropy: bool = True,
     **options: Any,
 ) -> LogprobStats:
     """`linear_logprob` of labels aligned with hidden (not HF's unshifted labels), with statistics of each distribution.
@@ -121,12 +122,13 @@ def linear_logprob_stats(
         stats: any of "lse" (logsumexp of the logits, nats), "entropy" (nats), "mean_logits" (mean of the logits over
             the vocabulary), "is_top1" (no token has a larger logit than the label), "log_sum_sq_probs" (log of the sum
             of squared probabilities, for WPO: Zhou et al. 2024, arXiv:2406.11827). All of the transformed logits.
+        differentiable_entropy: whether the entropy has a gradient, as in an entropy bonus. Where hidden states train,
+            that costs a third GEMM in the forward; False if it is only logged.
         options: the other arguments, as in `linear_logprob`, with the same errors.
 
     Returns:
-        LogprobStats, each asked field of the shape of labels, 0 (False) at ignored positions. `logps` and `entropy` are
-        differentiable, the others are not. An entropy to be differentiated costs a third GEMM in the forward: ask for
-        it under `torch.no_grad()` if it is only logged.
+        LogprobStats, each asked field of the shape of labels, 0 (False) at ignored positions. `logps` and, unless told
+        otherwise, `entropy` are differentiable, the others are not.
 
     Example:
         >>> hidden, weight = torch.randn(1, 2, 4), torch.zeros(8, 4)
@@ -141,9 +143,9 @@ def linear_logprob_stats(
     check_keywords("linear_logprob_stats takes the options", PROJECTION_OPTIONS, options)
     bits = backends.stat_bits(stats)
     projection = project(hidden, weight, labels, bias, **options)
-    outputs = score(projection, bits)
+    outputs = score(projection, bits, differentiable_entropy)
     fields = {
-        name: (value if name == "entropy" else value.detach()).view(labels.shape)
+        name: (value if name == "entropy" and differentiable_entropy else value.detach()).view(labels.shape)
         for name, value in zip(backends.STATS, outputs[1:], strict=False)
         if name in stats
     }

@@ -7,7 +7,7 @@ import torch
 from reference import error, inputs, leaf, statistics, token_logps, within
 
 import alignloss
-from alignloss.ops import cpu_bf16
+from alignloss.ops import cpu_bf16, walk
 
 TRANSFORMS = [{}, {"logit_scale": 1.3, "temperature": 0.7}, {"softcap": 2.0, "logit_scale": 0.5, "temperature": 1.5}]
 BACKENDS = ["torch", "triton"]
@@ -83,6 +83,38 @@ def test_statistics_and_the_gradient_of_the_entropy(backend, transform, trained)
             assert torch.equal(got_stats[name], value)
         else:
             assert error(got_stats[name].detach(), value) <= FP32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("trained", "gemms"), [("hidden", 2), ("hidden weight bias", 4)])
+def test_an_entropy_that_is_only_logged_has_no_gradient_and_costs_no_gemm(trained, gemms, backend, monkeypatch):
+    tensors, labels = inputs(3, 7)[:3], inputs(3, 7, masked=0)[3]
+    work, results = [], []
+
+    def counted(out, a, b, **options):
+        work.append(a.shape[0] * a.shape[1] * b.shape[1])
+        walk_addmm(out, a, b, **options)
+
+    walk_addmm = walk.addmm
+    monkeypatch.setattr(walk, "addmm", counted)
+    for differentiable in (True, False):
+        h, w, b = (
+            leaf(t, torch.float32, n in trained) for t, n in zip(tensors, ("hidden", "weight", "bias"), strict=True)
+        )
+        out = alignloss.linear_logprob_stats(
+            h, w, labels, b, stats=("entropy",), differentiable_entropy=differentiable, backend=backend
+        )
+        assert out.entropy.requires_grad == differentiable
+        out.logps.sum().backward()
+        gradients = [t.grad for t in (h, w, b) if t.grad is not None]
+        results.append([out.logps.detach(), out.entropy.detach(), *gradients, sum(work)])
+        work.clear()
+    (*ours, fewer), (*theirs, more) = reversed(results)
+    for one, other in zip(ours, theirs, strict=True):
+        assert error(one, other) <= FP32
+    of_head = 21 * 101 * 37
+    assert (more - fewer) // of_head == 1
+    assert fewer // of_head == gemms
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

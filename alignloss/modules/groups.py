@@ -1,7 +1,7 @@
 """A batch of pairs or sequences, and how it goes through one pass: in groups of whole ones that fit the workspace."""
 
 from collections.abc import Callable
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -83,50 +83,18 @@ def train_in_one_pass(
     Pairs (sequences, if unpaired) go into groups whose tiles fit the workspace; those that fit no group are a last one,
     whose tiles are recomputed. Raises NeedsGraph.
     """
-    trains = projection.hidden.requires_grad and projection.trains_head
-    if not (torch.is_grad_enabled() and trains) or torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return None
-    index, workspace_bytes = projection.token_index, projection.options.workspace_bytes
-    rows = projection.labels.numel() if index is None else index.numel()
-    if rows == 0:
-        return None
-    if rows <= projection.footprint.capacity(False, workspace_bytes, stats):
-        found: list[Results] = []
-        values = _room(projection, stats)
-        loss = one_pass(projection, [index], [_share(evaluate, batch, None, found)], 1, values)
+    found: list[Results] = []
+    if fits_one_group(projection, stats):
+        values = room(projection, stats)
+        loss = one_pass(projection, [projection.token_index], [_share(evaluate, batch, None, found)], 1, values)
         return found[0]._replace(loss=loss), values
-    most = projection.footprint.capacity(True, workspace_bytes, stats)
-    # which tokens are whose is not known of an index that the caller made, and not worth waiting for a GPU
-    if most == 0 or (index is not None and not projection.sorted_index):
+    most = tokens_of_a_group(projection, stats)
+    if not most:
         return None
-    return _in_groups(projection, batch, evaluate, stats, most)
-
-
-def _room(projection: Projection, stats: int) -> list[Tensor | None]:
-    """Zeros (M,) for each of backends.STATS that is asked for."""
-    _, *kinds = output_dtypes(projection.result_dtype)
-    labels = projection.labels
-    return [labels.new_zeros(labels.shape, dtype=kind) if stats >> i & 1 else None for i, kind in enumerate(kinds)]
-
-
-def _in_groups(
-    projection: Projection,
-    batch: Batch,
-    evaluate: Callable[[Tensor, Batch], Results],
-    stats: int,
-    most: int,  # tokens of a group
-) -> tuple[Results, list[Tensor | None]] | None:
-    labels, index, ignore_index = projection.labels, projection.token_index, projection.options.ignore_index
+    labels, ignore_index = projection.labels, projection.options.ignore_index
     counts = labelled_tokens(labels, batch.offsets, batch.sequences, ignore_index)
     # all that the host has to know of a batch, in one wait for a GPU
     known = (counts if batch.offsets is None else torch.cat([counts, batch.offsets])).tolist()
-    scored = known[: batch.sequences]
-    if sum(scored) != (labels.numel() if index is None else index.numel()):
-        return None
-    if index is None:
-        index = torch.arange(labels.numel(), device=labels.device)
     if batch.offsets is None:
         length = labels.numel() // batch.sequences
         bounds = [(s * length, (s + 1) * length) for s in range(batch.sequences)]
@@ -134,27 +102,83 @@ def _in_groups(
         bounds = list(pairwise(known[batch.sequences :]))
     # the sequences of each pair
     members = [[unit, batch.units + unit] if batch.paired else [unit] for unit in range(batch.units)]
-    groups, rest = fill_groups([sum(scored[s] for s in unit) for unit in members], most)
-    if not groups:
+    groups = Groups.of(projection, known[: batch.sequences], members, most)
+    if groups is None:
         return None
     batch = batch._replace(
         num_sequences=float(batch.units) if batch.num_sequences is None else batch.num_sequences,
         num_tokens=batch.nll_tokens(ignore_index) if batch.num_tokens is None else batch.num_tokens,
     )
-    ends = list(accumulate(scored, initial=0))
-    found: list[Results] = []
-    indices, shares, numbers = [], [], []
-    for units in [*groups, rest] if rest else groups:
-        chosen = list(chain.from_iterable(zip(*(members[unit] for unit in units), strict=True)))
+    shares = []
+    for units, chosen in zip(groups.units, groups.sequences, strict=True):
         ranges = [torch.arange(*bounds[s], device=labels.device) for s in chosen]
         positions = torch.cat(ranges)
-        numbers.append(chosen)
-        indices.append(torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]))
         selected = batch.select(units, chosen, [len(each) for each in ranges], positions)
         shares.append(_share(evaluate, selected, positions, found))
-    values, order = _room(projection, stats), _Order.of(numbers, batch.units, labels.device)
-    loss = one_pass(projection, indices, shares, len(groups), values)
+    values, order = room(projection, stats), _Order.of(groups.sequences, batch.units, labels.device)
+    loss = one_pass(projection, groups.indices, shares, groups.held, values)
     return order.merged(loss, found), values
+
+
+def fits_one_group(projection: Projection, stats: int) -> bool:
+    """Whether a step trains hidden states and head, and the tiles of all of its tokens fit the workspace."""
+    rows = _rows(projection)
+    return 0 < rows <= projection.footprint.capacity(False, projection.options.workspace_bytes, stats)
+
+
+def tokens_of_a_group(projection: Projection, stats: int) -> int:
+    """Tokens that one of several groups may have in such a step; 0 where there can be none."""
+    # which tokens are whose is not known of an index that the caller made, and not worth waiting for a GPU
+    if _rows(projection) == 0 or (projection.token_index is not None and not projection.sorted_index):
+        return 0
+    return projection.footprint.capacity(True, projection.options.workspace_bytes, stats)
+
+
+def _rows(projection: Projection) -> int:
+    """N of a step that one pass can train, else 0."""
+    trains = projection.hidden.requires_grad and projection.trains_head
+    if not (torch.is_grad_enabled() and trains) or torch.compiler.is_compiling():
+        return 0
+    if torch._C._are_functorch_transforms_active():
+        return 0
+    index = projection.token_index
+    return projection.labels.numel() if index is None else index.numel()
+
+
+def room(projection: Projection, stats: int) -> list[Tensor | None]:
+    """Zeros (M,) for each of backends.STATS that is asked for."""
+    _, *kinds = output_dtypes(projection.result_dtype)
+    labels = projection.labels
+    return [labels.new_zeros(labels.shape, dtype=kind) if stats >> i & 1 else None for i, kind in enumerate(kinds)]
+
+
+class Groups(NamedTuple):
+    """Units (pairs, or sequences) in groups whose tiles fit the workspace, and a last one of those that fit none."""
+
+    units: list[list[int]]
+    sequences: list[list[int]]  # of the units: the first one of each, then the second ones
+    indices: list[Tensor]  # scored positions
+    held: int  # how many groups have their tiles held
+
+    @staticmethod
+    def of(projection: Projection, scored: list[int], members: list[list[int]], most: int) -> "Groups | None":
+        """From the labelled tokens of each sequence and the sequences of each unit; None if no unit fits a group."""
+        labels, index = projection.labels, projection.token_index
+        if index is None:
+            index = torch.arange(labels.numel(), device=labels.device)
+        if sum(scored) != index.numel():  # tokens that belong to no sequence
+            return None
+        groups, rest = fill_groups([sum(scored[s] for s in unit) for unit in members], most)
+        if not groups:
+            return None
+        units = [*groups, rest] if rest else groups
+        sequences = []
+        for group in units:
+            turns = zip_longest(*(members[unit] for unit in group))
+            sequences.append([s for turn in turns for s in turn if s is not None])
+        ends = list(accumulate(scored, initial=0))
+        indices = [torch.cat([index[ends[s] : ends[s + 1]] for s in chosen]) for chosen in sequences]
+        return Groups(units, sequences, indices, len(groups))
 
 
 def _share(
@@ -164,12 +188,17 @@ def _share(
 
     def share(tokens: Tensor) -> Tensor:
         results = evaluate(tokens if positions is None else tokens[positions], batch)
-        if tokens.is_leaf and _leaves(results.loss) != {tokens}:
-            raise NeedsGraph
+        check_leaves(results.loss, tokens)
         found.append(Results(*(value.detach() for value in results)))
         return results.loss
 
     return share
+
+
+def check_leaves(loss: Tensor, tokens: Tensor) -> None:
+    """NeedsGraph for a loss of one pass that depends on more than the log-probabilities, or not on them."""
+    if tokens.is_leaf and _leaves(loss) != {tokens}:
+        raise NeedsGraph
 
 
 def _leaves(value: Tensor) -> set[Tensor]:
