@@ -216,6 +216,7 @@ CALLS = {
     "linear_logprob_stats": (lambda **a: alignloss.linear_logprob_stats(**a, stats=("entropy",)).entropy, HEAD),
     "sequence_logprob": (lambda **a: alignloss.sequence_logprob(**a).logps, (*HEAD, "token_weights")),
     "linear_kl": (lambda **a: alignloss.linear_kl(**a), (*HEAD, "ref_hidden", "ref_weight", "ref_bias")),
+    "one_pass_loss": (lambda **a: alignloss.one_pass_loss(**a, loss_fn=lambda logps, _: logps.sum()), HEAD),
     "SFT": (lambda **a: alignloss.SFTLoss()(**a).loss, (*HEAD, "token_weights", "num_tokens")),
     "CPO": (
         lambda **a: alignloss.CPOLoss()(**a).loss,
@@ -241,7 +242,7 @@ def test_every_argument_may_come_from_inference_mode_or_says_why_not(name, train
     function, takes = CALLS[name]
     takes = (
         (*takes, "cu_seqlens")
-        if packed and name not in ("linear_logprob", "linear_logprob_stats", "linear_kl")
+        if packed and name not in ("linear_logprob", "linear_logprob_stats", "linear_kl", "one_pass_loss")
         else takes
     )
     plain = arguments_of(takes, packed)
@@ -329,6 +330,7 @@ def test_every_function_with_labels_takes_narrow_ones():
             alignloss.sequence_logprob(wide, weight, y, token_weights=torch.full(y.shape, 0.5), **o).logps
         ),
         "sequence lengths": lambda y, **o: alignloss.sequence_logprob(wide, weight, y, **o).lengths,
+        "one_pass_loss": lambda y, **o: alignloss.one_pass_loss(wide, weight, y, lambda logps, _: logps.sum(), **o),
         "linear_kl": lambda y, **o: alignloss.linear_kl(wide, weight, wide.flip(0), weight, y, **o),
         "ld_dpo_token_weights": lambda y, **o: alignloss.ld_dpo_token_weights(y, tail_weight=0.5, **o),
         "sampo_token_weights": lambda y, **o: alignloss.sampo_token_weights(y, generator=generator(), **o),
