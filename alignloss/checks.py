@@ -102,6 +102,22 @@ def check_kept(before: Kept, *, values: bool = True, **tensors: Tensor | None) -
             raise RuntimeError(f"the backward needs {name} as the forward had it, and it is {problem}")
 
 
+def leaves_of(*values: Tensor | None) -> set[Tensor]:
+    """The tensors that require a gradient in the graphs of values."""
+    given = [value for value in values if value is not None]
+    leaves = {value for value in given if value.is_leaf and value.requires_grad}
+    seen, stack = set(), [value.grad_fn for value in given]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        stack.extend(next_node for next_node, _ in node.next_functions)
+    return leaves
+
+
 def check_savable(**tensors: Tensor | None) -> None:
     """A ValueError for a tensor of inference mode that a backward will need; one too large to be copied silently."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

@@ -6,6 +6,7 @@ The code of docs/processes.md needs more than one process, and runs in test_proc
 import copy
 import doctest
 import io
+import operator
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from test_processes import Model, V
 
 import alignloss
+import alignloss.hf
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -74,9 +76,19 @@ def stand_ins():
     }
 
 
+def of_transformers(names):
+    """The same names with a model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    config = transformers.Gemma2Config(vocab_size=V, **sizes, num_key_value_heads=1, pad_token_id=0)
+    return names | {"model": transformers.Gemma2ForCausalLM(config), "batch": names["loader"][0]}
+
+
 def run(page):
     """Run the Python blocks of a page in order, in one namespace; what a block prints stands in the block after it."""
     names, blocks = stand_ins(), FENCED.findall(TEXTS[page])
+    if page == "docs/transformers.md":
+        names = of_transformers(names)
     for (language, code), (following, after) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
         if language == "python":
             with redirect_stdout(io.StringIO()) as printed:
@@ -102,6 +114,12 @@ def test_the_code_of_the_losses_gives_gradients_and_metrics():
     names["loss"].backward()
     assert names["hidden"].grad.isfinite().all()
     assert names["logged"]["rewards/accuracies"] <= 1
+
+
+def test_a_model_of_transformers_trains():
+    names = run("docs/transformers.md")
+    assert names["softcap"] == 30.0
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
 
 def test_packed_sequences_have_the_loss_of_padded_ones():
@@ -156,11 +174,11 @@ def test_every_page_is_in_the_index():
     assert listed == {path.stem for name, path in PAGES.items() if name.startswith("docs/")} - {"index"}
 
 
-@pytest.mark.parametrize("name", alignloss.__all__)
+@pytest.mark.parametrize("name", alignloss.__all__ + [f"hf.{name}" for name in alignloss.hf.__all__])
 def test_the_examples_of_docstrings_run(name):
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
-    public = getattr(alignloss, name)
-    (found,) = finder.find(public, name, globs={"torch": torch, "alignloss": alignloss})
+    public = operator.attrgetter(name)(alignloss)
+    (found,) = finder.find(public, name, globs=vars(alignloss.hf) | {"torch": torch, "alignloss": alignloss})
     assert runner.run(found).failed == 0
     # a tuple is what another's example returns
-    assert found.examples or issubclass(public, tuple)
+    assert found.examples or (isinstance(public, type) and issubclass(public, (tuple, Exception)))

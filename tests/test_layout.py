@@ -14,7 +14,9 @@ from alignloss.backends import _torch
 ROOT = Path(alignloss.__file__).parent
 KERNELS = ROOT.parent / "kernels"
 # each file at the top may import what stands before it; each folder, of that, what its docstring says
-FLOORS = ["checks", "losses", "kernels", "backends", "ops", "planning", "logprob", "recipes", "modules", "commands"]
+FLOORS = [
+    "checks", "losses", "kernels", "backends", "ops", "planning", "logprob", "recipes", "modules", "hf", "commands",
+]  # fmt: skip
 # primitives for which the torch backend has a formula of its own elsewhere: `losses`
 TRITON_ALONE = {"preference", "preference_backward"}
 FILES = {

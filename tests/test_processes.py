@@ -84,3 +84,75 @@ def half_of_the_pairs(rank: int, folder: str, how: str, tied: bool) -> None:
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])
 def test_the_gradients_are_those_of_one_process(how, tied, tmp_path):
     torch.multiprocessing.spawn(half_of_the_pairs, (str(tmp_path), how, tied), nprocs=2)
+
+
+def whole_model(rank: int, folder: str, how: str, tied: bool) -> None:
+    """A model of transformers, as it comes, sharded in several ways, by head_call."""
+    import transformers
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from alignloss.hf import UnsupportedModel, check_model, head_call, hidden_and_head
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=V, hidden_size=H, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, final_logit_softcapping=2.0, tie_word_embeddings=tied, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config)
+    single = copy.deepcopy(model)
+    if how.startswith("DDP"):
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters="unused" in how)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers if "layers" in how else ():
+            fully_shard(layer, mesh=mesh)
+        if "head" in how:
+            fully_shard(model.lm_head, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    ids = torch.randint(1, V, (2 * B, T))
+    labels = alignloss.next_token_labels(ids, torch.ones_like(ids))
+    ref_logps = torch.linspace(-16, -14, 2 * B)
+    loss_fn = alignloss.DPOLoss(beta=0.5, softcap=2.0)
+
+    def loss_of(model, rows):
+        run = lambda head: loss_fn(head.hidden, head.weight, labels[rows], head.bias, ref_logps=ref_logps[rows])
+        return head_call(model, run, input_ids=ids[rows], use_cache=False)[0].loss
+
+    assert check_model(wrapped) == (1.0, 2.0)
+    mine = torch.tensor([2 * rank, 2 * rank + 1])
+    for _ in range(2):  # the second step finds what the first one left
+        single.zero_grad()
+        wrapped.zero_grad()
+        loss_of(single, torch.arange(2 * B)).backward()
+        loss_of(wrapped, torch.cat([mine, B + mine])).backward()
+        for (name, got), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+            gradient = got.grad if how.startswith("DDP") else got.grad.full_tensor()
+            assert error(gradient, expected.grad) <= 2e-5, name
+    with pytest.raises(UnsupportedModel, match="head_call"):
+        hidden_and_head(wrapped, {"input_ids": ids})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def nightly(*values):
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(
+    ("how", "tied"),
+    [
+        ("DDP", True),
+        nightly("DDP unused", False),
+        nightly("FSDP2", True),
+        ("FSDP2 layers", True),
+        nightly("FSDP2 layers", False),
+        ("FSDP2 layers head", False),
+    ],
+)
+def test_a_model_of_transformers_has_the_gradients_of_one_process(how, tied, tmp_path):
+    pytest.importorskip("transformers")
+    torch.multiprocessing.spawn(whole_model, (str(tmp_path), how, tied), nprocs=2)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import leaves_of
 from ..ops.head import Projection
 from ..ops.logprob import output_dtypes
 from ..ops.onepass import one_pass
@@ -197,22 +198,8 @@ def _share(
 
 def check_leaves(loss: Tensor, tokens: Tensor) -> None:
     """NeedsGraph for a loss of one pass that depends on more than the log-probabilities, or not on them."""
-    if tokens.is_leaf and _leaves(loss) != {tokens}:
+    if tokens.is_leaf and leaves_of(loss) != {tokens}:
         raise NeedsGraph
-
-
-def _leaves(value: Tensor) -> set[Tensor]:
-    """The tensors that a graph ends in."""
-    leaves, seen, stack = set(), set(), [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        stack.extend(next_node for next_node, _ in node.next_functions)
-    return leaves
 
 
 class _Order(NamedTuple):

@@ -1,0 +1,191 @@
+"""The loss inside the forward of the output projection, or what the projection is given, for a loss afterwards."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..checks import is_dtensor
+from .check import check_model
+from .takeover import UnsupportedModel, call, name_of, projected, unwrapped
+
+T = TypeVar("T")
+
+
+class Head(NamedTuple):
+    """What the output projection of a model is given, and what the model makes of its product.
+
+    Logits are z = softcap(logit_scale (hidden weight^T + bias)). With LoRA on the projection hidden is [h, s A h] and
+    weight [W, B], so that H is larger by its rank.
+    """
+
+    hidden: Tensor  #: (..., H)
+    weight: Tensor  #: (V, H)
+    bias: Tensor | None  #: (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+def head_call(model: nn.Module, fn: Callable[[Head], T], /, **inputs: Any) -> tuple[T, Any]:
+    """Call a model whose output projection runs `fn` on what it is given, instead of computing logits.
+
+    The outermost model runs as always: hooks, autocast, adapters, checkpointing, merging of images, router losses,
+    gathering of DDP and FSDP. So the head is whole where `fn` runs, and a loss made there has its gradients.
+
+    Args:
+        model: as in `check_model`, which is called first.
+        fn: a function of `Head`, e.g. to the result of a loss module. Under prompt tuning, hidden has no positions of
+            virtual tokens. For `torch.compile` it is opaque.
+        inputs: of the model, by keyword, without labels.
+
+    Returns:
+        What `fn` returned, with the same tensors, and the outputs of the model, whose logits mean nothing.
+
+    Raises:
+        UnsupportedModel: as `check_model`.
+        ValueError: for labels among the inputs: they belong to `fn`, aligned with the hidden states.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+        >>> model, ids = LlamaForCausalLM(config), torch.tensor([[3, 1, 4, 1]])
+        >>> labels = alignloss.next_token_labels(ids, torch.ones_like(ids))
+        >>> logps, outputs = head_call(
+        ...     model, lambda head: alignloss.linear_logprob(head.hidden, head.weight, labels), input_ids=ids
+        ... )
+        >>> logps.shape
+        torch.Size([1, 4])
+    """
+    _check_inputs(model, inputs)
+    scale, cap = check_model(model)
+    virtual = _virtual_tokens(model)
+    found: list[Any] = []
+
+    def forward(layer: nn.Module, hidden: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = projected(layer, hidden)
+        result = fn(Head(_without(parts.hidden, virtual), parts.weight, parts.bias, scale, cap))
+        found.append(result)
+        # in place of logits, for whatever looks at what the layer returns: DDP, FSDP
+        return _InPlaceOf.apply(hidden, *_differentiable(result))
+
+    outputs = call(model, forward, inputs)
+    (result,) = found
+    # a gradient of the result goes through the outputs, where FSDP2 waits for it
+    logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+    leaves, spec = tree_flatten(result)
+    if logits.requires_grad:
+        result = tree_unflatten([_Through.apply(leaf, logits) if _trains(leaf) else leaf for leaf in leaves], spec)
+    return result, outputs
+
+
+def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> Head:
+    """What the output projection is given in one forward, for a loss outside of it.
+
+    For models that are not sharded: outside of their forward the head of the others is a shard again, whose gradient
+    would be wrong without a word.
+
+    Args:
+        model: as in `check_model`, which is called first, but not sharded.
+        batch: inputs of the model, without labels.
+
+    Raises:
+        UnsupportedModel: for a sharded model (FSDP, DeepSpeed, tensor parallelism), or one behind DDP, whose gradients
+            would not be reduced; and as `check_model`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+        >>> head = hidden_and_head(LlamaForCausalLM(config), {"input_ids": torch.tensor([[3, 1, 4, 1]])})
+        >>> head.hidden.shape, head.weight.shape, head.logit_scale, head.softcap
+        (torch.Size([1, 4, 16]), torch.Size([32, 16]), 1.0, None)
+    """
+    kind = _sharded(model)
+    if kind is not None:
+        raise UnsupportedModel(
+            f"{name_of(model)} is {kind}: a loss outside of its forward would have wrong gradients. Use "
+            "head_call(model, fn, **batch), which runs the loss inside"
+        )
+    found: list[Head] = []
+
+    def kept(head: Head) -> Tensor:
+        found.append(head)
+        return head.hidden
+
+    head_call(model, kept, **batch)
+    return found[0]
+
+
+def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    if inputs.get("labels") is not None:
+        raise ValueError(
+            "labels are among the inputs: the model would make its own loss of logits that are not there. Give them to "
+            "fn, aligned with the hidden states (alignloss.next_token_labels)"
+        )
+
+
+def _virtual_tokens(model: Any) -> int:
+    """Positions that prompt tuning puts before the tokens of a sequence."""
+    while hasattr(model, "module") and not hasattr(model, "peft_config"):
+        model = model.module
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    if config is None or not config.is_prompt_learning or config.peft_type.value == "PREFIX_TUNING":
+        return 0
+    return config.num_virtual_tokens
+
+
+def _without(hidden: Tensor, virtual: int) -> Tensor:
+    return hidden[:, virtual:] if virtual else hidden
+
+
+def _sharded(model: nn.Module) -> str | None:
+    kinds = {type(module).__name__ for module in model.modules()}
+    if kinds & {"FullyShardedDataParallel"} or any("FSDP" in kind for kind in kinds):
+        return "sharded by FSDP"
+    if type(model).__name__ == "DeepSpeedEngine":
+        return "behind DeepSpeed"
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        return "sharded, with DTensors as parameters"
+    if any(hasattr(parameter, "ds_id") for parameter in unwrapped(model).parameters()):
+        return "sharded by DeepSpeed ZeRO-3"
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return "behind DDP, which reduces gradients of its own outputs"
+    return None
+
+
+def _trains(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _differentiable(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(result)[0] if _trains(leaf)]
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """Zeros (..., 1) that depend on tensors, to whose gradients they add nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+class _Through(torch.autograd.Function):
+    """A tensor, whose gradient passes another one, with zeros for that."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, other: Tensor) -> Tensor:
+        ctx.like = other.shape, other.dtype, other.device
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.like
+        return upstream, torch.zeros(shape, dtype=dtype, device=device)

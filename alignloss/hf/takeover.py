@@ -1,0 +1,154 @@
+"""The output projection of a model, and one call of the model with another forward in its place."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import problem_of
+
+
+class UnsupportedModel(ValueError):
+    """A model whose logits are not scale and softcap of one projection of hidden states, as far as can be seen."""
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model of transformers inside DDP, FSDP1, DeepSpeed, torch.compile and PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ in _WRAPPERS:
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+_WRAPPERS = ("FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+def name_of(model: nn.Module) -> str:
+    return type(unwrapped(model)).__name__
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The output projection: what get_output_embeddings() returns."""
+    base: Any = unwrapped(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise UnsupportedModel(
+            f"{name_of(model)} has no output embedding (get_output_embeddings() gives {type(head).__name__}): call the "
+            "loss modules in the forward of the model itself"
+        )
+    return head
+
+
+class Projected(NamedTuple):
+    """What an output projection multiplies: its logits are hidden W^T + b."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+def projected(layer: nn.Module, hidden: Tensor) -> Projected:
+    """The product that a layer makes of its input, adapters of LoRA included: [h, s A h] and [W, B]."""
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if hasattr(layer, "base_layer"):
+        return _adapted(layer, hidden, kind)
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModel(f"its output embedding, {kind}, has no weight: it is no linear layer")
+    problem = problem_of(weight)
+    if problem is not None:
+        raise UnsupportedModel(f"the weight of its output embedding is {problem}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise UnsupportedModel(
+            f"its output embedding, {kind}, has a weight {tuple(weight.shape)} for hidden states "
+            f"{tuple(hidden.shape)}: that is no linear layer"
+        )
+    return Projected(hidden, weight, getattr(layer, "bias", None))
+
+
+def _adapted(layer: Any, hidden: Tensor, kind: str) -> Projected:
+    """A layer of PEFT around a linear one."""
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+        raise UnsupportedModel(
+            f"its output embedding carries an adapter that is no LoRA, {kind}: leave the head out of target_modules, "
+            "or merge the adapter"
+        )
+    base = projected(layer.base_layer, hidden)
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not active:
+        return base
+    if set(getattr(layer, "lora_variant", {})) & set(active) or len(getattr(layer, "lora_magnitude_vector", {})):
+        raise UnsupportedModel(
+            f"its output embedding carries a variant of LoRA ({kind}, DoRA or another) that is more than a product of "
+            "low rank: leave the head out of target_modules"
+        )
+    rows, columns = [base.hidden], [base.weight]
+    for name in active:
+        if getattr(layer.lora_B[name], "bias", None) is not None:
+            raise UnsupportedModel("LoRA on its output embedding has a bias (lora_bias=True): leave it out")
+        lifted = layer.lora_dropout[name](hidden.to(layer.lora_A[name].weight.dtype))
+        rows.append((layer.lora_A[name](lifted) * layer.scaling[name]).to(hidden.dtype))
+        columns.append(layer.lora_B[name].weight.to(base.weight.dtype))
+    return Projected(torch.cat(rows, -1), torch.cat(columns, -1), base.bias)
+
+
+def branches(head: Any) -> list[nn.Module]:
+    """The layers that may run where `head` is called: itself, or those of a ModulesToSaveWrapper of PEFT."""
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        return [head.original_module, *head.modules_to_save.values()]
+    return [head]
+
+
+# of a layer, its input and the forward that it had, what it returns instead
+Forward = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+def call(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> Any:
+    """The outputs of the outermost model, whose output projection runs another forward in place of its own."""
+    with _taken_over(branches(find_head(model)), forward) as calls:
+        outputs = model(**inputs)
+    if len(calls) != 1:
+        raise UnsupportedModel(
+            f"{name_of(model)} called its output embedding {len(calls)} times in one forward, not once: its logits are "
+            "not one projection of its hidden states"
+        )
+    return outputs
+
+
+@contextmanager
+def _taken_over(layers: list[nn.Module], forward: Forward) -> Iterator[list[nn.Module]]:
+    """Another forward for a few layers, then exactly what was there before; gives the layers that were called."""
+    calls: list[nn.Module] = []
+    # under a hook of accelerate (device_map, offload) the forward inside of the hook, where the weight is there
+    named = [(layer, "_old_forward" if hasattr(layer, "_hf_hook") else "forward") for layer in layers]
+    before = [(layer.__dict__.get(name), getattr(layer, name)) for layer, name in named]
+
+    def replacement(layer: nn.Module, own: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        @torch.compiler.disable
+        def run(hidden: Tensor, *more: Any, **named: Any) -> Tensor:
+            if more or named:
+                raise UnsupportedModel(
+                    f"its output embedding is given more than hidden states, {sorted(named) or len(more)}"
+                )
+            calls.append(layer)
+            return forward(layer, hidden, own)
+
+        return run
+
+    try:
+        for (layer, name), (_, own) in zip(named, before, strict=True):
+            setattr(layer, name, replacement(layer, own))
+        yield calls
+    finally:
+        for (layer, name), (old, _) in zip(named, before, strict=True):
+            if old is None:
+                layer.__dict__.pop(name, None)
+            else:
+                setattr(layer, name, old)
