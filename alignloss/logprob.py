@@ -57,7 +57,8 @@ def linear_logprob(
     Args:
         hidden: (..., H) floating point, any layout of leading dimensions; one in which they cannot be viewed as one,
             as `hidden[:, :-1]`, is copied first, beside the workspace.
-        weight: (V, H), of the dtype of hidden unless autocast is on.
+        weight: (V, H), of the dtype of hidden unless autocast is on; or float32 beside 16 bits, either way round: the
+            product is computed in float32, of blocks and slices of what is narrow.
         labels: (...) integers in [0, V), or `ignore_index` where nothing is scored. Labels are aligned with hidden:
             `next_token_labels` makes them from token ids. HF's `labels`, which are not shifted, train the wrong thing.
         bias: (V,), optional.

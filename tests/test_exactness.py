@@ -153,6 +153,34 @@ def test_the_workspace_changes_no_result_beyond_rounding(workspace):
     assert max(error(g, e) for g, e in zip(got, expected, strict=True)) < 1e-13
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("workspace", [12_000, 10_000_000])
+@pytest.mark.parametrize("trained", ["", "hidden", "weight bias", "hidden weight bias"], ids=lambda t: t or "nothing")
+@pytest.mark.parametrize("narrow", ["hidden", "weight bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_beside_16_bits_computes_in_float32(dtype, narrow, trained, workspace, backend):
+    names = ("hidden", "weight", "bias")
+    *tensors, labels = inputs(3, 7)
+    dtypes = [dtype if name in narrow else torch.float32 for name in names]
+    leaves = [leaf(tensor, kind, name in trained) for tensor, kind, name in zip(tensors, dtypes, names, strict=True)]
+    exact = [leaf(tensor, torch.float64, tensor.requires_grad) for tensor in leaves]
+    upstream = torch.randn(3, 7, dtype=torch.float64)
+    logps = alignloss.linear_logprob(*leaves[:2], labels, leaves[2], backend=backend, workspace_bytes=workspace)
+    expected = token_logps(*exact[:2], labels, exact[2])
+    assert logps.dtype == torch.float32
+    assert error(logps.detach(), expected.detach()) <= FP32
+    if trained:
+        (logps * upstream).sum().backward()
+        (expected * upstream).sum().backward()
+        loss_fn = alignloss.SFTLoss(backend=backend, workspace_bytes=workspace)
+        sft = torch.autograd.grad(loss_fn(*leaves[:2], labels, leaves[2]).loss, [t for t in leaves if t.requires_grad])
+        loss = -token_logps(*exact[:2], labels, exact[2]).sum() / (labels != -100).sum()
+        of_loss = torch.autograd.grad(loss, [t for t in exact if t.requires_grad])
+        found = [t.grad for t in leaves if t.requires_grad], [t.grad for t in exact if t.requires_grad]
+        for got, truth in [*zip(*found, strict=True), *zip(sft, of_loss, strict=True)]:
+            assert error(got, truth) <= (FP32 if got.dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize(("N", "H", "V"), list(itertools.product([1, 17], [1, 33], [1, 2, 97])))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_that_are_no_multiple_of_any_block(backend, N, H, V):

@@ -82,7 +82,10 @@ def test_a_masked_sequence_keeps_a_constant_loss_and_counts():
         ({"labels": torch.zeros(4, 4, dtype=torch.long)}, "leading shape of hidden"),
         ({"labels": torch.zeros(4, 5)}, "labels must be integers"),
         ({"bias": torch.zeros(100)}, "bias must be"),
-        ({"weight": torch.zeros(101, 37, dtype=torch.float64)}, "one dtype outside autocast"),
+        (
+            {"weight": torch.zeros(101, 37, dtype=torch.float64)},
+            "must have one dtype, or one of 16 bits",
+        ),
         ({"weight": torch.zeros(101, 37, dtype=torch.int8)}, "dequantise"),
         ({"weight": torch.nn.Linear(37, 101)}, "lm_head.weight"),
         ({"weight": torch.zeros(101, 37, device="meta")}, "weight is on meta"),

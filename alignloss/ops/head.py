@@ -206,9 +206,11 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     dtypes = {value.dtype for value in tensors.values()}
     if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(hidden.device.type)
-    if len(dtypes) > 1:
+    if len(dtypes) == 1:
+        return hidden.dtype
+    if torch.float64 in dtypes or {torch.bfloat16, torch.float16} <= dtypes:
         got = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
         raise ValueError(
-            f"hidden, weight and bias must have one dtype outside autocast, or if one is float64; got {got}"
+            f"hidden, weight and bias must have one dtype, or one of 16 bits and float32, outside autocast; got {got}"
         )
-    return hidden.dtype
+    return torch.float32
