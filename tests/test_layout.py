@@ -15,7 +15,8 @@ ROOT = Path(alignloss.__file__).parent
 KERNELS = ROOT.parent / "kernels"
 # each file at the top may import what stands before it; each folder, of that, what its docstring says
 FLOORS = [
-    "checks", "losses", "kernels", "backends", "ops", "planning", "logprob", "recipes", "modules", "hf", "commands",
+    "checks", "losses", "kernels", "backends", "ops", "planning", "logprob", "recipes", "modules", "hf", "trl",
+    "commands",
 ]  # fmt: skip
 # primitives for which the torch backend has a formula of its own elsewhere: `losses`
 TRITON_ALONE = {"preference", "preference_backward"}

@@ -96,7 +96,7 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
         return values.expand(*hidden.shape[:-1], len(PROBE)).clone()
 
     try:
-        logits = _logits(call(model, recorded, batch))
+        logits = logits_of(call(model, recorded, lambda: model(**batch)))
     except UnsupportedModel:
         raise
     except Exception as error:
@@ -107,7 +107,7 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
         ) from error
     try:
         with torch.no_grad():
-            seen = _logits(call(model, known, batch))
+            seen = logits_of(call(model, known, lambda: model(**batch)))
     except UnsupportedModel:
         raise
     except Exception as error:
@@ -132,7 +132,7 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
     return _written(scale, base), None if cap is None else _written(cap, base)
 
 
-def _logits(outputs: Any) -> Tensor:
+def logits_of(outputs: Any) -> Tensor:
     return outputs.logits if hasattr(outputs, "logits") else outputs[0]
 
 

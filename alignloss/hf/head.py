@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import is_dtensor
-from .check import check_model
+from .check import check_model, logits_of
 from .takeover import UnsupportedModel, call, name_of, projected, unwrapped
 
 T = TypeVar("T")
@@ -59,24 +59,34 @@ def head_call(model: nn.Module, fn: Callable[[Head], T], /, **inputs: Any) -> tu
         >>> logps.shape
         torch.Size([1, 4])
     """
-    _check_inputs(model, inputs)
-    scale, cap = check_model(model)
-    virtual = _virtual_tokens(model)
+    if inputs.get("labels") is not None:
+        raise ValueError(
+            "labels are among the inputs: the model would make its own loss of logits that are not there. Give them to "
+            "fn, aligned with the hidden states (alignloss.next_token_labels)"
+        )
+    return run_in_head(model, fn, check_model(model), lambda: model(**inputs), _virtual_tokens(model))
+
+
+def run_in_head(
+    model: nn.Module, fn: Callable[[Head], T], transform: tuple[float, float | None], run: Callable[[], Any],
+    virtual: int = 0,
+) -> tuple[T, Any]:  # fmt: skip
+    """`head_call` of a run of the model whose transform is known; `virtual` positions come before its tokens."""
     found: list[Any] = []
 
     def forward(layer: nn.Module, hidden: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         parts = projected(layer, hidden)
-        result = fn(Head(_without(parts.hidden, virtual), parts.weight, parts.bias, scale, cap))
+        result = fn(Head(parts.hidden[:, virtual:] if virtual else parts.hidden, parts.weight, parts.bias, *transform))
         found.append(result)
         # in place of logits, for whatever looks at what the layer returns: DDP, FSDP
-        return _InPlaceOf.apply(hidden, *_differentiable(result))
+        return _InPlaceOf.apply(hidden, *(leaf for leaf in tree_flatten(result)[0] if _trains(leaf)))
 
-    outputs = call(model, forward, inputs)
+    outputs = call(model, forward, run)
     (result,) = found
-    # a gradient of the result goes through the outputs, where FSDP2 waits for it
-    logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-    leaves, spec = tree_flatten(result)
+    logits = logits_of(outputs)
     if logits.requires_grad:
+        # a gradient of the result goes through the outputs, where FSDP2 waits for it
+        leaves, spec = tree_flatten(result)
         result = tree_unflatten([_Through.apply(leaf, logits) if _trains(leaf) else leaf for leaf in leaves], spec)
     return result, outputs
 
@@ -119,14 +129,6 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> Head:
     return found[0]
 
 
-def _check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    if inputs.get("labels") is not None:
-        raise ValueError(
-            "labels are among the inputs: the model would make its own loss of logits that are not there. Give them to "
-            "fn, aligned with the hidden states (alignloss.next_token_labels)"
-        )
-
-
 def _virtual_tokens(model: Any) -> int:
     """Positions that prompt tuning puts before the tokens of a sequence."""
     while hasattr(model, "module") and not hasattr(model, "peft_config"):
@@ -135,10 +137,6 @@ def _virtual_tokens(model: Any) -> int:
     if config is None or not config.is_prompt_learning or config.peft_type.value == "PREFIX_TUNING":
         return 0
     return config.num_virtual_tokens
-
-
-def _without(hidden: Tensor, virtual: int) -> Tensor:
-    return hidden[:, virtual:] if virtual else hidden
 
 
 def _sharded(model: nn.Module) -> str | None:
@@ -158,10 +156,6 @@ def _sharded(model: nn.Module) -> str | None:
 
 def _trains(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _differentiable(result: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(result)[0] if _trains(leaf)]
 
 
 class _InPlaceOf(torch.autograd.Function):

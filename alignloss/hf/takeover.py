@@ -1,6 +1,6 @@
 """The output projection of a model, and one call of the model with another forward in its place."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -110,10 +110,10 @@ def branches(head: Any) -> list[nn.Module]:
 Forward = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
-def call(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> Any:
-    """The outputs of the outermost model, whose output projection runs another forward in place of its own."""
+def call(model: nn.Module, forward: Forward, run: Callable[[], Any]) -> Any:
+    """What a run of the model returns, whose output projection has another forward in place of its own."""
     with _taken_over(branches(find_head(model)), forward) as calls:
-        outputs = model(**inputs)
+        outputs = run()
     if len(calls) != 1:
         raise UnsupportedModel(
             f"{name_of(model)} called its output embedding {len(calls)} times in one forward, not once: its logits are "

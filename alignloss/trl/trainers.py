@@ -1,0 +1,343 @@
+"""TRL's trainers with their losses as they are, made in the output projection where the head trains: 3 GEMMs, not 4.
+
+TRL's losses take the model as an argument. So they are given one that returns log-probabilities that are there already:
+the model is called with a `loss_fn` that asks TRL's own method for the loss of them.
+"""
+
+import copy
+import importlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+from trl import DPOTrainer as _DPOTrainer
+from trl import GRPOTrainer as _GRPOTrainer
+from trl import KTOTrainer as _KTOTrainer
+from trl import RLOOTrainer as _RLOOTrainer
+from trl import SFTTrainer as _SFTTrainer
+
+from ..hf.check import check_model
+from ..hf.head import Head, head_call
+from ..hf.takeover import branches, find_head
+from ..modules.outputs import METRIC_STATS
+from ..modules.preference import PreferenceLoss
+from .seam import aligned, patched
+
+
+class _NoTuner:
+    """In place of PEFT's base class of adapters, where TRL refuses one on the head, which is taken or refused here."""
+
+
+class _OneProcess:
+    """An accelerator whose collectives stay at home."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+    def gather(self, value: Any, *_: Any, **__: Any) -> Any:
+        return value
+
+    gather_for_metrics = reduce = gather
+
+
+# a trainer of TRL stands behind it
+_Base: Any = object
+
+
+class AlignlossTrainer(_Base):
+    """What our trainers share: they are built on alignloss, and compute TRL's loss, or another, in the projection.
+
+    Args:
+        head_options: backend, workspace_bytes, validate, as in `linear_logprob`.
+        loss: a `PreferenceLoss` or `MixtureLoss` in place of TRL's loss, with its own metrics; its data are columns of
+            the data set. Scale and softcap are those of the model.
+        args, kwargs: TRL's.
+    """
+
+    paired: bool | None = None  # of the losses that take TRL's place; None: there are none
+    # of TRL
+    accelerator: Any
+    data_collator: Any
+    model: Any
+    precompute_ref_logps: Any
+    _compute_kl_logps: Any
+    _metrics: Any
+    _signature_columns: Any
+    _total_train_tokens: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        head_options: dict[str, Any] | None = None,
+        loss: PreferenceLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if loss is not None and (not isinstance(loss, PreferenceLoss) or loss.paired != self.paired):
+            kind = {True: "a paired", False: "an unpaired", None: "no"}[self.paired]
+            raise ValueError(
+                f"{type(self).__name__} takes {kind} PreferenceLoss in place of its own, got {type(loss).__name__}"
+            )
+        self._loss = loss
+        theirs: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("trl."))
+        module: Any = importlib.import_module(theirs.__module__)
+        tuner = vars(module).get("BaseTunerLayer")
+        if tuner is not None:
+            module.BaseTunerLayer = _NoTuner
+        self._head_options = head_options or {}
+        config = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
+        try:
+            with patched(differentiable_entropy=self._entropy_trains(config), **self._head_options):
+                super().__init__(*args, **kwargs)
+        finally:
+            if tuner is not None:
+                module.BaseTunerLayer = tuner
+        check_model(self.model)  # with its adapters
+        columns = [] if loss is None else [name for name in loss.data if name not in ("desirable", "kl")]
+        if columns:
+            self.data_collator = _WithColumns(self.data_collator, columns)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._loss is not None:
+            self._signature_columns = [*self._signature_columns, *self._loss.data]
+
+    @staticmethod
+    def _entropy_trains(config: Any) -> bool:
+        return False
+
+    def _head_trains(self) -> bool:
+        """Whether a step has a gradient for the head, which one pass makes with a GEMM less."""
+        layers = branches(find_head(self.model))
+        return torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """A loss without metrics, collectives or anything else that stays."""
+        before = dict(self.__dict__)
+        self.accelerator = _OneProcess(self.accelerator)
+        if hasattr(self, "_metrics"):
+            self._metrics = {mode: defaultdict(list) for mode in self._metrics}
+        try:
+            yield
+        finally:
+            for name in self.__dict__.keys() - before.keys():
+                delattr(self, name)
+            self.__dict__.update(before)
+
+    def _in_projection(
+        self,
+        model: Any,
+        inputs: dict[str, Any],  # of the model, with labels
+        loss_of: Callable[[Any], Tensor],  # TRL's loss, of a model that returns the log-probabilities that are there
+        units: Any,  # as in `one_pass_loss`
+    ) -> Tensor:
+        def loss_fn(fields: Any) -> Tensor:
+            def there(*_: Any, **__: Any) -> Any:
+                return fields
+
+            if not torch.is_grad_enabled():
+                return loss_of(there)
+            with self._quiet():
+                return loss_of(there)
+
+        return model(**inputs, fused_lm_head=True, loss_fn=loss_fn, units=units).loss
+
+    def _output(self, model: Any, inputs: dict[str, Any], ref_logps: Tensor | None = None, **data: Any) -> Any:
+        """The result of the loss that takes TRL's place, of inputs whose labels are not shifted."""
+        own = self._loss
+        assert own is not None
+        labels, loss = aligned(inputs.pop("labels")), copy.copy(own)
+        if own.needs_reference:
+            data["ref_logps"] = ref_logps
+        for name in own.data.keys() & inputs.keys():
+            data[name] = inputs.pop(name)
+
+        def run(head: Head) -> Any:
+            transform = {"logit_scale": head.logit_scale, "softcap": head.softcap}
+            loss.head_options = own.head_options | self._head_options | transform
+            virtual = head.hidden.shape[1] - labels.shape[1]
+            whole = torch.nn.functional.pad(labels, (virtual, 0), value=-100).to(head.hidden.device)
+            return loss(head.hidden, head.weight, whole, head.bias, stats=METRIC_STATS, **data)
+
+        return head_call(model, run, **inputs, use_cache=False)[0]
+
+    def _logged(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Means over processes."""
+        return {name: self.accelerator.gather_for_metrics(value).mean().item() for name, value in metrics.items()}
+
+    def _own_loss(self, model: Any, inputs: dict[str, Any], ref_logps: Tensor | None, **data: Any) -> Tensor:
+        """The loss that takes TRL's place, with its metrics."""
+        mode, attended = "train" if self.model.training else "eval", inputs["attention_mask"].sum()
+        out = self._output(model, inputs, ref_logps, **data)
+        for name, value in self._logged(out.metrics()).items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            tokens = self.accelerator.gather_for_metrics(attended).sum().item()
+            self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return out.loss
+
+
+class _WithColumns:
+    """A collator that keeps numbers of the examples."""
+
+    def __init__(self, collator: Any, columns: list[str]) -> None:
+        self.collator, self.columns = collator, columns
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        for name in self.columns:
+            if name not in batch and all(name in example for example in examples):
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+class DPOTrainer(AlignlossTrainer, _DPOTrainer):
+    """TRL's DPOTrainer on alignloss, with `head_options` and `loss`; references that the data set has are taken."""
+
+    paired = True
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        there = {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ())
+        return dataset if there else super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        own = self._loss
+        if own is None and (return_outputs or self.aux_loss_enabled or not self._head_trains()):
+            return super()._compute_loss(model, inputs, return_outputs)
+        if not self.precompute_ref_logps and (own is None or own.needs_reference):
+            chosen, rejected = self.compute_ref_log_probs(self.ref_model or model, inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        known = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        given = {name: value for name, value in inputs.items() if name not in known}
+        given["labels"] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        if own is not None:
+            ref = [inputs[name] for name in known[1:]] if own.needs_reference else []
+            return self._own_loss(model, given, torch.cat(ref) if ref else None)
+        pairs = len(given["labels"]) // 2
+        coupled = any(loss.startswith("aot") for loss in self.loss_types)
+        units = None if coupled else [(i, i + pairs) for i in range(pairs)]
+        theirs, precomputed = super()._compute_loss, self.precompute_ref_logps
+        self.precompute_ref_logps = True
+        try:
+            return self._in_projection(model, given, lambda there: theirs(there, inputs, False), units)
+        finally:
+            self.precompute_ref_logps = precomputed
+
+
+class KTOTrainer(AlignlossTrainer, _KTOTrainer):
+    """TRL's KTOTrainer on alignloss, with `head_options` and `loss`."""
+
+    paired = False
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        needed = {"ref_logps"} | ({"ref_KL_logps"} if self.calculate_KL else set())
+        there = needed <= set(dataset.column_names or ())
+        return dataset if there else super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        own = self._loss
+        if own is None and (return_outputs or self.aux_loss_enabled or not self._head_trains()):
+            return super()._compute_loss(model, inputs, return_outputs)
+        inputs = {
+            name: value.to(self.accelerator.device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        if not self.precompute_ref_logps:
+            ref, ref_kl = self.compute_ref_log_probs(self.ref_model or model, inputs)
+            inputs |= {"ref_logps": ref, "ref_KL_logps": ref_kl}
+        divergence = None
+        if self.calculate_KL:
+            # of all processes, so that it is the same in every call
+            mean = (self._compute_kl_logps(model, inputs) - inputs["ref_KL_logps"]).mean().detach()
+            divergence = self.accelerator.gather_for_metrics(mean).mean().expand_as(inputs["ref_KL_logps"])
+            inputs["ref_KL_logps"] = torch.zeros_like(divergence)
+        known = ("completion_mask", "label", "ref_logps")
+        given = {name: v for name, v in inputs.items() if name not in known and not name.startswith(("KL_", "ref_KL"))}
+        given["labels"] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        if own is not None:
+            data = {"desirable": inputs["label"], "kl": 0.0 if divergence is None else divergence[:1].squeeze(0)}
+            data = {name: value for name, value in data.items() if name in own.data}
+            return self._own_loss(model, given, inputs["ref_logps"], **data)
+        units = [(i,) for i in range(len(given["labels"]))]
+        theirs, precomputed = super()._compute_loss, self.precompute_ref_logps
+        self.precompute_ref_logps = True
+        self._compute_kl_logps = lambda *_: divergence
+        try:
+            return self._in_projection(model, given | {"use_cache": False}, lambda m: theirs(m, inputs, False), units)
+        finally:
+            self.precompute_ref_logps = precomputed
+            del self._compute_kl_logps
+
+
+class SFTTrainer(AlignlossTrainer, _SFTTrainer):
+    """TRL's SFTTrainer on alignloss, with `head_options`."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        full_logits = self.compute_loss_func is not None or self.label_smoother is not None
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        split = parallel is not None and getattr(parallel, "sp_enabled", False)
+        if return_outputs or self.aux_loss_enabled or full_logits or split or not self._head_trains():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        theirs = super().compute_loss
+        labels = inputs["labels"] if inputs.get("shift_labels") is None else inputs["shift_labels"]
+        units = [(i,) for i in range(len(labels))]
+        given = {**inputs, "use_cache": False}
+        return self._in_projection(
+            model, given, lambda there: theirs(there, dict(inputs), False, num_items_in_batch), units
+        )
+
+
+class _Online(AlignlossTrainer):
+    """GRPO and RLOO, which ask the model for log-probabilities in the middle of their loss."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.aux_loss_enabled or self._couples_rows() or not self._head_trains():
+            return super()._compute_loss(model, inputs)
+        theirs = super()._compute_loss
+        try:
+            with self._quiet(), torch.no_grad():
+                theirs(_Asked.of, inputs)
+            raise AssertionError("TRL's loss did not call the model")
+        except _Asked as asked:
+            given = {name: value for name, value in asked.arguments.items() if name != "fused_lm_head"}
+        units = [(i,) for i in range(len(given["labels"]))]
+        with self.accelerator.autocast():
+            return self._in_projection(model, given, lambda there: theirs(there, inputs), units)
+
+    def _couples_rows(self) -> bool:
+        """Whether the loss needs more than a row and its log-probabilities: a gradient of the entropy, a quantile."""
+        return getattr(self, "_entropy_bonus_enabled", False) or getattr(self, "top_entropy_quantile", 1.0) < 1.0
+
+
+class _Asked(Exception):
+    """What a loss would call the model with; nothing else of that call is wanted."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+    @staticmethod
+    def of(**arguments: Any) -> Any:
+        raise _Asked(arguments)
+
+
+class GRPOTrainer(_Online, _GRPOTrainer):
+    """TRL's GRPOTrainer on alignloss, with `head_options`."""
+
+    @staticmethod
+    def _entropy_trains(config: Any) -> bool:
+        return config is not None and (config.entropy_coef != 0.0 or config.use_adaptive_entropy)
+
+
+class RLOOTrainer(_Online, _RLOOTrainer):
+    """TRL's RLOOTrainer on alignloss, with `head_options`."""
