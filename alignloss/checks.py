@@ -95,8 +95,8 @@ def check_kept(before: Kept, *, values: bool = True, **tensors: Tensor | None) -
         problem = problem_of(value) if values else None
         if problem is None and (value.shape, value.dtype) != before[name]:
             shape, dtype = before[name]
-            emptied = value.numel() == 0 or value.dim() < len(shape)
-            what = "emptied" if emptied else "another one"
+            flat = "flattened" if value.dim() < len(shape) else "another one"
+            what = flat if value.numel() else "emptied"
             problem = f"{what}, {tuple(value.shape)} {value.dtype} after {tuple(shape)} {dtype}: {_INSIDE}"
         if problem is not None:
             raise RuntimeError(f"the backward needs {name} as the forward had it, and it is {problem}")
@@ -161,6 +161,14 @@ def check_like(name: str, value: Tensor, model_name: str, model: Tensor) -> None
 def check_binary(name: str, value: Tensor) -> None:
     if not bool(((value == 0) | (value == 1)).all()):
         raise ValueError(f"{name} must be bool, or 0 and 1; got {value.unique().tolist()[:8]}")
+
+
+def check_values_exist(value: Tensor, needed: bool) -> None:
+    if needed and not torch.compiler.is_compiling() and is_fake(value):
+        raise ValueError(
+            "under FakeTensorMode there are no values to look labelled positions up in, or to check: give token_index "
+            "and validate=False"
+        )
 
 
 def validates(validate: bool | None, device: torch.device) -> bool:

@@ -458,7 +458,7 @@ def rows_bwd(
 
 
 def scale_bwd(
-    gradient: Tensor,  # contiguous; overwritten
+    gradient: Tensor,  # dense, in any order; overwritten
     factor: Tensor,  # 0-d
 ) -> None:
     """Multiply a gradient by a factor, in fp32, without a touch of its memory where the factor is 1."""

@@ -80,3 +80,10 @@ def test_bco_takes_the_shift():
         torch.testing.assert_close(out.losses, expected)
         shift.update(out.rewards, desirable)
     assert shift.delta != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_sums_of_16_bits_are_no_estimate(dtype):
+    sums = torch.tensor([-300.3, -20.0])
+    with pytest.raises(ValueError, match=f"ref_kl_logps must be float32 or float64, got {dtype}"):
+        alignloss.kto_kl(sums, sums.to(dtype))

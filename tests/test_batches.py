@@ -69,3 +69,14 @@ def test_padding_on_either_side_is_no_gap():
     completion = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]])
     mixed = alignloss.mismatched_pairs(ids, real, completion, 0)
     assert mixed.input_ids.tolist() == [[1, 5, 6], [4, 2, 3]]
+
+
+def test_padding_between_tokens_is_no_padding():
+    ids = torch.tensor([[1, 2, 6, 7, 8], [3, 4, 5, 9, 0]])
+    attention = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 1, 1, 0]])
+    completion = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]])
+    with pytest.raises(ValueError, match=r"attention_mask must be one block in each row.*row 0 has 2"):
+        alignloss.mismatched_pairs(ids, attention, completion, 0)
+    for side in ((0, 0, 1, 1, 1), (1, 1, 1, 0, 0)):
+        mask = torch.tensor([side, side])
+        alignloss.mismatched_pairs(ids, mask, mask * torch.tensor([0, 0, 1, 0, 0]) * 0, 0)

@@ -4,6 +4,7 @@ import inspect
 from functools import partial
 from math import exp, log
 
+import mpmath  # torch's own
 import pytest
 import torch
 
@@ -454,3 +455,52 @@ def test_orpo_is_exact_as_a_probability_goes_to_1():
 def test_the_module_checks_options_by_their_ranges(name, options, message):
     with pytest.raises(ValueError, match=message):
         alignloss.PreferenceLoss(name, **options)
+
+
+def slopes_by_mpmath(formula, at):
+    """d formula / d x at each x, by differences of 500 digits."""
+    with mpmath.workdps(500):
+        return torch.tensor([float(mpmath.diff(formula, mpmath.mpf(x))) for x in at], dtype=torch.float64)
+
+
+def sigma(x):
+    return 1 / (1 + mpmath.exp(-x))
+
+
+# of the chosen reward (or of a desirable sequence), beta = 1; the reward of the rejected sequence is -1/2
+SATURATING = {
+    "apo_zero": lambda x: 1 - sigma(x),
+    "apo_down": lambda x: sigma(x) + 1 - sigma(x + mpmath.mpf(1) / 2),
+    "exo": lambda x: sum(
+        sigma(m) * (mpmath.log(sigma(m)) - mpmath.log(mpmath.mpf(q)))
+        for m, q in ((x + mpmath.mpf(1) / 2, "0.9"), (-x - mpmath.mpf(1) / 2, "0.1"))
+    ),
+    "kto": lambda x: 1 - sigma(x),
+    "apo_zero_unpaired": lambda x: 1 - sigma(x),
+    "discopop": lambda x: (
+        (1 - sigma(20 * (x + mpmath.mpf(1) / 2))) * -mpmath.log(sigma(x + mpmath.mpf(1) / 2))
+        + sigma(20 * (x + mpmath.mpf(1) / 2)) * mpmath.exp(-x - mpmath.mpf(1) / 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SATURATING)
+def test_a_saturated_loss_keeps_its_slope(name):
+    """Where sigmoid rounds to 1, and s (1 - s) to 0; against differences of 500 digits."""
+    at = [-400.0, -100.0, -50.0, -37.0, -30.0, -5.0, 0.0, 5.0, 30.0, 37.0, 50.0, 100.0, 400.0]
+    x = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros_like(x)
+    if name in ("kto", "apo_zero_unpaired"):
+        data = (x, zero, torch.ones(len(at), dtype=torch.bool), *([zero] if name == "kto" else []))
+    else:
+        data = (x, zero - 0.5, zero, zero)
+    values = LOSSES[name](*data, beta=1.0, **({"epsilon": 0.1} if name == "exo" else {}))[0]
+    (slopes,) = torch.autograd.grad(values.sum(), x)
+    expected = slopes_by_mpmath(SATURATING[name], at)
+    assert bool(((slopes - expected).abs() <= 1e-9 * expected.abs() + 1e-300).all()), (slopes, expected)
+
+
+def test_discopop_of_an_impossible_chosen_sequence_is_infinite():
+    chosen, zero = torch.tensor([-torch.inf], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for tau in (0.05, 1.0):
+        assert float(losses.discopop_loss(chosen, zero, zero, zero, beta=0.1, tau=tau)[0]) == torch.inf

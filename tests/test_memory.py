@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import token_logps
+from reference import error, token_logps
 
 import alignloss
 from alignloss.commands.measure import peak_bytes
@@ -63,6 +63,22 @@ def test_the_workspace_is_a_bound_in_one_pass(workspace, dtype):
     module = alignloss.SFTLoss(workspace_bytes=workspace)
     peak = peak_bytes(lambda: module(hidden, weight, labels).loss.backward())
     assert peak - 2 * hidden.nbytes - weight.nbytes <= workspace + vectors(sequences * length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_the_workspace_is_a_bound_in_one_pass_for_any_layout_of_the_head(layout, dtype):
+    hidden = torch.randn(4, 20, H).to(dtype).requires_grad_()
+    weight = torch.randn(H, V).to(dtype).T if layout == "transposed" else torch.randn(V, 2 * H).to(dtype)[:, ::2]
+    weight.requires_grad_()
+    labels = torch.randint(0, V, (4, 20))
+    module = alignloss.SFTLoss(workspace_bytes=4 * MIB)
+    peak = peak_bytes(lambda: module(hidden, weight, labels).loss.backward())
+    gradients = hidden.nbytes + weight.grad.nbytes
+    assert peak - gradients - hidden.nbytes <= 4 * MIB + vectors(80)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    (-token_logps(*exact, labels).mean()).backward()
+    assert error(weight.grad, exact[1].grad) <= (2e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_groups_of_one_pass_share_a_widened_bias():

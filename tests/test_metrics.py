@@ -204,3 +204,13 @@ def test_the_share_of_hits_is_no_number_beside_a_token_that_is_none(module):
     hidden[1, 2] = torch.nan
     metrics = module(hidden, weight, labels, stats=("is_top1", "entropy")).metrics()
     assert metrics["mean_token_accuracy"].isnan() and metrics["entropy"].isnan()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("module", [alignloss.SFTLoss, alignloss.CPOLoss])
+def test_a_token_of_weight_0_that_is_no_number_leaves_no_share_of_hits(module, backend):
+    hidden, weight, _, labels = inputs(4, 5, masked=0.0, dtype=torch.float32)
+    hidden[1, 2] = torch.nan
+    weights = torch.ones(4, 5).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(0.0))
+    out = module(backend=backend)(hidden, weight, labels, token_weights=weights, stats=("is_top1",))
+    assert out.metrics()["mean_token_accuracy"].isnan()

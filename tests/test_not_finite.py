@@ -131,6 +131,21 @@ def test_an_impossible_chosen_sequence_and_disabled_penalties():
     assert float(kto) == 0
 
 
+@pytest.mark.parametrize("impossible", ["chosen", "rejected"])
+@pytest.mark.parametrize(("name", "backend"), [*((n, "torch") for n in sorted(losses.LOSSES)), ("orpo", "triton")])
+def test_an_impossible_sequence_has_no_gradient_that_is_no_number_where_the_loss_is_finite(name, backend, impossible):
+    module = module_of(name, backend)
+    hidden, weight, bias, labels = small()
+    labels[labels == 7] = 8
+    labels[2 if impossible == "rejected" else 0, 0], bias[7] = 7, -torch.inf
+    h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+    out = module(h, w, labels, bias, **data_of(module, 4))
+    out.loss.backward()
+    if bool(out.loss.detach().isfinite()):
+        assert bool(h.grad.isfinite().all()) and bool(w.grad.isfinite().all())
+    assert not bool(out.losses.isnan().any())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mixture_leaves_out_what_weighs_0(backend):
     hidden, weight, bias, labels = small()

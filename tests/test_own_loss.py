@@ -134,6 +134,16 @@ def test_what_else_the_loss_depends_on_gets_its_gradient():
         assert error(ours, theirs) <= 2e-5
 
 
+def test_a_loss_with_parameters_of_its_own_computes_nothing_in_vain():
+    hidden, weight, _, labels = inputs(2 * B, T, hidden_size=H, vocabulary=V, masked=0)
+    h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+    factor = torch.ones((), requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True, acc_events=True) as prof:
+        alignloss.one_pass_loss(h, w, labels, lambda logps, _: -(factor * logps).mean(), backend="torch").backward()
+    flops = sum(event.flops for event in prof.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+    assert flops == 4 * 2 * labels.numel() * V * H
+
+
 def test_a_reference_pass_runs_the_loss_once():
     hidden, weight, _, labels = inputs(2, 5, dtype=torch.float32)
     calls = []

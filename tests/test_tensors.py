@@ -315,6 +315,26 @@ def test_every_regime_traces_without_values(name, regime):
                 (function if "token_index" in missing else CALLS[name][0])(**(fake | missing))
 
 
+def test_a_step_in_one_pass_has_no_kernels_under_fake_tensors():
+    options = {"backend": "triton", "validate": False}
+    with FakeTensorMode():
+        for loss_fn in (alignloss.SFTLoss(**options), alignloss.CPOLoss(**options), alignloss.ORPOLoss(**options)):
+            h, w = torch.randn(4, 5, 8, requires_grad=True), torch.randn(19, 8, requires_grad=True)
+            labels, index = torch.zeros(4, 5, dtype=torch.long), torch.arange(11)
+            loss_fn(h, w, labels, token_index=index).loss.backward()
+            assert h.grad.shape == h.shape and w.grad.shape == w.shape
+
+
+@pytest.mark.parametrize("what", ["nll_labels", "real_sequences"])
+def test_values_that_are_looked_at_are_missing_by_name_under_fake_tensors(what):
+    with FakeTensorMode():
+        hidden, weight, labels = torch.randn(20, 8), torch.randn(19, 8), torch.zeros(20, dtype=torch.long)
+        given = {"token_index": torch.arange(20), "cu_seqlens": torch.arange(0, 21, 5)}
+        given |= {"nll_labels": labels} if what == "nll_labels" else {"real_sequences": 4}
+        with pytest.raises(ValueError, match="under FakeTensorMode there are no values"):
+            alignloss.CPOLoss()(hidden, weight, labels, **given)
+
+
 def test_every_function_with_labels_takes_narrow_ones():
     """uint8 holds neither -100 nor 300: an id of 156 is not ignored by the first, nor 44 by the second."""
     ids = torch.tensor([[156, 44, 3, 7], [44, 156, 9, 200]])
@@ -392,6 +412,10 @@ def test_ambient_defaults_change_nothing(ambient):
         results.append(alignloss.ORPOLoss()(**pair, pair_weights=torch.tensor([0.5, 1.0], device="cpu")).loss)
         mixture = alignloss.MixtureLoss([alignloss.DPOLoss(), alignloss.IPOLoss()], [0.5, 0.5])
         results.append(mixture(**pair, **LOGPS).loss)
+        several = {n: leaf(v, torch.float32) if n in ("hidden", "weight") else v for n, v in pair.items()}
+        out = alignloss.CPOLoss(workspace_bytes=REGIMES["groups"][1])(**several)
+        out.loss.backward()
+        results += [out.loss.detach(), out.losses, several["weight"].grad]
         return results
 
     expected = everything()

@@ -65,3 +65,10 @@ def test_wpo_is_the_likelihood_of_the_pair_under_the_policy():
         alignloss.wpo_pair_weights(stats.logps, labels)
     with pytest.raises(ValueError, match="ask linear_logprob_stats"):
         alignloss.wpo_pair_weights(alignloss.linear_logprob_stats(hidden, weight, labels), labels)
+
+
+def test_statistics_of_another_shape_are_no_weights():
+    labels = torch.zeros(4, 5, dtype=torch.int64)
+    stats = alignloss.LogprobStats(torch.zeros(4, 5), log_sum_sq_probs=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"stats.log_sum_sq_probs must have the shape and device of labels, \(4, 5\)"):
+        alignloss.wpo_pair_weights(stats, labels)

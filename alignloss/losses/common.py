@@ -22,6 +22,11 @@ def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(margins) - weighted(label_smoothing, F.logsigmoid(-margins))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), whose slope keeps its relative precision at both ends: autograd's s (1 - s) is 0 as s -> 1."""
+    return F.logsigmoid(x).exp()
+
+
 def bounded_exp(exponents: Tensor) -> Tensor:
     """exp(x), constant beyond `MAX_EXPONENT`."""
     return exponents.clamp(max=MAX_EXPONENT).exp()
@@ -44,5 +49,6 @@ def log_odds(logps: Tensor) -> Tensor:
     # loses small arguments; each branch sees only its own x
     far = torch.log1p(-torch.where(near_one, -1.0, x).exp())
     near = (-torch.expm1(torch.where(near_one & ~nearer, x, -0.5))).log()
-    series = (-x).log() + x / 2 + x**2 / 24
+    small = torch.where(nearer, x, -5e-4)
+    series = (-small).log() + small / 2 + small**2 / 24
     return x - torch.where(nearer, series, torch.where(near_one, near, far))

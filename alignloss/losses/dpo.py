@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Paired, bounded_exp, logistic, weighted
+from .common import Paired, bounded_exp, logistic, sigmoid, weighted
 from .divergences import Divergence
 
 __all__ = [
@@ -250,7 +250,11 @@ def discopop_loss(
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     margins = chosen_rewards - rejected_rewards
-    losses = torch.sigmoid(-margins / tau) * logistic(margins) + (-margins + F.logsigmoid(margins / tau)).exp()
+    # log s - m, of m < 0 by log s = m / tau + log sigmoid(-m / tau): no difference of infinities
+    low, high = torch.where(margins < 0, margins, 0), torch.where(margins < 0, 0, margins)
+    below = weighted(1 / tau - 1, low) + F.logsigmoid(-low / tau)
+    exponents = torch.where(margins < 0, below, F.logsigmoid(high / tau) - high)
+    losses = sigmoid(-margins / tau) * logistic(margins) + exponents.exp()
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Paired, logistic
+from .common import Paired, logistic, sigmoid
 
 __all__ = [
     "apo_down_loss", "apo_zero_loss", "bco_pair_loss", "cal_dpo_loss", "exo_loss", "hinge_loss", "ipo_loss",
@@ -91,8 +91,8 @@ def exo_loss(
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     margins = (chosen_rewards - rejected_rewards).clamp(-1e3, 1e3)  # saturated beyond; not 0 * inf
-    chosen_terms = torch.sigmoid(margins) * (F.logsigmoid(margins) - math.log1p(-epsilon))
-    losses = chosen_terms + torch.sigmoid(-margins) * (F.logsigmoid(-margins) - math.log(epsilon))
+    chosen_terms = sigmoid(margins) * (F.logsigmoid(margins) - math.log1p(-epsilon))
+    losses = chosen_terms + sigmoid(-margins) * (F.logsigmoid(-margins) - math.log(epsilon))
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -149,7 +149,7 @@ def apo_zero_loss(
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    losses = torch.sigmoid(-chosen_rewards) + torch.sigmoid(rejected_rewards)
+    losses = sigmoid(-chosen_rewards) + sigmoid(rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
@@ -169,7 +169,7 @@ def apo_down_loss(
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    losses = torch.sigmoid(chosen_rewards) + torch.sigmoid(rejected_rewards - chosen_rewards)
+    losses = sigmoid(chosen_rewards) + sigmoid(rejected_rewards - chosen_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 

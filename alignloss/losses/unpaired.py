@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import Unpaired, logistic
+from .common import Unpaired, logistic, sigmoid
 
 
 def _by_label(desirable: Tensor, if_desirable: Tensor, otherwise: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def kto_loss(
     weights = _by_label(desirable, gains.new_full((), desirable_weight), gains.new_full((), undesirable_weight))
     left_out = weights == 0  # where a gain need not be finite; a gradient of 0 through the sigmoid would not be either
     x = torch.where(left_out, 0, _by_label(desirable, -gains, gains))
-    return torch.where(left_out, 0, weights * torch.sigmoid(x)), rewards.detach()
+    return torch.where(left_out, 0, weights * sigmoid(x)), rewards.detach()
 
 
 def apo_zero_unpaired_loss(
@@ -47,7 +47,7 @@ def apo_zero_unpaired_loss(
     D'Oosterlinck et al. 2024 (arXiv:2408.06266), eq. 7, a term for each sequence: KTO with kl = 0.
     """
     rewards = beta * (logps - ref_logps)
-    return _by_label(desirable, torch.sigmoid(-rewards), torch.sigmoid(rewards)), rewards.detach()
+    return _by_label(desirable, sigmoid(-rewards), sigmoid(rewards)), rewards.detach()
 
 
 def bco_loss(

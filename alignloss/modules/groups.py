@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ..checks import leaves_of
 from ..ops.head import Projection
@@ -142,6 +143,8 @@ def _rows(projection: Projection) -> int:
         return 0
     if torch._C._are_functorch_transforms_active():
         return 0
+    if projection.options.backend == "triton" and is_fake(projection.hidden):  # a pass launches kernels itself
+        return 0
     index = projection.token_index
     return projection.labels.numel() if index is None else index.numel()
 
@@ -214,7 +217,7 @@ class _Order(NamedTuple):
         to a GPU does not wait for it."""
         sequences = list(chain.from_iterable(numbers))
         both = (sequences, [number for number in sequences if number < units])
-        return _Order(*(torch.tensor(order).argsort().to(device) for order in both))
+        return _Order(*(torch.tensor(order, device="cpu").argsort().to(device) for order in both))
 
     def merged(self, loss: Tensor, found: list[Results]) -> Results:
         sums, rewards = (

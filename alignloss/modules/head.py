@@ -49,6 +49,8 @@ class HeadLoss(nn.Module):
     ) -> tuple[Results, ScoredTokens]:
         """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
         bits = backends.stat_bits(stats, METRIC_STATS)
+        if bits & backends.IS_TOP1:
+            bits |= backends.LSE  # which shows where a distribution is none
         values: Sequence[Tensor | None]
         trained = train_in_one_pass(projection, batch, evaluate, bits) if one_pass else None
         if trained is not None:
@@ -56,11 +58,10 @@ class HeadLoss(nn.Module):
         else:
             logps, *values = score(projection, bits, differentiate_entropy=False)
             results = evaluate(logps, batch)
-        asked: dict[str, Any] = {
-            name: value.detach()
-            for name, value in zip(backends.STATS, values, strict=True)
-            if value is not None and name in stats
-        }
+        named = dict(zip(backends.STATS, values, strict=True))
+        asked: dict[str, Any] = {name: named[name].detach() for name in stats}  # type: ignore[union-attr]
+        if "is_top1" in asked:
+            asked["is_top1"] = torch.where(named["lse"].isnan(), torch.nan, asked["is_top1"].double())  # type: ignore[union-attr]
         return results, ScoredTokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index, **asked)
 
     def extra_repr(self) -> str:

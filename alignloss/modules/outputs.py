@@ -25,7 +25,7 @@ class ScoredTokens(NamedTuple):
     ignore_index: int
     entropy: Tensor | None = None  #: (M,) nats
     mean_logits: Tensor | None = None  #: (M,)
-    is_top1: Tensor | None = None  #: (M,)
+    is_top1: Tensor | None = None  #: (M,), 0 and 1; NaN where the distribution is none
     desirable: Tensor | None = None  #: (S,) or 0-d, of an unpaired loss, as given
     kl: Tensor | None = None  #: of an unpaired loss, as given
     versions: tuple[tuple[int, int], ...] = ()  #: of what is the caller's: identity, and how often it was written

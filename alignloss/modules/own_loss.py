@@ -35,8 +35,8 @@ def one_pass_loss(
         hidden, weight, labels, bias: as in `linear_logprob`.
         loss_fn: a function of `logps` (M,), nats, float64, of the M flattened positions, 0 at ignored ones, and of a
             `LogprobStats` of the asked statistics (M,), detached. It returns the loss, 0-d, by any torch code. It runs
-            once or, by groups of `units`, several times with gradients enabled, where the log-probabilities and
-            statistics of other groups may be 0; its values are not used then. At the end it runs once under
+            several times with gradients enabled, at first on zeros, then by groups of `units`, where log-probabilities
+            and statistics of other groups may be 0; its values are not used then. At the end it runs once under
             `torch.no_grad()`, on everything: what should happen once, as metrics and collectives do, belongs where
             `torch.is_grad_enabled()` is False.
         units: rows of `labels` (indices of its first dimension) whose log-probabilities meet in the loss, e.g. the two
@@ -106,6 +106,9 @@ def _trained_in_one_pass(
             return None
         indices, held = [*groups.indices], groups.held
     values = room(projection, stats)
+    # what it depends on shows without log-probabilities, before they are computed in vain
+    zeros = torch.zeros(projection.labels.shape, dtype=torch.float64, device=projection.labels.device)
+    check_leaves(evaluate(zeros.requires_grad_(), values), zeros)
     everything = projection.labels.new_zeros(projection.labels.shape, dtype=torch.float64)
 
     def share_of(index: Tensor | None) -> Callable[[Tensor], Tensor]:

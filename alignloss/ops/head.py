@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_gradtrackingtensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from .. import backends
@@ -17,6 +16,7 @@ from ..checks import (
     check_options,
     check_savable,
     check_tensor,
+    check_values_exist,
     checked_labels,
     savable,
     validates,
@@ -175,11 +175,7 @@ def _check_modes(
     """Tensors without values, and those of inference mode that a backward would need."""
     if torch.compiler.is_compiling():
         return
-    if is_fake(hidden) and (token_index is None or validate):
-        raise ValueError(
-            "under FakeTensorMode there are no values to look labelled positions up in, or to check: give token_index "
-            "and validate=False"
-        )
+    check_values_exist(hidden, token_index is None or validate)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         check_savable(hidden=hidden, weight=weight, bias=bias)
 

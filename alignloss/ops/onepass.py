@@ -166,8 +166,13 @@ class HeadGradient:
     ) -> None:
         self.primitives = backends.get(footprint.backend)
         self.weight_dtype, accum_dtype = weight.dtype, footprint.accum_dtype
-        shape = weight.shape if need_dweight else (0,)
-        self.dweight = torch.empty(shape, dtype=accum_dtype if several else weight.dtype, device=weight.device)
+        dtype = accum_dtype if several else weight.dtype
+        # in the layout of the weight, which autograd would copy it to; a product wider than its operands is contiguous
+        wider = dtype.itemsize > footprint.gemm_dtype.itemsize
+        layout = torch.contiguous_format if wider else torch.preserve_format
+        self.dweight = weight.new_empty(0, dtype=dtype)
+        if need_dweight:
+            self.dweight = torch.empty_like(weight, dtype=dtype, memory_format=layout)
         self.dbias = torch.empty(len(weight) if need_dbias else 0, dtype=accum_dtype, device=weight.device)
         self.unit: Tensor | None = None
         self.begun = False

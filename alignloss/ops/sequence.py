@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_like, check_tensor, savable, validates
+from ..checks import check_like, check_tensor, check_values_exist, savable, validates
 from .context import device_guard, no_double_backward
 
 
@@ -24,6 +24,7 @@ def sequence_layout(
     `ignore_index`, labels beyond the last real sequence are looked for. Sequences without tokens are taken where their
     number is given, or `may_be_empty`.
     """
+    check_values_exist(labels, validates(validate, labels.device))
     if real_sequences is not None and cu_seqlens is None:
         raise ValueError("real_sequences says how many of the sequences in cu_seqlens are real; it needs cu_seqlens")
     if cu_seqlens is None:

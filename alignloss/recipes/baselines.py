@@ -21,6 +21,8 @@ def kto_kl(
     """
     for name, value in (("kl_logps", kl_logps), ("ref_kl_logps", ref_kl_logps)):
         check_tensor(name, value, "; pass .logps")
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} must be float32 or float64, got {value.dtype}: sums lose whole nats in 16 bits")
     if kl_logps.shape != ref_kl_logps.shape or kl_logps.dim() != 1:
         raise ValueError(f"kl_logps and ref_kl_logps must both be (B,); got {kl_logps.shape} and {ref_kl_logps.shape}")
     logratios = (kl_logps - ref_kl_logps).detach().double()

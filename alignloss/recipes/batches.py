@@ -71,8 +71,8 @@ def mismatched_pairs(
     prompt with another one's completion, which may be longer than T. Runs on the host: call it in the collator.
 
     Raises:
-        ValueError: for fewer than two sequences (a pair would match itself), shapes that differ, or a completion that
-            is not the end of its row, as with several turns of the assistant.
+        ValueError: for fewer than two sequences (a pair would match itself), shapes that differ, padding between
+            tokens, or a completion that is not the end of its row, as with several turns of the assistant.
 
     Example:
         >>> input_ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
@@ -93,6 +93,12 @@ def mismatched_pairs(
     if count < 2:
         raise ValueError(f"mismatched pairs need at least 2 sequences, got {count}; raise the batch size")
     real, completion = attention_mask.bool(), completion_mask.bool() & attention_mask.bool()
+    blocks = torch.nn.functional.pad(real.long(), (1, 0)).diff(dim=1).clamp(min=0).sum(1)
+    if bool((blocks > 1).any()):
+        raise ValueError(
+            f"attention_mask must be one block in each row, with padding before or after it; row "
+            f"{int((blocks > 1).nonzero()[0])} has {int(blocks.max())}"
+        )
     # once a completion has begun, every real token belongs to it
     resumed = (completion.cummax(1).values & real & ~completion).any(1)
     if bool(resumed.any()):

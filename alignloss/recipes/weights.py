@@ -139,7 +139,8 @@ def wpo_pair_weights(
     if stats.log_sum_sq_probs is None:
         raise ValueError('WPO needs log_sum_sq_probs: ask linear_logprob_stats for stats=("log_sum_sq_probs",)')
     labels = checked_labels("labels", labels)
-    check_like("stats.logps", stats.logps, "labels", labels)
+    for name in ("logps", "log_sum_sq_probs"):
+        check_like(f"stats.{name}", getattr(stats, name), "labels", labels)
     offsets, sequences = _pair_offsets(labels, cu_seqlens, real_sequences, ignore_index)
     values = (stats.logps - stats.log_sum_sq_probs).detach().masked_fill(labels == ignore_index, 0).reshape(-1)
     sums = sequence_sum(values, offsets, sequences, None, "torch")
