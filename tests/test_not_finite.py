@@ -143,7 +143,6 @@ def test_an_impossible_sequence_has_no_gradient_that_is_no_number_where_the_loss
     out.loss.backward()
     if bool(out.loss.detach().isfinite()):
         assert bool(h.grad.isfinite().all()) and bool(w.grad.isfinite().all())
-    assert not bool(out.losses.isnan().any())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
