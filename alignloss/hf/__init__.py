@@ -1,9 +1,10 @@
 """Models of transformers, with or without PEFT: the loss inside the forward of the output projection.
 
-Imports checks. Neither transformers nor PEFT: a model brings them along.
+Imports checks, recipes and `logprob`. Neither transformers nor PEFT: a model brings them along.
 """
 
 from .check import UnsupportedModel, check_model
 from .head import Head, head_call, hidden_and_head
+from .score import score
 
-__all__ = ["Head", "UnsupportedModel", "check_model", "head_call", "hidden_and_head"]
+__all__ = ["Head", "UnsupportedModel", "check_model", "head_call", "hidden_and_head", "score"]

@@ -58,7 +58,7 @@ def check_model(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tup
         inner = getattr(inner, "_orig_mod", None) or inner.module
     name = name_of(model)
     try:
-        with _left_as_it_is(inner), torch.no_grad():
+        with left_as_it_is(inner), torch.no_grad():
             found = _measured(inner, dict(_tokens(inner) if batch is None else batch), name, batch is None)
     except UnsupportedModel as error:
         raise UnsupportedModel(str(error) if name in str(error) else f"{name}: {error}") from error
@@ -204,7 +204,7 @@ def _state(base: nn.Module, head: nn.Module) -> str:
 
 
 @contextmanager
-def _left_as_it_is(model: nn.Module) -> Iterator[None]:
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
     """In evaluation; modes and random states as they were afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
