@@ -5,6 +5,16 @@ Imports checks, recipes and `logprob`. Neither transformers nor PEFT: a model br
 
 from .check import UnsupportedModel, check_model
 from .head import Head, head_call, hidden_and_head
+from .prompts import SharedPrompts, share_prompts
 from .score import score
 
-__all__ = ["Head", "UnsupportedModel", "check_model", "head_call", "hidden_and_head", "score"]
+__all__ = [
+    "Head",
+    "SharedPrompts",
+    "UnsupportedModel",
+    "check_model",
+    "head_call",
+    "hidden_and_head",
+    "score",
+    "share_prompts",
+]

@@ -49,7 +49,7 @@ def check_model(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tup
         (0.0625, None)
     """
     base = unwrapped(model)
-    state = _state(base, find_head(model))
+    state = state_of(base, find_head(model))
     if batch is None and base in _checked and _checked[base][0] == state:
         return _checked[base][1]
     # what is inside computes the same, and no reducer waits for gradients, nothing is compiled for a few tokens
@@ -187,7 +187,7 @@ def _config(base: nn.Module) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
-def _state(base: nn.Module, head: nn.Module) -> str:
+def state_of(base: nn.Module, head: nn.Module) -> str:
     """What the result depends on, but for the values of parameters."""
     layers = [
         (

@@ -1,0 +1,207 @@
+"""Pairs whose prompt is computed once: one row of prompt, chosen and rejected completion in place of two.
+
+Positions of the rejected completion restart after the prompt, and it does not see the chosen one. The last position of
+the prompt predicts two tokens, so the rows to score are gathered, and go on packed.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .check import check_model, left_as_it_is, state_of
+from .head import Head, head_call
+from .takeover import UnsupportedModel, find_head, name_of, unwrapped
+
+T = TypeVar("T")
+PROMPT, CHOSEN, REJECTED, PADDING = range(4)
+# by dtype of the hidden states, of the largest of them
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+TOLERANCE_16_BIT = 5e-2
+
+_checked: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+
+
+class SharedPrompts(NamedTuple):
+    """B pairs in B rows of T tokens, and the N tokens of their completions, chosen sequences first."""
+
+    input_ids: Tensor  #: (B, T)
+    position_ids: Tensor  #: (B, T)
+    segments: Tensor  #: (B, T), 0 in the prompt, 1 chosen, 2 rejected, 3 padding
+    token_index: Tensor  #: (N,) flat positions whose hidden states predict `labels`
+    labels: Tensor  #: (N,)
+    cu_seqlens: Tensor  #: (2B + 1,) offsets of the sequences in `labels`
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What `sequence_logprob` and the loss modules take beside labels; a completion may be empty."""
+        return {"cu_seqlens": self.cu_seqlens, "real_sequences": len(self.cu_seqlens) - 1}
+
+    def to(self, device: torch.device | str) -> "SharedPrompts":
+        return SharedPrompts(*(value.to(device) for value in self))
+
+    def head_call(self, model: nn.Module, fn: Callable[[Head], T]) -> tuple[T, Any]:
+        """`hf.head_call` of these pairs, whose `Head.hidden` are the N rows (N, H) that predict `labels`.
+
+        The first batch of a model is run as two padded rows too, and compared.
+
+        Raises:
+            UnsupportedModel: where the two differ, and as `check_model`.
+        """
+        _check(model, self)
+        return self._call(model, fn)
+
+    def _call(self, model: nn.Module, fn: Callable[[Head], T]) -> tuple[T, Any]:
+        return head_call(
+            model,
+            lambda head: fn(head._replace(hidden=head.hidden.flatten(0, 1)[self.token_index.to(head.hidden.device)])),
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            attention_mask=self._attention(model),
+            use_cache=False,
+        )
+
+    def _attention(self, model: nn.Module) -> Any:
+        """The mask (B, 1, T, T) that a model takes, or one for each type of its layers."""
+        base: Any = unwrapped(model)
+        config = base.config.get_text_config(decoder=True)
+        kind = getattr(config, "_attn_implementation", None)
+        if kind not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"{name_of(model)} computes attention by {kind!r}, which takes no mask of its own for shared prompts: "
+                'load it with attn_implementation="sdpa"'
+            )
+        dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
+        window = getattr(config, "sliding_window", None)
+        types = set(getattr(config, "layer_types", None) or ())
+        if not types:
+            return self._mask(dtype, window)
+        unknown = types - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise UnsupportedModel(f"{name_of(model)} has layers of {sorted(unknown)}, which share no prompt")
+        masks = {kind: self._mask(dtype, window if kind == "sliding_attention" else None) for kind in types}
+        return masks if len(masks) > 1 or "sliding_attention" in types else masks["full_attention"]
+
+    def _mask(self, dtype: torch.dtype, window: int | None) -> Tensor:
+        at = torch.arange(self.segments.shape[1], device=self.segments.device)
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        seen = (at[:, None] >= at) & (key != PADDING) & ((key == PROMPT) | (key == query))
+        if window is not None:
+            seen &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
+        seen |= at[:, None] == at  # padding sees itself, or its softmax would be of nothing
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs as 2B rows, chosen first: tokens and attention mask (2B, T'), and where labels are predicted."""
+        rows, lengths = [], self.cu_seqlens.diff().tolist()
+        for segment in (CHOSEN, REJECTED):
+            for ids, kinds in zip(self.input_ids, self.segments, strict=True):
+                rows.append(ids[(kinds == PROMPT) | (kinds == segment)])
+        width = max(len(row) for row in rows)
+        ids = self.input_ids.new_zeros(len(rows), width)
+        attended, where = torch.zeros_like(ids), []
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids[i, : len(row)] = row
+            attended[i, : len(row)] = 1
+            where.append(torch.arange(len(row) - 1 - length, len(row) - 1, device=ids.device) + i * width)
+        return ids, attended, torch.cat(where)
+
+
+def share_prompts(
+    examples: Sequence[dict[str, Any]], *, pad_token_id: int = 0, max_length: int | None = None
+) -> SharedPrompts:
+    """Collate pairs so that each prompt is computed once.
+
+    A collator for a loop of one's own (`DataLoader(..., collate_fn=share_prompts)`); the whole step gains what
+    prompts repeat. Its batch is run by `SharedPrompts.head_call`.
+
+    Args:
+        examples: B dictionaries with `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of token ids. A prompt may
+            be empty: then the first token of a completion is not scored, as in any layout.
+        pad_token_id: any token; padding is not seen.
+        max_length: tokens of prompt and completion that count, the first ones; None: all.
+
+    Raises:
+        ValueError: for no examples, or others.
+
+    Example:
+        >>> batch = share_prompts([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}])
+        >>> batch.input_ids, batch.position_ids
+        (tensor([[5, 6, 7, 8, 9]]), tensor([[0, 1, 2, 3, 2]]))
+        >>> batch.labels, batch.token_index  # the prompt's last token predicts both 7 and 9
+        (tensor([7, 8, 9]), tensor([1, 2, 1]))
+    """
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if not examples or not all(isinstance(e, dict) and e.keys() >= set(names) for e in examples):
+        raise ValueError(f"share_prompts takes at least one example, each a dictionary with {list(names)}")
+    pairs = []
+    for example in examples:
+        prompt, chosen, rejected = ([int(token) for token in example[name]] for name in names)
+        prompt = prompt[:max_length]
+        room = None if max_length is None else max_length - len(prompt)
+        pairs.append((prompt, chosen[:room], rejected[:room]))
+    width = max(1, *(sum(map(len, pair)) for pair in pairs))
+    ids = torch.full((len(pairs), width), pad_token_id, dtype=torch.int64)
+    positions, segments = torch.zeros_like(ids), torch.full_like(ids, PADDING)
+    scored: dict[int, list[tuple[list[int], list[int]]]] = {CHOSEN: [], REJECTED: []}
+    for i, (prompt, chosen, rejected) in enumerate(pairs):
+        start = 0
+        for segment, tokens in ((PROMPT, prompt), (CHOSEN, chosen), (REJECTED, rejected)):
+            here = slice(start, start + len(tokens))
+            ids[i, here], segments[i, here] = torch.tensor(tokens, dtype=torch.int64), segment
+            first = 0 if segment == PROMPT else len(prompt)
+            positions[i, here] = torch.arange(first, first + len(tokens))
+            if segment != PROMPT:
+                before = [len(prompt) - 1, *range(start, start + len(tokens) - 1)][: len(tokens)]
+                unseen = int(not prompt)  # what nothing comes before
+                scored[segment].append(([i * width + at for at in before[unseen:]], tokens[unseen:]))
+            start += len(tokens)
+    sequences = [*scored[CHOSEN], *scored[REJECTED]]
+    return SharedPrompts(
+        ids,
+        positions,
+        segments,
+        torch.tensor([at for where, _ in sequences for at in where], dtype=torch.int64),
+        torch.tensor([token for _, tokens in sequences for token in tokens], dtype=torch.int64),
+        torch.tensor([0, *accumulate(len(tokens) for _, tokens in sequences)]),
+    )
+
+
+def _check(model: nn.Module, batch: SharedPrompts) -> None:
+    """Hidden states of a batch, shared and as two padded rows, once per model."""
+    base: Any = unwrapped(model)
+    state = state_of(base, find_head(model)) + str(getattr(base.config, "_attn_implementation", None))
+    if _checked.get(base) == state:
+        return
+    name = name_of(model)
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise UnsupportedModel(f"{name} takes no position_ids, with which a prompt is shared")
+    check_model(model)
+    with left_as_it_is(model), torch.no_grad():
+        ids, attended, where = batch.padded()
+        expected, _ = head_call(
+            model,
+            lambda head: head.hidden.flatten(0, 1)[where.to(head.hidden.device)].double(),
+            input_ids=ids,
+            attention_mask=attended,
+            use_cache=False,
+        )
+        try:
+            got, _ = batch._call(model, lambda head: (head.hidden.double(), head.hidden.dtype))
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(f"{name} cannot share prompts ({type(error).__name__}: {error})") from error
+    values, dtype = got
+    difference = float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30)) if len(values) else 0.0
+    if not difference <= TOLERANCE.get(dtype, TOLERANCE_16_BIT):
+        raise UnsupportedModel(
+            f"{name} cannot share prompts: its hidden states differ from those of two padded rows by {difference:.1e} "
+            "of their size. It carries something from token to token beside attention, or has a mask of its own"
+        )
+    _checked[base] = state
