@@ -443,3 +443,53 @@ def test_a_trl_that_is_not_known_is_named(monkeypatch):
     monkeypatch.delattr(utils, "add_fused_lm_head")
     with pytest.raises(ImportError, match="it takes nothing, for there is none"):
         seam.check_seam()
+
+
+SHARED = {"sigmoid": {}, **{name: DPO[name] for name in (
+    "ipo", "aot", "sft", "mixture", "WPO", "LD", "js_divergence", "precomputed", "accumulated", "checkpointed",
+)}}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_prompts(case, tmp_path):
+    also = {"share_prompts": True}
+    compare(trl.DPOTrainer, ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, REFERENCE, also, **SHARED[case])
+
+
+def test_shared_prompts_in_groups_with_adapters_and_another_loss(tmp_path):
+    shared = {"share_prompts": True}
+    groups = {**shared, "head_options": {"workspace_bytes": 12_000}}
+    compare(trl.DPOTrainer, ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, REFERENCE, groups)
+    compare(trl.DPOTrainer, ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, LORA, shared)
+    loss = lambda: alignloss.PreferenceLoss("chi_po", beta=0.1)
+    plain, behind = (
+        logs(trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, {**REFERENCE, "loss": loss, **also}))
+        for also in ({}, shared)
+    )
+    for truth, got in zip(plain, behind, strict=True):
+        assert truth.keys() == got.keys()
+        assert all(abs(truth[name] - got[name]) <= METRICS * max(1, abs(truth[name])) for name in truth)
+
+
+def test_shared_prompts_evaluated(tmp_path):
+    expected, got = (
+        trainer(cls, trl.DPOConfig, PAIRS, tmp_path, {**REFERENCE, "eval_dataset": PAIRS, **also}).evaluate()
+        for cls, also in ((trl.DPOTrainer, {}), (ours.DPOTrainer, {"share_prompts": True}))
+    )
+    for name, value in expected.items():
+        if not any(part in name for part in NOT_COMPARED):
+            assert abs(got[name] - value) <= METRICS * max(1, abs(value)), name
+
+
+def test_shared_prompts_where_there_are_none(tmp_path):
+    shared = {"share_prompts": True}
+    with pytest.raises(ValueError, match="KTOTrainer has no pairs behind one prompt"):
+        trainer(ours.KTOTrainer, trl.KTOConfig, UNPAIRED, tmp_path, {**REFERENCE, **shared})
+    with pytest.raises(ValueError, match="a router loss counts each prompt twice"):
+        trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, {"ref_model": moe, **shared}, make=moe)
+    collate = trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, {**REFERENCE, **shared}).data_collator
+    batch = collate.collator([{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}])
+    batch["input_ids"][0, 0] = 7
+    collate.collator = lambda examples: batch
+    with pytest.raises(ValueError, match="in pair 0 of a batch they differ"):
+        collate([])

@@ -167,9 +167,10 @@ class HeadGradient:
         self.primitives = backends.get(footprint.backend)
         self.weight_dtype, accum_dtype = weight.dtype, footprint.accum_dtype
         dtype = accum_dtype if several else weight.dtype
-        # in the layout of the weight, which autograd would copy it to; a product wider than its operands is contiguous
+        # in the layout of the weight, which autograd would copy it to; contiguous where a recomputed group adds to it,
+        # and for products wider than their operands
         wider = dtype.itemsize > footprint.gemm_dtype.itemsize
-        layout = torch.contiguous_format if wider else torch.preserve_format
+        layout = torch.contiguous_format if several or wider else torch.preserve_format
         self.dweight = weight.new_empty(0, dtype=dtype)
         if need_dweight:
             self.dweight = torch.empty_like(weight, dtype=dtype, memory_format=layout)

@@ -8,7 +8,7 @@ import copy
 import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,12 +19,18 @@ from trl import GRPOTrainer as _GRPOTrainer
 from trl import KTOTrainer as _KTOTrainer
 from trl import RLOOTrainer as _RLOOTrainer
 from trl import SFTTrainer as _SFTTrainer
+from trl.trainer import utils
 
 from ..hf.check import check_model
 from ..hf.head import Head, head_call
+from ..hf.prompts import SharedPrompts
 from ..hf.takeover import branches, find_head
+from ..logprob import LogprobStats, linear_logprob_stats
 from ..modules.outputs import METRIC_STATS
+from ..modules.own_loss import one_pass_loss
 from ..modules.preference import PreferenceLoss
+from ..ops.sizes import accumulation_dtype
+from .prompts import SharedPairs, SharingCollator
 from .seam import aligned, patched
 
 
@@ -58,12 +64,16 @@ class AlignlossTrainer(_Base):
         head_options: backend, workspace_bytes, validate, as in `linear_logprob`.
         loss: a `PreferenceLoss` or `MixtureLoss` in place of TRL's loss, with its own metrics; its data are columns of
             the data set. Scale and softcap are those of the model.
+        share_prompts: compute the prompt of a pair once, in DPO's trainer: chosen and rejected behind one prompt
+            (`hf.share_prompts`), policy and reference. The first batch is compared with two padded rows.
         args, kwargs: TRL's.
     """
 
+    shares_prompts = False
     paired: bool | None = None  # of the losses that take TRL's place; None: there are none
     # of TRL
     accelerator: Any
+    aux_loss_enabled: Any
     data_collator: Any
     model: Any
     precompute_ref_logps: Any
@@ -77,8 +87,11 @@ class AlignlossTrainer(_Base):
         *args: Any,
         head_options: dict[str, Any] | None = None,
         loss: PreferenceLoss | None = None,
+        share_prompts: bool = False,
         **kwargs: Any,
     ) -> None:
+        if share_prompts and not self.shares_prompts:
+            raise ValueError(f"{type(self).__name__} has no pairs behind one prompt: share_prompts is for DPOTrainer")
         if loss is not None and (not isinstance(loss, PreferenceLoss) or loss.paired != self.paired):
             kind = {True: "a paired", False: "an unpaired", None: "no"}[self.paired]
             raise ValueError(
@@ -102,6 +115,10 @@ class AlignlossTrainer(_Base):
         columns = [] if loss is None else [name for name in loss.data if name not in ("desirable", "kl")]
         if columns:
             self.data_collator = _WithColumns(self.data_collator, columns)
+        if share_prompts and self.aux_loss_enabled:
+            raise ValueError("a router loss counts each prompt twice, and share_prompts once: leave one of them out")
+        if share_prompts:
+            self.data_collator = SharingCollator(self.data_collator)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -149,22 +166,36 @@ class AlignlossTrainer(_Base):
 
         return model(**inputs, fused_lm_head=True, loss_fn=loss_fn, units=units).loss
 
-    def _output(self, model: Any, inputs: dict[str, Any], ref_logps: Tensor | None = None, **data: Any) -> Any:
-        """The result of the loss that takes TRL's place, of inputs whose labels are not shifted."""
+    def _output(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        ref_logps: Tensor | None = None,
+        prompts: SharedPrompts | None = None,
+        **data: Any,
+    ) -> Any:
+        """The result of the loss that takes TRL's place, of inputs whose labels are not shifted, or shared prompts."""
         own = self._loss
         assert own is not None
-        labels, loss = aligned(inputs.pop("labels")), copy.copy(own)
+        loss = copy.copy(own)
         if own.needs_reference:
             data["ref_logps"] = ref_logps
         for name in own.data.keys() & inputs.keys():
             data[name] = inputs.pop(name)
 
-        def run(head: Head) -> Any:
+        def evaluated(head: Head, labels: Tensor) -> Any:
             transform = {"logit_scale": head.logit_scale, "softcap": head.softcap}
             loss.head_options = own.head_options | self._head_options | transform
+            return loss(head.hidden, head.weight, labels, head.bias, stats=METRIC_STATS, **data)
+
+        if prompts is not None:
+            data |= prompts.layout
+            return prompts.head_call(model, lambda head: evaluated(head, prompts.labels))[0]
+        labels = aligned(inputs.pop("labels"))
+
+        def run(head: Head) -> Any:
             virtual = head.hidden.shape[1] - labels.shape[1]
-            whole = torch.nn.functional.pad(labels, (virtual, 0), value=-100).to(head.hidden.device)
-            return loss(head.hidden, head.weight, whole, head.bias, stats=METRIC_STATS, **data)
+            return evaluated(head, torch.nn.functional.pad(labels, (virtual, 0), value=-100).to(head.hidden.device))
 
         return head_call(model, run, **inputs, use_cache=False)[0]
 
@@ -203,13 +234,17 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
     """TRL's DPOTrainer on alignloss, with `head_options` and `loss`; references that the data set has are taken."""
 
     paired = True
+    shares_prompts = True
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         there = {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ())
         return dataset if there else super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        own = self._loss
+        own, inputs = self._loss, dict(inputs)
+        shared = inputs.pop("shared", None)
+        if shared is not None and not return_outputs:
+            return self._shared_loss(model, inputs, SharedPairs.of(shared))
         if own is None and (return_outputs or self.aux_loss_enabled or not self._head_trains()):
             return super()._compute_loss(model, inputs, return_outputs)
         if not self.precompute_ref_logps and (own is None or own.needs_reference):
@@ -222,14 +257,74 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
             ref = [inputs[name] for name in known[1:]] if own.needs_reference else []
             return self._own_loss(model, given, torch.cat(ref) if ref else None)
         pairs = len(given["labels"]) // 2
-        coupled = any(loss.startswith("aot") for loss in self.loss_types)
-        units = None if coupled else [(i, i + pairs) for i in range(pairs)]
-        theirs, precomputed = super()._compute_loss, self.precompute_ref_logps
-        self.precompute_ref_logps = True
+        units = None if self._couples() else [(i, i + pairs) for i in range(pairs)]
+        return self._in_projection(model, given, lambda there: self._trls_loss(there, inputs), units)
+
+    def _couples(self) -> bool:
+        return any(loss.startswith("aot") for loss in self.loss_types)
+
+    def _trls_loss(self, there: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss of log-probabilities that are there, of the reference too."""
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            return self._in_projection(model, given, lambda there: theirs(there, inputs, False), units)
+            return super()._compute_loss(there, inputs, False)
         finally:
             self.precompute_ref_logps = precomputed
+
+    def _shared_loss(self, model: Any, inputs: dict[str, Any], pairs: SharedPairs) -> Tensor:
+        """The loss of pairs whose prompts are computed once."""
+        own, batch, shape = self._loss, pairs.prompts, inputs["input_ids"][:, 1:].shape
+        names = (*METRIC_STATS, *(("log_sum_sq_probs",) if self.use_weighting else ()))
+
+        def there(logps: Tensor, stats: LogprobStats) -> Any:
+            """A model that gives what is there."""
+            found = {name: pairs.scattered(getattr(stats, name), *shape) for name in names}
+            fields = utils.FusedCausalLMOutput(log_probs=pairs.scattered(logps, *shape), **found)
+            return lambda *_, **__: fields
+
+        def call(head: Head) -> dict[str, Any]:
+            options = {"logit_scale": head.logit_scale, "softcap": head.softcap, "stats": names}
+            return {"bias": head.bias, **options, **self._head_options}
+
+        if not self.precompute_ref_logps and (own is None or own.needs_reference):
+            with self._reference_alone():
+                ref, _ = batch.head_call(
+                    self.ref_model or model,
+                    lambda head: linear_logprob_stats(head.hidden, head.weight, batch.labels, **call(head)),
+                )
+            chosen, rejected = self.compute_ref_log_probs(there(ref.logps, ref), inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        if own is not None:
+            ref_logps = None
+            if own.needs_reference:
+                ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            return self._own_loss(model, inputs, ref_logps, prompts=batch)
+
+        def loss_fn(logps: Tensor, stats: LogprobStats) -> Tensor:
+            model = there(logps.to(accumulation_dtype(self.model.dtype)), stats)
+            if not torch.is_grad_enabled():
+                return self._trls_loss(model, inputs)
+            with self._quiet():
+                return self._trls_loss(model, inputs)
+
+        units = None if self._couples() else pairs.units()
+        loss, _ = batch.head_call(
+            model,
+            lambda head: one_pass_loss(
+                head.hidden, head.weight, batch.labels, loss_fn, units=units, **call(head)
+            ),
+        )  # fmt: skip
+        return loss
+
+    @contextmanager
+    def _reference_alone(self) -> Iterator[None]:
+        """Without gradients, and where the policy has adapters without them, or with those of the reference."""
+        adapters: Any = nullcontext()
+        if self.ref_model is None:
+            policy = self.accelerator.unwrap_model(self.model)
+            adapters = utils.use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+        with torch.no_grad(), adapters, self.accelerator.autocast():
+            yield
 
 
 class KTOTrainer(AlignlossTrainer, _KTOTrainer):
