@@ -181,6 +181,7 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
     name = name_of(model)
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise UnsupportedModel(f"{name} takes no position_ids, with which a prompt is shared")
+    batch._attention(model)  # or says that there is none
     check_model(model)
     with left_as_it_is(model), torch.no_grad():
         ids, attended, where = batch.padded()
