@@ -7,7 +7,10 @@ from test_hf import SIZES, V, logps_of, own_logps
 import alignloss
 from alignloss.hf import UnsupportedModel, check_model, head_call
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # about what it is asked for here
+# of PEFT, about what it is asked for here, and of transformers, about names that PEFT uses
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore:.*(_checkpointing|past_key_values):FutureWarning"
+)
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 

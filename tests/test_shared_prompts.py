@@ -38,7 +38,7 @@ REFUSED = {
     "Mamba": ("Mamba", {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2}, None, "takes no position_ids"),
     "Bloom": ("Bloom", {"vocab_size": V, "hidden_size": 16, "n_layer": 2, "n_head": 2}, None, "takes no position_ids"),
     "linear attention": ("Qwen3Next", {**SIZES, **NEXT}, "sdpa", r"layers of \['linear_attention'\]"),
-    "recurrent": ("RecurrentGemma", GRIFFIN, "sdpa", "hidden states differ from those of two padded rows"),
+    "recurrent": ("RecurrentGemma", GRIFFIN, "sdpa", "differ from those of two padded rows|layers of .'linear"),
     "a mask of its own": (
         "GPTNeo", {**NEO, "attention_types": [[["global", "local"], 1]]}, "eager", "differ from those of two padded",
     ),
