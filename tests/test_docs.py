@@ -100,7 +100,7 @@ def of_trl(names, folder):
 def run(page, folder=None):
     """Run the Python blocks of a page in order, in one namespace; what a block prints stands in the block after it."""
     names, blocks = stand_ins(), FENCED.findall(TEXTS[page])
-    if page in ("docs/transformers.md", "docs/share-prompts.md"):
+    if page in ("docs/transformers.md", "docs/share-prompts.md", "docs/recipes.md"):
         names = of_transformers(names)
     if page == "docs/trl.md":
         names = of_trl(names, folder)
