@@ -123,7 +123,8 @@ class AlignlossTrainer(_Base):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._loss is not None:
-            self._signature_columns = [*self._signature_columns, *self._loss.data]
+            more = [name for name in self._loss.data if name not in self._signature_columns]
+            self._signature_columns = [*self._signature_columns, *more]
 
     @staticmethod
     def _entropy_trains(config: Any) -> bool:
