@@ -88,6 +88,26 @@ def test_adapters_are_a_model_of_their_own(scored_rows, tmp_path):
     torch.testing.assert_close(torch.tensor(again["ref_chosen_logps"][:]), torch.tensor(base["ref_chosen_logps"][:]))
 
 
+def test_scaling_and_virtual_tokens_are_part_of_the_model(scored_rows, tmp_path):
+    data, options = tokens(), {"cache_dir": tmp_path, "progress": False}
+    for alpha in (8, 64):
+        made = model()
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        score(peft.get_peft_model(made, config), data, **options)
+    for seed in (1, 2):
+        made = model()
+        torch.manual_seed(seed)
+        prompted = peft.get_peft_model(made, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        score(prompted, data, **options)
+    assert len(scored_rows) == 4 * 2 * len(data)
+    base = score(model(), data, **options)
+    assert len(scored_rows) == 5 * 2 * len(data)
+    with prompted.disable_adapter():
+        again = score(prompted, data, progress=False)
+    assert again.to_dict() == base.to_dict()
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     made, data, original, batches = model(), tokens(), module._scored, []
 
@@ -160,3 +180,5 @@ def test_other_data(change, message):
         score(model(), change(tokens()), progress=False)
     with pytest.raises(ValueError, match="batch_tokens must be a positive number"):
         score(model(), tokens(), batch_tokens=0)
+    with pytest.raises(ValueError, match="max_length must be an integer"):
+        score(model(), tokens(), max_length=2.5)

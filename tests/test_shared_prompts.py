@@ -119,12 +119,27 @@ def test_the_first_batch_is_compared_and_again_where_the_model_changed(monkeypat
     compared, padded = [], module.SharedPrompts.padded
     monkeypatch.setattr(module.SharedPrompts, "padded", lambda self: (compared.append(1), padded(self))[1])
     model = make("Llama", SIZES, "sdpa")
-    for _ in range(3):
-        share_prompts(examples()).head_call(model, lambda head: head.hidden.sum())
-    assert len(compared) == 1
-    model.set_attn_implementation("eager")
-    share_prompts(examples()).head_call(model, lambda head: head.hidden.sum())
+    row = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [4, 3]}
+    run = lambda *rows: share_prompts(rows).head_call(model, lambda head: head.hidden.sum())
+    run({**row, "rejected_ids": [4]})  # nothing of its own to see: it does not count
+    run(row)
+    run(row, row)
     assert len(compared) == 2
+    model.set_attn_implementation("eager")
+    run(row)
+    assert len(compared) == 3
+    run({**row, "prompt_ids": [5] * 20})
+    assert len(compared) == 4
+
+
+def test_a_window_that_only_longer_rows_show():
+    model = make("GPTNeo", {**NEO, "window_size": 12, "attention_types": [[["global", "local"], 1]]}, "eager")
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    share_prompts([{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [9, 8]}]).head_call(model, len)
+    longer = [{"prompt_ids": [5] * 9, "chosen_ids": [7] * 9, "rejected_ids": list(range(3, 12))}]
+    with pytest.raises(UnsupportedModel, match="differ from those of two padded rows"):
+        share_prompts(longer).head_call(model, len)
 
 
 def test_a_row_by_eye():

@@ -1,5 +1,6 @@
 """TRL's trainers on alignloss: five steps have TRL's own losses and metrics, with a GEMM less where the head trains."""
 
+import copy
 import importlib
 import os
 import random
@@ -493,3 +494,49 @@ def test_shared_prompts_where_there_are_none(tmp_path):
     collate.collator = lambda examples: batch
     with pytest.raises(ValueError, match="in pair 0 of a batch they differ"):
         collate([])
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "also"),
+    [
+        (ours.DPOTrainer, trl.DPOConfig, REFERENCE),
+        (ours.DPOTrainer, trl.DPOConfig, {**REFERENCE, "loss": alignloss.DPOLoss}),
+        (ours.DPOTrainer, trl.DPOConfig, {**REFERENCE, "share_prompts": True}),
+        (ours.DPOTrainer, trl.DPOConfig, {**LORA, "share_prompts": True}),
+        (ours.SFTTrainer, trl.SFTConfig, {}),
+        (None, CPOConfig, {}),
+    ],
+)
+def test_mixed_precision(cls, config, also, tmp_path):
+    """As TRL's configs have it by themselves: accelerate casts in the forward, and widens what comes out."""
+    cls = cls or ours.CPOTrainer
+    data = TEXTS if cls is ours.SFTTrainer else PAIRS
+    wide, mixed = (logs(trainer(cls, config, data, tmp_path, also, bf16=bf16, max_length=32)) for bf16 in (False, True))
+    assert abs(wide[0]["loss"] - mixed[0]["loss"]) <= 3e-2 * abs(wide[0]["loss"])
+
+
+def test_losses_that_do_not_fit_a_trainer(tmp_path):
+    with pytest.raises(ValueError, match="CPOTrainer has no reference, which dpo_loss needs: give it to DPOTrainer"):
+        trainer(ours.CPOTrainer, CPOConfig, PAIRS, tmp_path, {"loss": alignloss.DPOLoss}, max_length=32)
+
+    def odds_margin(chosen_logps, rejected_logps, scores, *, beta):
+        rewards = beta * chosen_logps, beta * rejected_logps
+        losses = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - scores)
+        return losses, *(reward.detach() for reward in rewards)
+
+    data = PAIRS.add_column("scores", [0.5] * len(PAIRS))
+    loss = lambda: alignloss.PreferenceLoss(odds_margin, beta=0.1)
+    assert logs(trainer(ours.CPOTrainer, CPOConfig, data, tmp_path, {"loss": loss}, max_length=32))
+
+
+def test_a_copy_of_a_trained_model_is_a_model_of_its_own():
+    made = model()
+    ours.add_fused_lm_head(made)
+    copied = copy.deepcopy(made)
+    ids = torch.randint(0, V - 3, (2, 6))
+    expected = copied(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(input_ids=ids, labels=ids, fused_lm_head=True).log_probs, expected)
+    assert copied(input_ids=ids).logits.abs().max() > 0

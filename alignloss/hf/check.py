@@ -68,13 +68,12 @@ def check_model(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tup
 
 def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) -> tuple[float, float | None]:
     products: list[Tensor] = []
+    dtypes: list[torch.dtype] = []
 
     def recorded(layer: nn.Module, hidden: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
-        kind = hidden.device.type
-        parts = projected(layer, hidden)
-        if torch.is_autocast_enabled(kind):
-            cast = torch.get_autocast_dtype(kind)
-            parts = parts._replace(hidden=parts.hidden.to(cast), weight=parts.weight.to(cast))
+        parts, dtype = projected(layer, hidden), computed_in(hidden)
+        parts = parts._replace(hidden=parts.hidden.to(dtype), weight=parts.weight.to(dtype))
+        dtypes.append(dtype)
         # here, not after the forward: a sharded weight is freed then
         z = parts.hidden.double() @ parts.weight.double().T
         products.append(z if parts.bias is None else z + parts.bias.double())
@@ -123,13 +122,20 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
             "projection of its hidden states"
         )
     difference = float((mine - own).abs().max() / own.abs().max().clamp(min=1e-30))
-    if not difference <= TOLERANCE.get(logits.dtype, TOLERANCE_16_BIT):
+    # what is returned may have been widened since, as accelerate does
+    if not difference <= TOLERANCE.get(min(logits.dtype, *dtypes, key=lambda d: d.itemsize), TOLERANCE_16_BIT):
         raise UnsupportedModel(
             f"{name}: its logits differ from the projection of its hidden states by {difference:.1e} of their size: "
             "its output embedding is more than a linear layer, or other layers follow it"
         )
     base = unwrapped(model)
     return _written(scale, base), None if cap is None else _written(cap, base)
+
+
+def computed_in(hidden: Tensor) -> torch.dtype:
+    """The dtype that a linear layer multiplies in here."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -200,7 +206,9 @@ def state_of(base: nn.Module, head: nn.Module) -> str:
     ]
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in head.named_parameters()]
     others = {k: v for k, v in vars(base).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return json.dumps([id(head), layers, shapes, sorted(others.items()), _config(base)], default=str)
+    # a trainer may name special tokens later
+    config = {k: v for k, v in _config(base).items() if not k.endswith("_token_id")}
+    return json.dumps([id(head), layers, shapes, sorted(others.items()), config], default=str)
 
 
 @contextmanager

@@ -136,6 +136,8 @@ def _virtual_tokens(model: Any) -> int:
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is None or not config.is_prompt_learning or config.peft_type.value == "PREFIX_TUNING":
         return 0
+    if getattr(model, "_adapters_disabled", False):  # within `disable_adapter()`
+        return 0
     return config.num_virtual_tokens
 
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .check import check_model, left_as_it_is, state_of
+from .check import check_model, computed_in, left_as_it_is, state_of
 from .head import Head, head_call
 from .takeover import UnsupportedModel, find_head, name_of, unwrapped
 
@@ -23,7 +23,8 @@ PROMPT, CHOSEN, REJECTED, PADDING = range(4)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 TOLERANCE_16_BIT = 5e-2
 
-_checked: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+# the state of each model, and the tokens of the longest row that was compared
+_checked: "WeakKeyDictionary[nn.Module, tuple[str, int]]" = WeakKeyDictionary()
 
 
 class SharedPrompts(NamedTuple):
@@ -47,7 +48,8 @@ class SharedPrompts(NamedTuple):
     def head_call(self, model: nn.Module, fn: Callable[[Head], T]) -> tuple[T, Any]:
         """`hf.head_call` of these pairs, whose `Head.hidden` are the N rows (N, H) that predict `labels`.
 
-        The first batch of a model is run as two padded rows too, and compared.
+        The first batch of a model, and each whose longest row is longer than those before (a window shows at a length),
+        is run as two padded rows too, and compared.
 
         Raises:
             UnsupportedModel: where the two differ, and as `check_model`.
@@ -173,10 +175,12 @@ def share_prompts(
 
 
 def _check(model: nn.Module, batch: SharedPrompts) -> None:
-    """Hidden states of a batch, shared and as two padded rows, once per model."""
+    """Hidden states of a batch, shared and as two padded rows."""
     base: Any = unwrapped(model)
     state = state_of(base, find_head(model)) + str(getattr(base.config, "_attn_implementation", None))
-    if _checked.get(base) == state:
+    before, longest = _checked.get(base, ("", -1))
+    width = batch.input_ids.shape[1]
+    if before == state and width <= longest:
         return
     name = name_of(model)
     if "position_ids" not in inspect.signature(base.forward).parameters:
@@ -193,7 +197,7 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
             use_cache=False,
         )
         try:
-            got, _ = batch._call(model, lambda head: (head.hidden.double(), head.hidden.dtype))
+            got, _ = batch._call(model, lambda head: (head.hidden.double(), computed_in(head.hidden)))
         except UnsupportedModel:
             raise
         except Exception as error:
@@ -205,4 +209,6 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
             f"{name} cannot share prompts: its hidden states differ from those of two padded rows by {difference:.1e} "
             "of their size. It carries something from token to token beside attention, or has a mask of its own"
         )
-    _checked[base] = state
+    # a rejected token beside one of its own and a chosen one: what could differ was there
+    if bool(((batch.segments == REJECTED).sum(1) > 1).any()):
+        _checked[base] = state, width

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_number
+from ..checks import check_int64, check_number
 from ..logprob import sequence_logprob
 from ..recipes.batches import next_token_labels
 from .check import check_model, left_as_it_is
 from .head import Head, head_call
-from .takeover import name_of, unwrapped
+from .takeover import inside_wrappers, name_of, unwrapped
 
 # the column of tokens, and the one that is made of it, by the names of TRL
 COLUMNS = {
@@ -27,6 +27,7 @@ COLUMNS = {
     "completion_ids": "ref_logps",
     "KL_completion_ids": "ref_KL_logps",
 }
+ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged", "scaling")
 FLUSH_SECONDS = 60.0
 
 
@@ -77,6 +78,7 @@ def score(
     """
     for name, number in (("batch_tokens", batch_tokens), ("max_length", max_length)):
         if number is not None:
+            check_int64(name, number)
             check_number(name, number, positive=True)
     rows, made = _rows(dataset, max_length)
     base: Any = unwrapped(model)
@@ -214,16 +216,21 @@ def _bar(rows: list[Row], cache: _Cache, progress: bool) -> Any:
 
 def _fingerprint(model: nn.Module, rows: list[Row], max_length: int | None) -> str:
     """Of everything that the numbers depend on."""
-    digest, base = hashlib.blake2b(digest_size=16), unwrapped(model)
+    digest, outer, base = hashlib.blake2b(digest_size=16), inside_wrappers(model), unwrapped(model)
     config: Any = getattr(base, "config", None)
     adapters = [
-        (name, getattr(layer, "active_adapters", None), getattr(layer, "disable_adapters", None))
-        for name, layer in base.named_modules()
+        (name, *(str(getattr(layer, key, None)) for key in ADAPTER_STATE))
+        for name, layer in outer.named_modules()
         if hasattr(layer, "base_layer")
     ]
-    settings = [type(base).__name__, config.to_dict() if hasattr(config, "to_dict") else None, adapters, max_length]
+    tuned = {name: value.to_dict() for name, value in getattr(outer, "peft_config", {}).items()}
+    cast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    settings = [
+        type(base).__name__, config.to_dict() if hasattr(config, "to_dict") else None, adapters, tuned,
+        getattr(outer, "active_adapter", None), getattr(outer, "_adapters_disabled", False), cast, max_length,
+    ]  # fmt: skip
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, value in sorted(base.state_dict().items()):
+    for name, value in sorted(outer.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

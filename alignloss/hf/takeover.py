@@ -14,17 +14,21 @@ class UnsupportedModel(ValueError):
     """A model whose logits are not scale and softcap of one projection of hidden states, as far as can be seen."""
 
 
-def unwrapped(model: Any) -> nn.Module:
-    """The model of transformers inside DDP, FSDP1, DeepSpeed, torch.compile and PEFT."""
+def inside_wrappers(model: Any) -> nn.Module:
+    """The model inside DDP, FSDP1, DeepSpeed and torch.compile, with its adapters."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ in _WRAPPERS:
             model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
         else:
             return model
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model of transformers inside all of these and PEFT."""
+    inner: Any = inside_wrappers(model)
+    return unwrapped(inner.get_base_model()) if hasattr(inner, "get_base_model") else inner
 
 
 _WRAPPERS = ("FullyShardedDataParallel", "DeepSpeedEngine")

@@ -27,6 +27,7 @@ class _Concatenated(AlignlossTrainer):
     """CPO and ORPO, whose trainers in TRL make full logits."""
 
     paired = True
+    has_reference = False
     nll_of_prompts = False
 
     def get_batch_loss_metrics(self, model: Any, batch: dict[str, Any], train_eval: str = "train") -> Any:

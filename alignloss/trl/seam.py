@@ -110,7 +110,8 @@ def add_fused_lm_head(
         UnsupportedModel: as `check_model`.
     """
     check_keywords("add_fused_lm_head takes the options", HEAD_OPTIONS, head_options)
-    transform, original = check_model(model), model.forward
+    transform, before = check_model(model), model.forward
+    function = getattr(before, "__func__", None)
     stats = tuple(name for name in outputs if name != "log_probs")
     fused = _FusedHead(temperature, cast_lm_head_to_fp32, stats, differentiable_entropy, head_options)
 
@@ -127,6 +128,8 @@ def add_fused_lm_head(
         units: Any = None,
         **kwargs: Any,
     ) -> Any:
+        # of this model, which may be a copy of the one that was given
+        original = before if function is None else types.MethodType(function, self)
         if not fused_lm_head:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return original(*args, **{name: value for name, value in given.items() if value is not None}, **kwargs)

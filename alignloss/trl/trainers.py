@@ -65,11 +65,12 @@ class AlignlossTrainer(_Base):
         loss: a `PreferenceLoss` or `MixtureLoss` in place of TRL's loss, with its own metrics; its data are columns of
             the data set. Scale and softcap are those of the model.
         share_prompts: compute the prompt of a pair once, in DPO's trainer: chosen and rejected behind one prompt
-            (`hf.share_prompts`), policy and reference. The first batch is compared with two padded rows.
+            (`hf.share_prompts`), policy and reference, compared as `SharedPrompts.head_call` does.
         args, kwargs: TRL's.
     """
 
     shares_prompts = False
+    has_reference = True
     paired: bool | None = None  # of the losses that take TRL's place; None: there are none
     # of TRL
     accelerator: Any
@@ -97,6 +98,9 @@ class AlignlossTrainer(_Base):
             raise ValueError(
                 f"{type(self).__name__} takes {kind} PreferenceLoss in place of its own, got {type(loss).__name__}"
             )
+        if loss is not None and loss.needs_reference and not self.has_reference:
+            needs = f"{type(self).__name__} has no reference, which {loss.function.name} needs"
+            raise ValueError(f"{needs}: give it to DPOTrainer")
         self._loss = loss
         theirs: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("trl."))
         module: Any = importlib.import_module(theirs.__module__)
@@ -226,7 +230,8 @@ class _WithColumns:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
         for name in self.columns:
-            if name not in batch and all(name in example for example in examples):
+            # another collator may have passed it on as a list
+            if not isinstance(batch.get(name), Tensor) and all(name in example for example in examples):
                 batch[name] = torch.tensor([example[name] for example in examples])
         return batch
 
