@@ -14,7 +14,7 @@ from .checks import DTYPES, check_number
 from .kernels import blocks
 from .kernels.state import STATE_ROWS
 from .ops.head import Options
-from .ops.sizes import MIB, Footprint, accumulation_dtype, default_workspace, fill_groups, total_memory
+from .ops.sizes import MIB, Footprint, Tile, accumulation_dtype, default_workspace, fill_groups, total_memory
 
 
 def full_logits_bytes(positions: int, vocabulary: int, dtype: torch.dtype, training: bool) -> int:
@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     peak_bytes: int  #: of all of these at once
     one_pass_bytes: int | None  #: the least budget that runs every pair in one pass; None where that cannot be
     full_logits_bytes: int  #: what full logits of every position hold at their peak, above gradients
+    tiles: tuple[tuple[int, int], ...]  #: tokens and vocabulary entries of a tile: forward, a backward that recomputes
 
     def __str__(self) -> str:
         runs = {
@@ -100,8 +101,7 @@ def plan(
             `sequence_logprob` by themselves, for a loss that couples the batch, and under torch.compile. With a
             `token_index` of the caller's, `tokens`: there are no groups but one of all.
         positions: M, labelled or not; by default `tokens`.
-        bias: whether the head has one.
-        softcap: of the logits, or None.
+        bias, softcap: whether the head has one; of the logits, or None.
         dtype: of the computation: of the inputs, or of autocast.
         weight_dtype: of hidden states, weight and bias, if autocast makes it another one.
         device: "cpu" or "cuda"; by default a GPU if there is one.
@@ -133,21 +133,23 @@ def plan(
     stored = dtype if weight_dtype is None else weight_dtype
     pairs = None if pair_tokens is None else _pairs(tokens, pair_tokens)
     kind, options = _options(dtype, stored, softcap, device, device_memory, backend, workspace_bytes)
+    budget = options.workspace_bytes
     head = options.footprint(vocabulary, hidden_size, stored, stored, kind, positions > tokens)
-    arranged = _Arranged(0, 0, tokens)
-    one_pass_bytes = None
+    arranged, one_pass_bytes = _Arranged(0, 0, tokens), None
     if train_hidden and train_head and pairs is not None:
-        arranged = _arrange(head, tokens, pairs, options.workspace_bytes)
-        one_pass_bytes = _least_budget(head, tokens, pairs)
+        arranged, one_pass_bytes = _arrange(head, tokens, pairs, budget), _least_budget(head, tokens, pairs)
     if arranged.groups > 1 or (arranged.groups and arranged.recomputed):
         head = head._replace(indexed=True)
     regime = 3 if arranged.groups else 4 if train_head else 2 if train_hidden else 1
     recomputed = arranged.recomputed if regime > 2 else 0
     gemms = {1: 1.0, 2: 2.0, 3: 3 + recomputed / tokens, 4: 3.0 + train_hidden}[regime]
-    held = _held(head, tokens, positions, regime, train_hidden, train_head, bias, arranged, options.workspace_bytes)
+    tiles = _tiles(head, tokens, regime, int(train_hidden), arranged, budget)
+    workspace = _workspace(head, regime, arranged, tiles, budget)
+    held = _held(head, tokens, positions, regime, train_hidden, train_head, bias, workspace)
     return Plan(
         tokens, regime, arranged.groups, recomputed, gemms, round(gemms * 2 * tokens * vocabulary * hidden_size),
-        options.workspace_bytes, *held, one_pass_bytes, full_logits_bytes(positions, vocabulary, dtype, regime > 1),
+        budget, *held, one_pass_bytes, full_logits_bytes(positions, vocabulary, dtype, regime > 1),
+        tuple((tile.rows, tile.columns) for tile in tiles),
     )  # fmt: skip
 
 
@@ -199,11 +201,10 @@ def _held(
     train_hidden: bool,
     train_head: bool,
     bias: bool,
-    arranged: "_Arranged",
-    budget: int,
+    workspace: tuple[int, int],  # of forward and backward
 ) -> _Held:
     accum, stored = head.accum_dtype.itemsize, head.weight_dtype.itemsize
-    forward, backward = _workspace(head, tokens, regime, int(train_hidden), arranged, budget)
+    forward, backward = workspace
     index, state = 8 * tokens * head.indexed, accum * STATE_ROWS * tokens
     saved = index + (state + tokens * head.width * head.dtype.itemsize * train_hidden) * (regime > 1)
     dweight = head.vocabulary * (head.width * stored + accum * bias) * train_head
@@ -228,30 +229,36 @@ class _Arranged(NamedTuple):
     recomputed: int  # tokens of pairs that fit no group
 
 
-def _workspace(
-    head: Footprint, tokens: int, regime: int, derivatives: int, arranged: _Arranged, budget: int
-) -> tuple[int, int]:
+def _tiles(head: Footprint, tokens: int, regime: int, derivatives: int, arranged: _Arranged, budget: int) -> list[Tile]:
+    """The tile of the forward, with its bytes, and where it recomputes that of the backward."""
+    several = arranged.groups > 1 or arranged.recomputed > 0
+    if regime == 3:
+        columns = head.held_columns(arranged.largest)
+        tiles = [Tile(arranged.largest, columns, head.one_pass_bytes(arranged.largest, several, columns))]
+        if not arranged.recomputed:
+            return tiles
+        budget -= head.accumulator_bytes(several)
+        rest = arranged.recomputed
+        tiles.append(head.forward_tile(rest, 0, derivatives, budget, recomputed=True))
+        return [*tiles, head.backward_tile(rest, 0, derivatives, True, budget)[0]]
+    tiles = [head.forward_tile(tokens, 0, derivatives, budget, regime == 4, head.wide_weight)]
+    if regime == 4:
+        tiles.append(head.backward_tile(tokens, 0, derivatives, head.wide_weight, budget)[0])
+    return tiles
+
+
+def _workspace(head: Footprint, regime: int, arranged: _Arranged, tiles: list[Tile], budget: int) -> tuple[int, int]:
     """Bytes of workspace in the forward and in the backward."""
     if regime == 3:
-        several = arranged.groups > 1 or arranged.recomputed > 0
-        shared = head.accumulator_bytes(several)
-        forward = head.one_pass_bytes(arranged.largest, several, head.held_columns(arranged.largest))
-        if arranged.recomputed:
-            tiles = (
-                head.forward_tile(arranged.recomputed, 0, derivatives, budget - shared, recomputed=True),
-                head.backward_tile(arranged.recomputed, 0, derivatives, True, budget - shared)[0],
-            )
-            forward = max(forward, *(shared + tile.bytes for tile in tiles))
-        return forward, shared
-    tile = head.forward_tile(tokens, 0, derivatives, budget, regime == 4, head.wide_weight)
+        shared = head.accumulator_bytes(arranged.groups > 1 or arranged.recomputed > 0)
+        return max(tiles[0].bytes, *(shared + tile.bytes for tile in tiles[1:]), 0), shared
     if regime == 1 and head.backend == "triton" and not head.casts_weight:
         # the fused kernel holds partial statistics of a block of rows instead of a tile
+        rows = tiles[0].rows
         block_v = blocks.gemm_blocks(_architecture(head), head.gemm_dtype.itemsize, head.softcap)[1]
-        partials = tile.rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
-        return tile.rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
-    if regime != 4:
-        return tile.bytes, 0
-    return tile.bytes, head.backward_tile(tokens, 0, derivatives, head.wide_weight, budget)[0].bytes
+        partials = rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
+        return rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
+    return tiles[0].bytes, tiles[1].bytes if regime == 4 else 0
 
 
 def _architecture(head: Footprint) -> str:

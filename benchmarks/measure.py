@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import alignloss
 from alignloss.commands.measure import peak_bytes
 from alignloss.ops import cpu_bf16
-from alignloss.ops.sizes import Footprint
+from alignloss.ops.sizes import gemm_dtype
 from alignloss.planning import Plan
 
 from .cases import Case, Inputs, make_inputs
@@ -76,22 +76,14 @@ def planned(case: Case, mode: str) -> Plan:
 
 def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     """The matrix products of alignloss's regime alone, on its tiles, into preallocated outputs."""
-    expected = planned(case, mode)
-    dtype, backend = getattr(torch, case.dtype), "torch" if case.device == "cpu" else "triton"
-    head = Footprint(
-        case.vocabulary, case.hidden, dtype, dtype, dtype, False, case.softcap is not None, case.device, backend
-    )
-    hidden = inputs.hidden.detach().flatten(0, 1)[: case.labelled].to(head.gemm_dtype)
-    weight = inputs.weight.detach().to(head.gemm_dtype)
-    passes = [(1, expected.gemms > 1, False)]  # logits, U, dweight
-    save, direct = int(expected.gemms > 1), head.wide_weight
-    tiles = [head.forward_tile(case.labelled, 0, save, expected.budget_bytes, expected.regime == 4, direct)[:2]]
-    if expected.regime == 3:
-        rows = -(-case.labelled // expected.groups)
-        passes, tiles = [(1, True, True)], [(rows, head.held_columns(rows))]
-    elif expected.regime == 4:
+    expected, dtype = planned(case, mode), getattr(torch, case.dtype)
+    wide = gemm_dtype(dtype, case.device)
+    hidden = inputs.hidden.detach().flatten(0, 1)[: case.labelled].to(wide)
+    weight = inputs.weight.detach().to(wide)
+    passes = [(1, expected.gemms > 1, expected.regime == 3)]  # logits, U, dweight
+    if expected.regime == 4:
         passes.append((1, False, True))
-        tiles.append(head.backward_tile(case.labelled, 0, save, direct, expected.budget_bytes)[0][:2])
+    tiles = expected.tiles[: len(passes)]
     tile = weight.new_empty(max(rows * columns for rows, columns in tiles))
     u = weight.new_empty(max(rows for rows, _ in tiles), case.hidden)
     dweight = weight.new_empty(max(columns for _, columns in tiles), case.hidden)

@@ -73,6 +73,8 @@ def test_regime_and_gemms(case, regime):
     assert (expected.regime, expected.groups > 1) == (regime[0], regime[1] > 1)
     flops = sum(event.flops for event in prof.key_averages() if event.key in ("aten::mm", "aten::addmm"))
     assert flops == pytest.approx(expected.flops, rel=0.001)
+    assert len(expected.tiles) == (2 if regime[0] == 4 else 1)
+    assert all(0 < rows <= N and 0 < columns <= V for rows, columns in expected.tiles)
     assert expected.flops == expected.gemms * 2 * N * H * V
 
 
