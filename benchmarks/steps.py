@@ -67,22 +67,22 @@ def take_step(case: Case, trained: Trained, inputs: Inputs, name: str) -> tuple[
     scored = inputs.labels != -100
     # the prompt before the labels is attended to, the padding after them is not
     padded = scored.flip(1).cumsum(1).flip(1) > 0
-    times = [_now(case)]
+    times = [now(case)]
     mask = padded if case.masked else None
     hidden = model.model(inputs.labels.clamp(min=0), attention_mask=mask).last_hidden_state
-    times.append(_now(case))
+    times.append(now(case))
     leaf = hidden.detach().requires_grad_()
     head = inputs._replace(hidden=leaf, weight=model.lm_head.weight)
     PROVIDERS[name].run(head, "DPO step").backward()
-    times.append(_now(case))
+    times.append(now(case))
     hidden.backward(leaf.grad)
     if trained.optimizer is not None:
         trained.optimizer.step()
-    times.append(_now(case))
+    times.append(now(case))
     return times[1] - times[0], times[2] - times[1], times[3] - times[2]
 
 
-def _now(case: Case) -> float:
+def now(case: Case) -> float:
     synchronize(case.device)
     return time.perf_counter()
 

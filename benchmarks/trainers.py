@@ -11,14 +11,14 @@ from alignloss.commands.measure import peak_bytes
 
 from .cases import Case
 from .measure import Row, interleave, reason
-from .steps import Run, _now, build
+from .steps import Run, build, now
 
 # what a trainer is given beside, by its name
 TRAINERS: dict[str, dict[str, Any]] = {"TRL": {}, "alignloss": {}, "alignloss, shared prompts": {"share_prompts": True}}
 
 
-def make_trainer(case: Case, run: Run, name: str, prompt: int) -> tuple[Any, dict[str, Any]]:
-    """A DPO trainer of pairs of one length whose first `prompt` tokens are the prompt, and a batch of its own.
+def make_trainer(case: Case, run: Run, name: str, prompt: int) -> tuple[Any, dict[str, Any], Any]:
+    """A DPO trainer of pairs of one length whose first `prompt` tokens are the prompt, a batch, and any optimizer.
 
     References are computed beforehand and take no part in the step.
     """
@@ -56,18 +56,17 @@ def make_trainer(case: Case, run: Run, name: str, prompt: int) -> tuple[Any, dic
     )
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
-    trainer.step_optimizer = trained.optimizer
-    return trainer, batch
+    return trainer, batch, trained.optimizer
 
 
-def take_step(case: Case, trainer: Any, batch: dict[str, Any]) -> float:
+def take_step(case: Case, trainer: Any, batch: dict[str, Any], optimizer: Any) -> float:
     """Seconds of loss, backward and optimizer."""
-    start = _now(case)
+    start = now(case)
     trainer.model.zero_grad(set_to_none=True)
     trainer.compute_loss(trainer.model, dict(batch)).backward()
-    if trainer.step_optimizer is not None:
-        trainer.step_optimizer.step()
-    return _now(case) - start
+    if optimizer is not None:
+        optimizer.step()
+    return now(case) - start
 
 
 def measure_trainers(case: Case, run: Run, prompt_share: float, rounds: int) -> list[Row]:

@@ -98,6 +98,13 @@ def trainer(cls, config, data, folder, extra=(), make=model, **options):
     return cls(model=make(), args=settings, train_dataset=data, processing_class=tokenizer(), **built)
 
 
+def odds_margin(chosen_logps, rejected_logps, scores, *, beta):
+    """A loss of a user's own, with a data column beside the log-probabilities."""
+    rewards = beta * chosen_logps, beta * rejected_logps
+    losses = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - scores)
+    return losses, *(reward.detach() for reward in rewards)
+
+
 def logs(trained):
     trained.train()
     found = [
@@ -352,14 +359,6 @@ def test_a_loss_of_ours_or_of_the_users_takes_the_place_of_trls(tmp_path):
         assert truth.keys() <= got.keys()
         assert all(abs(truth[name] - got[name]) <= METRICS * max(1, abs(truth[name])) for name in truth)
 
-    def odds_margin(chosen_logps, rejected_logps, scores, *, beta):
-        margins = beta * (chosen_logps - rejected_logps) - scores
-        return (
-            -torch.nn.functional.logsigmoid(margins),
-            (beta * chosen_logps).detach(),
-            (beta * rejected_logps).detach(),
-        )
-
     data = PAIRS.add_column("scores", [0.5] * len(PAIRS))
     loss = lambda: alignloss.PreferenceLoss(odds_margin, beta=0.1)
     users = logs(trainer(ours.DPOTrainer, trl.DPOConfig, data, tmp_path, {**REFERENCE, "loss": loss}))
@@ -518,11 +517,6 @@ def test_mixed_precision(cls, config, also, tmp_path):
 def test_losses_that_do_not_fit_a_trainer(tmp_path):
     with pytest.raises(ValueError, match="CPOTrainer has no reference, which dpo_loss needs: give it to DPOTrainer"):
         trainer(ours.CPOTrainer, CPOConfig, PAIRS, tmp_path, {"loss": alignloss.DPOLoss}, max_length=32)
-
-    def odds_margin(chosen_logps, rejected_logps, scores, *, beta):
-        rewards = beta * chosen_logps, beta * rejected_logps
-        losses = -torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - scores)
-        return losses, *(reward.detach() for reward in rewards)
 
     data = PAIRS.add_column("scores", [0.5] * len(PAIRS))
     loss = lambda: alignloss.PreferenceLoss(odds_margin, beta=0.1)

@@ -8,7 +8,7 @@ h W^T + b, from what its projection was given.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import leaves_of
-from .takeover import UnsupportedModel, call, find_head, name_of, projected, unwrapped
+from .takeover import (
+    UnsupportedModel,
+    call,
+    config_of,
+    find_head,
+    input_device,
+    inside_wrappers,
+    name_of,
+    projected,
+    refusing,
+    unwrapped,
+)
 
 # over ten decades, both signs; the last four show the cap
 PROBE = (1e-3, -1e-3, 0.5, -0.5, 2.0, -3.0, 10.0, -17.0, 60.0, -90.0, 400.0, -1000.0, 3e4, -3e4, 3e5, -3e5)
@@ -53,10 +64,7 @@ def check_model(model: nn.Module, batch: Mapping[str, Any] | None = None) -> tup
     if batch is None and base in _checked and _checked[base][0] == state:
         return _checked[base][1]
     # what is inside computes the same, and no reducer waits for gradients, nothing is compiled for a few tokens
-    inner: Any = model
-    while isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = getattr(inner, "_orig_mod", None) or inner.module
-    name = name_of(model)
+    inner, name = inside_wrappers(model, sharding=False), name_of(model)
     try:
         with left_as_it_is(inner), torch.no_grad():
             found = _measured(inner, dict(_tokens(inner) if batch is None else batch), name, batch is None)
@@ -94,26 +102,12 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
         values = torch.tensor(PROBE, dtype=torch.float32, device=hidden.device)
         return values.expand(*hidden.shape[:-1], len(PROBE)).clone()
 
-    try:
+    few_tokens = refusing(f"{name} does not run on a few tokens", ": give check_model a batch of yours")
+    with few_tokens if ours else nullcontext():
         logits = logits_of(call(model, recorded, lambda: model(**batch)))
-    except UnsupportedModel:
-        raise
-    except Exception as error:
-        if not ours:
-            raise
-        raise UnsupportedModel(
-            f"{name} does not run on a few tokens ({type(error).__name__}: {error}): give check_model a batch of yours"
-        ) from error
-    try:
-        with torch.no_grad():
-            seen = logits_of(call(model, known, lambda: model(**batch)))
-    except UnsupportedModel:
-        raise
-    except Exception as error:
-        raise UnsupportedModel(
-            f"{name} does more to its logits than scale and softcap: with {len(PROBE)} numbers in their place it fails "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    more = f"{name} does more to its logits than scale and softcap"
+    with refusing(f"{more}: with {len(PROBE)} numbers in their place it fails"), torch.no_grad():
+        seen = logits_of(call(model, known, lambda: model(**batch)))
     scale, cap = _transform(seen, name)
     own, mine = logits.double(), _transformed(products[0], scale, cap)
     if own.shape != mine.shape:
@@ -178,7 +172,7 @@ def _written(measured: float, base: nn.Module) -> float:
 
 def _numbers(base: nn.Module) -> list[float]:
     found: list[float] = []
-    stack: list[Any] = [_config(base), {k: v for k, v in vars(base).items() if not k.startswith("_")}]
+    stack: list[Any] = [config_of(base), {k: v for k, v in vars(base).items() if not k.startswith("_")}]
     while stack:
         value = stack.pop()
         if isinstance(value, Mapping):
@@ -186,11 +180,6 @@ def _numbers(base: nn.Module) -> list[float]:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found.append(float(value))
     return found
-
-
-def _config(base: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(base, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
 def state_of(base: nn.Module, head: nn.Module) -> str:
@@ -207,7 +196,7 @@ def state_of(base: nn.Module, head: nn.Module) -> str:
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in head.named_parameters()]
     others = {k: v for k, v in vars(base).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     # a trainer may name special tokens later
-    config = {k: v for k, v in _config(base).items() if not k.endswith("_token_id")}
+    config = {k: v for k, v in config_of(base).items() if not k.endswith("_token_id")}
     return json.dumps([id(head), layers, shapes, sorted(others.items()), config], default=str)
 
 
@@ -238,11 +227,7 @@ def _tokens(model: nn.Module, count: int = 8) -> dict[str, Any]:
     }
     vocabulary = getattr(text, "vocab_size", 32)
     ids = [number for number in range(3, vocabulary) if number not in special][:count]
-    hook = getattr(model, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is None:
-        device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    tokens = torch.tensor([ids], device=device)
+    tokens = torch.tensor([ids], device=input_device(model))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = tokens.flip(1)

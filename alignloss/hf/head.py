@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import is_dtensor
 from .check import check_model, logits_of
-from .takeover import UnsupportedModel, call, name_of, projected, unwrapped
+from .takeover import UnsupportedModel, call, inside_wrappers, name_of, projected, unwrapped
 
 T = TypeVar("T")
 
@@ -26,6 +26,11 @@ class Head(NamedTuple):
     bias: Tensor | None  #: (V,)
     logit_scale: float
     softcap: float | None
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """logit_scale and softcap, as `linear_logprob` takes them."""
+        return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 def head_call(model: nn.Module, fn: Callable[[Head], T], /, **inputs: Any) -> tuple[T, Any]:
@@ -131,8 +136,7 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> Head:
 
 def _virtual_tokens(model: Any) -> int:
     """Positions that prompt tuning puts before the tokens of a sequence."""
-    while hasattr(model, "module") and not hasattr(model, "peft_config"):
-        model = model.module
+    model = inside_wrappers(model)
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
     if config is None or not config.is_prompt_learning or config.peft_type.value == "PREFIX_TUNING":
         return 0
@@ -143,7 +147,7 @@ def _virtual_tokens(model: Any) -> int:
 
 def _sharded(model: nn.Module) -> str | None:
     kinds = {type(module).__name__ for module in model.modules()}
-    if kinds & {"FullyShardedDataParallel"} or any("FSDP" in kind for kind in kinds):
+    if any(kind == "FullyShardedDataParallel" or "FSDP" in kind for kind in kinds):
         return "sharded by FSDP"
     if type(model).__name__ == "DeepSpeedEngine":
         return "behind DeepSpeed"

@@ -13,15 +13,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .check import check_model, computed_in, left_as_it_is, state_of
+from ..recipes.batches import joined, next_token_labels
+from .check import TOLERANCE, check_model, computed_in, left_as_it_is, state_of
 from .head import Head, head_call
-from .takeover import UnsupportedModel, find_head, name_of, unwrapped
+from .takeover import UnsupportedModel, find_head, name_of, refusing, unwrapped
 
 T = TypeVar("T")
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
-# by dtype of the hidden states, of the largest of them
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-TOLERANCE_16_BIT = 5e-2
+TOLERANCE_16_BIT = 5e-2  # of the largest hidden state, through every layer; of wider ones as of logits
 
 # the state of each model, and the tokens of the longest row that was compared
 _checked: "WeakKeyDictionary[nn.Module, tuple[str, int]]" = WeakKeyDictionary()
@@ -100,18 +99,13 @@ class SharedPrompts(NamedTuple):
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs as 2B rows, chosen first: tokens and attention mask (2B, T'), and where labels are predicted."""
-        rows, lengths = [], self.cu_seqlens.diff().tolist()
-        for segment in (CHOSEN, REJECTED):
-            for ids, kinds in zip(self.input_ids, self.segments, strict=True):
-                rows.append(ids[(kinds == PROMPT) | (kinds == segment)])
-        width = max(len(row) for row in rows)
-        ids = self.input_ids.new_zeros(len(rows), width)
-        attended, where = torch.zeros_like(ids), []
-        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            ids[i, : len(row)] = row
-            attended[i, : len(row)] = 1
-            where.append(torch.arange(len(row) - 1 - length, len(row) - 1, device=ids.device) + i * width)
-        return ids, attended, torch.cat(where)
+        rows = [
+            (ids[kinds == PROMPT], ids[kinds == segment])
+            for segment in (CHOSEN, REJECTED)
+            for ids, kinds in zip(self.input_ids, self.segments, strict=True)
+        ]
+        ids, attended, completion = joined(rows, pad_token_id=0)
+        return ids, attended, (next_token_labels(ids, completion) != -100).flatten().nonzero().squeeze(1)
 
 
 def share_prompts(
@@ -196,13 +190,8 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
             attention_mask=attended,
             use_cache=False,
         )
-        try:
-            got, _ = batch._call(model, lambda head: (head.hidden.double(), computed_in(head.hidden)))
-        except UnsupportedModel:
-            raise
-        except Exception as error:
-            raise UnsupportedModel(f"{name} cannot share prompts ({type(error).__name__}: {error})") from error
-    values, dtype = got
+        with refusing(f"{name} cannot share prompts"):
+            (values, dtype), _ = batch._call(model, lambda head: (head.hidden.double(), computed_in(head.hidden)))
     difference = float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30)) if len(values) else 0.0
     if not difference <= TOLERANCE.get(dtype, TOLERANCE_16_BIT):
         raise UnsupportedModel(

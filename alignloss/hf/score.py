@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..checks import check_int64, check_number
 from ..logprob import sequence_logprob
-from ..recipes.batches import next_token_labels
+from ..recipes.batches import joined, next_token_labels
 from .check import check_model, left_as_it_is
 from .head import Head, head_call
-from .takeover import inside_wrappers, name_of, unwrapped
+from .takeover import config_of, input_device, inside_wrappers, name_of, unwrapped
 
 # the column of tokens, and the one that is made of it, by the names of TRL
 COLUMNS = {
@@ -134,32 +134,19 @@ def _batches(order: list[int], rows: list[Row], batch_tokens: int) -> Iterator[l
 
 def _scored(model: nn.Module, rows: list[Row], pad_token_id: int) -> Tensor:
     """Sums in nats (S,), float64, on the CPU."""
-    width = max(1, *(len(tokens) for tokens, _ in rows))
-    ids = torch.full((len(rows), width), pad_token_id)
-    attended, completion = torch.zeros_like(ids), torch.zeros_like(ids)
-    for i, (tokens, prompt) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        attended[i, : len(tokens)] = 1
-        completion[i, prompt : len(tokens)] = 1
-    labels = next_token_labels(ids, completion)
-    device = _device(model)
+    if not any(tokens for tokens, _ in rows):
+        return torch.zeros(len(rows), dtype=torch.float64)
+    whole = [(torch.tensor(tokens, dtype=torch.int64), prompt) for tokens, prompt in rows]
+    parts = [(tokens[:prompt], tokens[prompt:]) for tokens, prompt in whole]
+    ids, attended, completion = joined(parts, pad_token_id)
+    labels, device = next_token_labels(ids, completion), input_device(model)
 
     def run(head: Head) -> Tensor:
-        return sequence_logprob(
-            head.hidden,
-            head.weight,
-            labels.to(head.hidden.device),
-            head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        ).logps
+        here = labels.to(head.hidden.device)
+        return sequence_logprob(head.hidden, head.weight, here, head.bias, **head.transform).logps
 
     sums, _ = head_call(model, run, input_ids=ids.to(device), attention_mask=attended.to(device), use_cache=False)
     return sums.double().cpu()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 class _Cache:
@@ -217,7 +204,6 @@ def _bar(rows: list[Row], cache: _Cache, progress: bool) -> Any:
 def _fingerprint(model: nn.Module, rows: list[Row], max_length: int | None) -> str:
     """Of everything that the numbers depend on."""
     digest, outer, base = hashlib.blake2b(digest_size=16), inside_wrappers(model), unwrapped(model)
-    config: Any = getattr(base, "config", None)
     adapters = [
         (name, *(str(getattr(layer, key, None)) for key in ADAPTER_STATE))
         for name, layer in outer.named_modules()
@@ -226,7 +212,7 @@ def _fingerprint(model: nn.Module, rows: list[Row], max_length: int | None) -> s
     tuned = {name: value.to_dict() for name, value in getattr(outer, "peft_config", {}).items()}
     cast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     settings = [
-        type(base).__name__, config.to_dict() if hasattr(config, "to_dict") else None, adapters, tuned,
+        type(base).__name__, config_of(base), adapters, tuned,
         getattr(outer, "active_adapter", None), getattr(outer, "_adapters_disabled", False), cast, max_length,
     ]  # fmt: skip
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

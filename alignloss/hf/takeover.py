@@ -14,12 +14,12 @@ class UnsupportedModel(ValueError):
     """A model whose logits are not scale and softcap of one projection of hidden states, as far as can be seen."""
 
 
-def inside_wrappers(model: Any) -> nn.Module:
-    """The model inside DDP, FSDP1, DeepSpeed and torch.compile, with its adapters."""
+def inside_wrappers(model: Any, sharding: bool = True) -> nn.Module:
+    """The model inside DDP and torch.compile, and unless told otherwise FSDP1 and DeepSpeed, with its adapters."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ in _WRAPPERS:
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or (sharding and type(model).__name__ in _SHARDING):
             model = model.module
         else:
             return model
@@ -31,11 +31,35 @@ def unwrapped(model: Any) -> nn.Module:
     return unwrapped(inner.get_base_model()) if hasattr(inner, "get_base_model") else inner
 
 
-_WRAPPERS = ("FullyShardedDataParallel", "DeepSpeedEngine")
+_SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def name_of(model: nn.Module) -> str:
     return type(unwrapped(model)).__name__
+
+
+def config_of(base: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(base, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else {}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return device
+    return next((p.device for p in unwrapped(model).parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def refusing(what: str, way_out: str = "") -> Iterator[None]:
+    """An UnsupportedModel for whatever goes wrong inside."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"{what} ({type(error).__name__}: {error}){way_out}") from error
 
 
 def find_head(model: nn.Module) -> nn.Module:

@@ -108,7 +108,7 @@ def mismatched_pairs(
         )
     prompts = [ids[keep] for ids, keep in zip(input_ids, real & ~completion, strict=True)]
     completions = [ids[keep] for ids, keep in zip(input_ids, completion, strict=True)]
-    return _joined([(prompts[i], completions[i - 1]) for i in range(count)], pad_token_id)
+    return joined([(prompts[i], completions[i - 1]) for i in range(count)], pad_token_id)
 
 
 def self_play_pairs(
@@ -142,10 +142,10 @@ def self_play_pairs(
         if tokens.dim() != 1 or tokens.dtype not in INTEGERS:
             raise ValueError(f"token ids must be 1-d integer tensors, got {tuple(tokens.shape)} {tokens.dtype}")
     rows = [*zip(prompts, completions, strict=True), *zip(prompts, samples, strict=True)]
-    return _joined(rows, pad_token_id)
+    return joined(rows, pad_token_id)
 
 
-def _joined(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> CompletionBatch:
+def joined(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> CompletionBatch:
     """Completions after their prompts."""
     try:
         pad_token_id = operator.index(pad_token_id)

@@ -1,6 +1,6 @@
 """TRL's trainers on alignloss: its fused head replaced, its losses as they are, or any of ours in their place.
 
-Imports hf, modules, ops, checks and `logprob`.
+Imports hf, modules, recipes, ops, checks and `logprob`.
 """
 
 from typing import Any

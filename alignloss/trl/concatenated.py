@@ -56,18 +56,15 @@ class _Concatenated(AlignlossTrainer):
             assert stats.mean_logits is not None
             values = logps.to(stats.mean_logits.dtype).view(target.shape)
             there = _Scored(values, stats.mean_logits.view(target.shape), scored != -100, nll != -100)
-            if torch.is_grad_enabled():
-                with self._quiet():
-                    return theirs(there, batch, train_eval)[0]
-            loss, found = theirs(there, batch, train_eval)
+            loss, found = self._heard_once(lambda: theirs(there, batch, train_eval))
             metrics.update(found)
             return loss
 
         def run(head: Head) -> Tensor:
             return one_pass_loss(
                 head.hidden, head.weight, target.to(head.hidden.device), loss_fn, head.bias,
-                units=[(i, i + pairs) for i in range(pairs)], stats=("mean_logits",), logit_scale=head.logit_scale,
-                softcap=head.softcap, **self._head_options,
+                units=[(i, i + pairs) for i in range(pairs)], stats=("mean_logits",), **head.transform,
+                **self._head_options,
             )  # fmt: skip
 
         loss, _ = head_call(model, run, input_ids=ids, attention_mask=mask, use_cache=False)

@@ -18,6 +18,7 @@ from ..logprob import LogprobStats, linear_logprob_stats
 from ..modules.own_loss import one_pass_loss
 from ..ops.head import PROJECTION_OPTIONS
 from ..ops.sizes import accumulation_dtype
+from ..recipes.batches import next_token_labels
 
 try:
     import trl
@@ -74,8 +75,7 @@ class _FusedHead(NamedTuple):
 
         call = (hidden, head.weight, target)
         options = {
-            "bias": head.bias, "stats": self.stats, "logit_scale": head.logit_scale, "softcap": head.softcap,
-            "temperature": self.temperature, **self.options,
+            "bias": head.bias, "stats": self.stats, "temperature": self.temperature, **head.transform, **self.options,
         }  # fmt: skip
         with autocast:
             if loss_fn is not None:
@@ -156,9 +156,7 @@ def add_fused_lm_head(
 
 def aligned(labels: Tensor) -> Tensor:
     """Labels of transformers, which are not shifted, as hidden states predict them."""
-    shifted = torch.full_like(labels, -100)
-    shifted[:, :-1] = labels[:, 1:]
-    return shifted
+    return next_token_labels(labels, labels != -100)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class _OneProcess:
     gather_for_metrics = reduce = gather
 
 
+T = TypeVar("T")
 # a trainer of TRL stands behind it
 _Base: Any = object
 
@@ -140,6 +141,23 @@ class AlignlossTrainer(_Base):
         return torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
 
     @contextmanager
+    def _with(self, **attributes: Any) -> Iterator[None]:
+        """Other values of a few attributes."""
+        before = {name: self.__dict__[name] for name in attributes if name in self.__dict__}
+        self.__dict__.update(attributes)
+        try:
+            yield
+        finally:
+            for name in attributes.keys() - before.keys():
+                delattr(self, name)
+            self.__dict__.update(before)
+
+    def _heard_once(self, loss: Callable[[], T]) -> T:
+        """A loss inside of `one_pass_loss`, of whose calls the last one, without gradients, is to be heard."""
+        with self._quiet() if torch.is_grad_enabled() else nullcontext():
+            return loss()
+
+    @contextmanager
     def _quiet(self) -> Iterator[None]:
         """A loss without metrics, collectives or anything else that stays."""
         before = dict(self.__dict__)
@@ -164,10 +182,7 @@ class AlignlossTrainer(_Base):
             def there(*_: Any, **__: Any) -> Any:
                 return fields
 
-            if not torch.is_grad_enabled():
-                return loss_of(there)
-            with self._quiet():
-                return loss_of(there)
+            return self._heard_once(lambda: loss_of(there))
 
         return model(**inputs, fused_lm_head=True, loss_fn=loss_fn, units=units).loss
 
@@ -189,8 +204,7 @@ class AlignlossTrainer(_Base):
             data[name] = inputs.pop(name)
 
         def evaluated(head: Head, labels: Tensor) -> Any:
-            transform = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-            loss.head_options = own.head_options | self._head_options | transform
+            loss.head_options = own.head_options | self._head_options | head.transform
             return loss(head.hidden, head.weight, labels, head.bias, stats=METRIC_STATS, **data)
 
         if prompts is not None:
@@ -271,11 +285,8 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
 
     def _trls_loss(self, there: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss of log-probabilities that are there, of the reference too."""
-        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
+        with self._with(precompute_ref_logps=True):
             return super()._compute_loss(there, inputs, False)
-        finally:
-            self.precompute_ref_logps = precomputed
 
     def _shared_loss(self, model: Any, inputs: dict[str, Any], pairs: SharedPairs) -> Tensor:
         """The loss of pairs whose prompts are computed once."""
@@ -289,8 +300,7 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
             return lambda *_, **__: fields
 
         def call(head: Head) -> dict[str, Any]:
-            options = {"logit_scale": head.logit_scale, "softcap": head.softcap, "stats": names}
-            return {"bias": head.bias, **options, **self._head_options}
+            return {"bias": head.bias, "stats": names, **head.transform, **self._head_options}
 
         if not self.precompute_ref_logps and (own is None or own.needs_reference):
             with self._reference_alone():
@@ -308,10 +318,7 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
 
         def loss_fn(logps: Tensor, stats: LogprobStats) -> Tensor:
             model = there(logps.to(accumulation_dtype(self.model.dtype)), stats)
-            if not torch.is_grad_enabled():
-                return self._trls_loss(model, inputs)
-            with self._quiet():
-                return self._trls_loss(model, inputs)
+            return self._heard_once(lambda: self._trls_loss(model, inputs))
 
         units = None if self._couples() else pairs.units()
         loss, _ = batch.head_call(
@@ -368,14 +375,9 @@ class KTOTrainer(AlignlossTrainer, _KTOTrainer):
             data = {name: value for name, value in data.items() if name in own.data}
             return self._own_loss(model, given, inputs["ref_logps"], **data)
         units = [(i,) for i in range(len(given["labels"]))]
-        theirs, precomputed = super()._compute_loss, self.precompute_ref_logps
-        self.precompute_ref_logps = True
-        self._compute_kl_logps = lambda *_: divergence
-        try:
+        theirs = super()._compute_loss
+        with self._with(precompute_ref_logps=True, _compute_kl_logps=lambda *_: divergence):
             return self._in_projection(model, given | {"use_cache": False}, lambda m: theirs(m, inputs, False), units)
-        finally:
-            self.precompute_ref_logps = precomputed
-            del self._compute_kl_logps
 
 
 class SFTTrainer(AlignlossTrainer, _SFTTrainer):
