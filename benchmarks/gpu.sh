@@ -4,22 +4,23 @@
 #   benchmarks/gpu.sh OUT [--wheels DIR] [--parts "install tests ..."] [--minutes 30] [--toy]
 #
 # By default everything, in an order that puts first what the rest relies on. Where a command may take ten minutes:
-#   --minutes 9 --parts "install compile tests sanitize"
+#   --minutes 9 --parts "install tests sanitize"
 #   --minutes 9 --parts "install time masks small budget profile kernels"
 #   --minutes 9 --parts "install tokens vocabulary memory longest"
-#   --minutes 9 --parts "install steps"
-# Needs torch, triton, pytest, numpy, rich, matplotlib, transformers and peft. DIR may hold wheels of the peers (trl,
-# datasets, dill, multiprocess, xxhash, liger_kernel, cut_cross_entropy), installed without their dependencies; a missing
-# peer is a line in the log. Each part runs under what is left of its time; what was measured until then stays in OUT.
+#   --minutes 9 --parts "install steps trainers"
+# Needs torch, triton, pytest, pytest-xdist, numpy, rich, matplotlib, transformers and peft. DIR may hold wheels of the
+# peers (trl, datasets, dill, multiprocess, xxhash, liger_kernel, cut_cross_entropy), installed without their
+# dependencies; a missing peer is a line in the log. Each part runs under what is left of its time; what was measured
+# until then stays in OUT.
 # ALIGNLOSS_COMMIT names the commit where the copy has no history.
 # --toy: every part on the CPU at toy shapes, to try the script itself.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$root/benchmarks/gpu.sh"; exit 2; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$root/benchmarks/gpu.sh"; exit 2; }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
-parts="install compile tests sanitize time masks small budget profile kernels tokens vocabulary memory longest steps"
+parts="install tests sanitize time masks small budget profile kernels tokens vocabulary memory longest steps trainers"
 minutes=30 wheels="" toy="" known=$parts
 while [ $# -gt 0 ]; do
     [ "$1" = --toy ] && toy=1 && shift && continue
@@ -60,27 +61,22 @@ install_all() {
     pip_install --no-build-isolation --editable . || ln -sfn ../kernels alignloss/kernels || return 1
     [ -z "$wheels" ] || pip_install "$wheels"/*.whl
 }
-# fill Triton's cache from 16 processes, as one compiles a kernel after the other; what fails shows in `tests`
-compile_all() {
-    "$python" -m pytest --collect-only -q -W default $small_tests | grep :: |
-        xargs -d '\n' -n 24 -P 16 "$python" -m pytest -q -W default -p no:cacheprovider >/dev/null 2>&1
-    return 0
-}
-export -f pip_install install_all compile_all
+export -f pip_install install_all
 export python wheels
 
 pytest=("$python" -m pytest -q -W default -p no:cacheprovider --color=no)
 if [ -n "$toy" ]; then
     export TRITON_INTERPRET=1
-    export small_tests=tests/test_reference.py
-    tests="tests/test_gpu.py tests/test_losses.py" sanitizer="env TOOL="
+    small_tests=tests/test_losses.py gpu_tests=tests/test_gpu.py sanitizer="env TOOL="
     on="--device cpu --dtype float32 --rounds 1" kind=toy
     large="--shapes 32x256 --tokens 64" models=$large small=$large long="$large --memory 0.002" grown=$large
     vocabulary="--shapes 32x256 --tokens 64" vocabularies="256 512" tokens="--shapes 32x256 --tokens 64 128"
     steps="--shapes smollm2-135m --lengths 8" deep=$steps largest=$steps
+    trainers="--shapes smollm2-135m --lengths 16"
 else
-    export small_tests="tests/test_kernels.py tests/test_exactness.py tests/test_onepass.py"
-    tests="tests/test_gpu.py $small_tests"
+    # several processes compile kernels side by side; three hold the largest problems in 80 GB
+    small_tests="-n 12 tests/test_kernels.py tests/test_exactness.py tests/test_onepass.py"
+    gpu_tests="-n 3 tests/test_gpu.py"
     # without torch's cache of memory an access beyond a tensor is one beyond its allocation
     sanitizer="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=wd_kernel --error-exitcode 9 --tool "
     on="--device cuda --dtype bfloat16" kind=gpu
@@ -94,6 +90,7 @@ else
     steps="--shapes qwen2.5-0.5b llama-3.2-1b --lengths 2048 8192 --masked 0.5 --rounds 3"
     deep="--shapes llama-3.2-1b --lengths 32768 --rounds 2"
     largest="--shapes gemma-2-2b llama-3-8b --lengths 4096 --masked 0.5 --rounds 2"
+    trainers="--shapes qwen2.5-0.5b --lengths 2048 --pairs 2 --prompts 0.25 0.75 --rounds 3"
 fi
 
 # shellcheck disable=SC2086  # the cases are lists of words
@@ -108,8 +105,8 @@ training=(--modes "frozen head" "DPO step")
 part install 60 bash -c install_all
 # shellcheck disable=SC2086
 {
-    part compile 150 bash -c compile_all
-    part tests 240 "${pytest[@]}" $tests
+    part tests 240 "${pytest[@]}" $small_tests
+    part tests 240 "${pytest[@]}" $gpu_tests
     for tool in memcheck racecheck synccheck; do
         part sanitize 120 $sanitizer$tool "${pytest[@]}" tests/test_kernels.py
     done
@@ -128,6 +125,7 @@ part install 60 bash -c install_all
     bench steps 150 step steps $steps --train full lora --optimizer "${few[@]}"
     bench steps 90 step steps-long $deep --train full lora --optimizer --checkpointing "${few[@]}"
     bench steps 90 step steps-largest $largest --train full lora --optimizer --checkpointing "${few[@]}"
+    bench trainers 90 trainers trainers $trainers
 }
 # one file to carry, made elsewhere: a folder that changes while it is read is an error to tar
 archive=$(mktemp)
