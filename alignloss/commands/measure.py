@@ -41,7 +41,7 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 def environment(*packages: str) -> dict[str, Any]:
     """Device, threads, versions of Python, of `packages` (None if missing) and of a GPU's driver, and the commit.
 
-    The commit is that of the checkout, or what ALIGNLOSS_COMMIT says of a copy without its history.
+    The commit is what ALIGNLOSS_COMMIT says of a copy without its history, or that of the checkout.
     """
     versions: dict[str, str | None] = {}
     for package in packages:
@@ -56,7 +56,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit() or os.environ.get("ALIGNLOSS_COMMIT"),
+        "commit": os.environ.get("ALIGNLOSS_COMMIT") or _commit(),
     }
 
 
