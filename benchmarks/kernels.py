@@ -26,8 +26,8 @@ GEMM_CANDIDATES = {
     ],
     4: [(128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (64, 128, 32, 8, 3), (128, 64, 32, 4, 3)],
 }  # fmt: skip
-# (TILE_BLOCK, TILE_WARPS) of the kernels over a tile
-TILE_CANDIDATES = [(512, 4), (1024, 8), (2048, 8), (2048, 16), (4096, 16), (4096, 32), (8192, 32), (16384, 32)]
+# warps of the kernels over a tile
+TILE_CANDIDATES = [4, 8, 16, 32]
 INTERPRETED = [(16, 32, 16, 1, 1)]
 COPY = "copy of as many bytes"
 Timed = Callable[[], float]
@@ -111,13 +111,13 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
         moved = N * columns * cell
         copied = torch.empty(2, moved // 2, dtype=torch.uint8, device=device)
         ways = {COPY: prepared(lambda copied=copied: copied[0].copy_(copied[1]))}
-        for block, warps in TILE_CANDIDATES if hidden.is_cuda else TILE_CANDIDATES[:1]:
+        for warps in TILE_CANDIDATES if hidden.is_cuda else TILE_CANDIDATES[:1]:
 
-            def run(work: Callable[[], Any] = work, block: int = block, warps: int = warps) -> None:
-                with replaced(vars(tile), "TILE_BLOCK", block), replaced(vars(tile), "TILE_WARPS", warps):
+            def run(work: Callable[[], Any] = work, warps: int = warps) -> None:
+                with replaced(vars(tile), "TILE_ENTRIES", 1), replaced(vars(tile), "TILE_WARPS", warps):
                     work()
 
-            ways[f"{block} entries, {warps} warps"] = prepared(run, prepare)
+            ways[f"{warps} warps"] = prepared(run, prepare)
         rows += _rows(kind, ways, rounds, {"gigabytes_per_second": 1e-9 * moved})
     return rows
 

@@ -22,12 +22,16 @@ from triton.compiler import ASTSource
 
 from . import kl, rows, sequence, stats, tile
 from .blocks import (
+    CAPPED_SLICE,
     COMBINE_BLOCK_N,
     COMBINE_BLOCK_T,
+    COPY_ENGINE,
+    KL_BLOCK,
     OPTIONS,
     ROW_WARPS,
     SEQUENCE_BLOCK,
-    TILE_BLOCK,
+    SLICE,
+    TILE_WARPS,
     WIDTH_BLOCK,
     gemm_blocks,
 )
@@ -120,46 +124,59 @@ def _of_gemms(blocks: str) -> list[Variant]:
                 tensor_cores,
             )
         )
+        if size == 2 and blocks in COPY_ENGINE:
+            copied = {
+                "hidden": f"tensordesc<{dtype}[{block_n}, {block_h}]>",
+                "weight": f"tensordesc<{dtype}[{block_v}, {block_h}]>",
+            }
+            found.append(
+                found[-1]._replace(name=f"stats_copied_fwd[{name}]", kernel=stats.stats_copied_fwd_kernel, types=copied)
+            )
         if precision != "tf32":
             combine = flags | {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T, "BLOCK_H": 64}
             found.append(Variant(f"combine_fwd[{name}]", stats.combine_fwd_kernel, pointers, combine))
     return found
 
 
-def _of_tiles(tile_warps: int) -> list[Variant]:
+def _of_tiles(kl_warps: int) -> list[Variant]:
     found = []
-    for save, narrow, full, dtype in (
-        (0, False, False, "*fp32"),
-        (0, False, True, "*fp32"),
-        (1, True, False, "*bf16"),
-        (1, False, False, "*bf16"),
-        (1, False, True, "*fp32"),
-        (2, True, True, "*bf16"),
+    for save, full, dtype in (
+        (0, False, "*fp32"),
+        (0, True, "*fp32"),
+        (1, False, "*bf16"),
+        (1, True, "*fp32"),
+        (2, True, "*bf16"),
     ):
         flags = {
             "HAS_BIAS": full,
             "HAS_CAP": full,
             "SAVE": save,
-            "NARROW": narrow,
             "EXTRAS": full,
             "RESCALE": save > 0,
-            "BLOCK": TILE_BLOCK,
+            "BLOCK": CAPPED_SLICE if full else SLICE,
+            "ROW_BLOCK": WIDTH_BLOCK,
         }
-        name = f"fold_fwd[{dtype[1:]}, save={save}, narrow={narrow}, all={full}]"
-        found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, tile_warps))
+        name = f"fold_fwd[{dtype[1:]}, save={save}, all={full}]"
+        found.append(Variant(name, tile.fold_fwd_kernel, {"out": dtype, "out2": dtype}, flags, TILE_WARPS))
     for narrow, full in ((False, False), (True, False), (True, True)):
-        flags = {"HAS_BIAS": full, "HAS_CAP": full, "ENTROPY": full, "NARROW": narrow, "BLOCK": TILE_BLOCK}
+        flags = {
+            "HAS_BIAS": full,
+            "HAS_CAP": full,
+            "ENTROPY": full,
+            "NARROW": narrow,
+            "BLOCK": CAPPED_SLICE if full else SLICE,
+        }
         name = f"dlogits_bwd[narrow={narrow}, all={full}]"
-        found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, tile_warps))
-    for name, pointee in (("bf16", "*bf16"), ("fp32", "*fp32")):
-        flags = {"HAS_CAP": True, "BLOCK": TILE_BLOCK}
-        found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, tile_warps))
+        found.append(Variant(name, tile.dlogits_bwd_kernel, {"out": "*bf16" if narrow else "*fp32"}, flags, TILE_WARPS))
+    for name, pointee, cap in (("bf16", "*bf16", False), ("bf16, all", "*bf16", True), ("fp32, all", "*fp32", True)):
+        flags = {"HAS_CAP": cap, "BLOCK": CAPPED_SLICE if cap else SLICE}
+        found.append(Variant(f"held_bwd[{name}]", tile.held_bwd_kernel, {"tile": pointee}, flags, TILE_WARPS))
     for full in (False, True):
-        flags = {"HAS_BIAS": full, "HAS_REF_BIAS": full, "HAS_CAP": full, "BLOCK": TILE_BLOCK}
+        flags = {"HAS_BIAS": full, "HAS_REF_BIAS": full, "HAS_CAP": full, "BLOCK": KL_BLOCK}
         narrow = {"out": "*bf16"} if full else {}
         suffix = f"[narrow={full}, all={full}]"
-        found.append(Variant(f"kl_fwd[all={full}]", kl.kl_fwd_kernel, {}, flags, tile_warps))
-        found.append(Variant("kl_bwd" + suffix, kl.kl_bwd_kernel, narrow, flags | {"NARROW": full}, tile_warps))
+        found.append(Variant(f"kl_fwd[all={full}]", kl.kl_fwd_kernel, {}, flags, kl_warps))
+        found.append(Variant("kl_bwd" + suffix, kl.kl_bwd_kernel, narrow, flags | {"NARROW": full}, kl_warps))
     # the width of a slice is a multiple of 16, but for the last one of some vocabularies
     return found + [
         variant._replace(name=variant.name.replace("]", ", whole]"), divisible=("Vs",))

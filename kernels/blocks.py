@@ -15,14 +15,21 @@ GEMM_BLOCKS = {
     "gfx942": {2: (128, 128, 64, 8, 2), 4: (64, 128, 32, 8, 2)},
     "interpreter": {2: (16, 32, 16, 1, 1), 4: (16, 32, 16, 1, 1)},
 }
+# with an engine that copies blocks of 16-bit operands while the tensor cores multiply others; and the interpreter
+COPY_ENGINE = ("sm_90", "sm_100", "interpreter")
 # with a softcap or further statistics in the epilogue, wider tiles spill
 FULL_EPILOGUE_BLOCK_V = 128
 # of every launch: products and sums fuse, by default up to Triton 3.9
 OPTIONS = {"enable_fp_fusion": True}
 COMBINE_BLOCK_N, COMBINE_BLOCK_T = 16, 64
-# one program per row of a tile, of 1,024 threads: so few rows are under way (2 of 64 KiB on each multiprocessor of an
-# H100) that the second read of a row finds it in L2; with more entries per thread some kernels spill
-TILE_BLOCK, TILE_WARPS = 4096, 16 if torch.version.hip else 32
+# vocabulary entries of a slice on a GPU, at most: a program holds a row of its tile in registers, three an entry where
+# there is a softcap; at least, where the workspace allows: each slice of a forward reads and writes U
+SLICE, CAPPED_SLICE = 16384, 8192
+# of such a program: entries per warp, and the most warps
+TILE_ENTRIES, TILE_WARPS = 512, 16
+# one program per row of two tiles, block by block, of 1,024 threads: so few rows are under way that their second read
+# finds them in L2
+KL_BLOCK, KL_WARPS = 4096, 16 if torch.version.hip else 32
 # entries that the rows of a tile of logits are a multiple of on a GPU: cuBLAS has kernels for aligned rows, and ours
 # reach memory 16 bytes at a time
 PITCH = 64

@@ -12,9 +12,60 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, architecture, gemm_blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, COPY_ENGINE, OPTIONS, architecture, gemm_blocks
 from .math import LOWEST, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, softcap_logit
+
+
+@triton.jit
+def place(program, blocks_n, tiles, GROUP: tl.constexpr):
+    """The block of rows and the tile of a program: GROUP blocks share each tile of the weight while it is cached."""
+    group = program // (GROUP * tiles)
+    first = group * GROUP
+    size = tl.minimum(blocks_n - first, GROUP)
+    return first + (program % (GROUP * tiles)) % size, (program % (GROUP * tiles)) // size
+
+
+@triton.jit
+def store_statistics(
+    x,  # (BLOCK_N, BLOCK_V) fp32 products
+    block_n,
+    tile,
+    bias,
+    labels,
+    partials,
+    N,
+    V,
+    linear,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The statistics of one tile of logits."""
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    x *= linear
+    if HAS_BIAS:
+        x += tl.load(bias + v, mask=v < V, other=0.0)[None, :]
+    z = softcap_logit(x, cap) if HAS_CAP else x
+    label = tl.load(labels + n, mask=n < N, other=-1)
+    rest = tl.where((v < V)[None, :] & (v[None, :] != label[:, None]), z, -float("inf"))
+    m = tl.max(rest, 1)
+    base = tl.where(m == -float("inf"), 0.0, m)
+    e = tl.exp(rest - base[:, None])
+
+    field = tl.cdiv(V, BLOCK_V).to(tl.int64) * N
+    out = partials + tile.to(tl.int64) * N + n
+    tl.store(out, m, mask=n < N)
+    tl.store(out + field, tl.sum(e, 1), mask=n < N)
+    if EXTRAS:
+        tl.store(out + 2 * field, tl.sum(tl.where(e > 0, (rest - base[:, None]) * e, 0.0), 1), mask=n < N)
+        tl.store(out + 3 * field, tl.sum(tl.where((v < V)[None, :], z, 0.0), 1), mask=n < N)
+        tl.store(out + 4 * field, tl.sum(e * e, 1), mask=n < N)
 
 
 @triton.jit
@@ -27,27 +78,20 @@ def stats_fwd_kernel(
     N,
     V,
     H,
-    hidden_stride,
-    weight_stride,
     linear,  # x = (h w + b) * linear
     cap,
+    hidden_stride,
+    weight_stride,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     EXTRAS: tl.constexpr,
-    GROUP: tl.constexpr,  # row blocks that share a weight tile in cache
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    blocks_n, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
-    pid = tl.program_id(0)
-    group = pid // (GROUP * tiles)
-    first = group * GROUP
-    size = tl.minimum(blocks_n - first, GROUP)
-    block_n = first + (pid % (GROUP * tiles)) % size
-    tile = (pid % (GROUP * tiles)) // size
-
+    block_n, tile = place(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     k = tl.arange(0, BLOCK_H)
@@ -60,25 +104,45 @@ def stats_fwd_kernel(
         h = tl.load(h_rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
         w = tl.load(w_rows + (start + k)[:, None], mask=inside[:, None], other=0.0)
         x = tl.dot(h, w, x, input_precision=PRECISION)
+    store_statistics(
+        x, block_n, tile, bias, labels, partials, N, V, linear, cap, HAS_BIAS, HAS_CAP, EXTRAS, BLOCK_N, BLOCK_V
+    )
 
-    x *= linear
-    if HAS_BIAS:
-        x += tl.load(bias + v, mask=v < V, other=0.0)[None, :]
-    z = softcap_logit(x, cap) if HAS_CAP else x
-    label = tl.load(labels + n, mask=n < N, other=-1)
-    rest = tl.where((v < V)[None, :] & (v[None, :] != label[:, None]), z, -float("inf"))
-    m = tl.max(rest, 1)
-    base = tl.where(m == -float("inf"), 0.0, m)
-    e = tl.exp(rest - base[:, None])
 
-    field = tiles.to(tl.int64) * N
-    out = partials + tile.to(tl.int64) * N + n
-    tl.store(out, m, mask=n < N)
-    tl.store(out + field, tl.sum(e, 1), mask=n < N)
-    if EXTRAS:
-        tl.store(out + 2 * field, tl.sum(tl.where(e > 0, (rest - base[:, None]) * e, 0.0), 1), mask=n < N)
-        tl.store(out + 3 * field, tl.sum(tl.where((v < V)[None, :], z, 0.0), 1), mask=n < N)
-        tl.store(out + 4 * field, tl.sum(e * e, 1), mask=n < N)
+@triton.jit
+def stats_copied_fwd_kernel(
+    hidden,  # descriptor of blocks (BLOCK_N, BLOCK_H) of (N, H); what lies beyond reads as 0
+    weight,  # descriptor of blocks (BLOCK_V, BLOCK_H) of (V, H)
+    bias,
+    labels,
+    partials,
+    N,
+    V,
+    H,
+    linear,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """`stats_fwd_kernel` for operands that the copy engine reaches: a program takes one tile after the other."""
+    blocks_n, tiles, steps = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), tl.cdiv(H, BLOCK_H)
+    # as one loop with the one inside it: the copies for the next tile are under way while statistics are taken
+    for program in tl.range(tl.program_id(0), blocks_n * tiles, tl.num_programs(0), flatten=True):
+        block_n, tile = place(program, blocks_n, tiles, GROUP)
+        x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for step in range(steps):
+            h = hidden.load([block_n * BLOCK_N, step * BLOCK_H])
+            w = weight.load([tile * BLOCK_V, step * BLOCK_H])
+            x = tl.dot(h, w.T, x, input_precision=PRECISION)
+        store_statistics(
+            x, block_n, tile, bias, labels, partials, N, V, linear, cap, HAS_BIAS, HAS_CAP, EXTRAS, BLOCK_N, BLOCK_V
+        )
 
 
 @triton.jit
@@ -159,6 +223,21 @@ def combine_fwd_kernel(
     tl.store(out + TOP * step, top, mask=inside)
 
 
+def copies(kind: str, *operands: Tensor) -> bool:
+    """Whether the copy engine of this architecture reaches the blocks of the operands: 16 bytes at a time."""
+    size = operands[0].element_size()
+    if kind not in COPY_ENGINE or (size != 2 and kind != "interpreter"):
+        return False
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * size % 16 == 0 and t.stride(0) >= t.shape[1] and t.stride(1) == 1
+        for t in operands
+    )
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def stats_fwd(
     hidden: Tensor,  # (N, H), rows contiguous
     weight: Tensor,  # (V, H) of the same dtype, rows contiguous
@@ -172,36 +251,24 @@ def stats_fwd(
 ) -> None:
     """Fill `state` with the sums over v != y, the target logit and the maximum of each row."""
     (N, H), V = hidden.shape, weight.shape[0]
-    block_n, block_v, block_h, warps, stages = gemm_blocks(
-        architecture(hidden.device), hidden.element_size(), extras or cap is not None
-    )
-    tiles = triton.cdiv(V, block_v)
+    kind = architecture(hidden.device)
+    block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), extras or cap is not None)
+    programs, tiles = triton.cdiv(N, block_n) * triton.cdiv(V, block_v), triton.cdiv(V, block_v)
     partials = torch.empty((5 if extras else 2, tiles, N), dtype=torch.float32, device=hidden.device)
-    stats_fwd_kernel[(triton.cdiv(N, block_n) * tiles,)](
-        hidden,
-        weight,
-        bias,
-        labels,
-        partials,
-        N,
-        V,
-        H,
-        hidden.stride(0),
-        weight.stride(0),
-        linear,
-        cap or 1.0,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=cap is not None,
-        EXTRAS=extras,
-        GROUP=8,
-        PRECISION=precision,
-        BLOCK_N=block_n,
-        BLOCK_V=block_v,
-        BLOCK_H=block_h,
-        num_warps=warps,
-        num_stages=stages,
-        **OPTIONS,
-    )
+    shared = bias, labels, partials, N, V, H, linear, cap or 1.0
+    constants = {
+        "HAS_BIAS": bias is not None, "HAS_CAP": cap is not None, "EXTRAS": extras, "GROUP": 8, "PRECISION": precision,
+        "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h, "num_warps": warps, "num_stages": stages,
+    } | OPTIONS  # fmt: skip
+    if copies(kind, hidden, weight):
+        blocks_of = (
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, block_h])
+            for t, rows in ((hidden, block_n), (weight, block_v))
+        )
+        stats_copied_fwd_kernel[(min(programs, multiprocessors(hidden.device)),)](*blocks_of, *shared, **constants)
+    else:
+        strides = hidden.stride(0), weight.stride(0)
+        stats_fwd_kernel[(programs,)](hidden, weight, *shared, *strides, **constants)
     combine_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
         partials,
         hidden,

@@ -1,4 +1,4 @@
-"""Kernels over a logits tile that a GEMM wrote, one program per row, one read of the tile from device memory.
+"""Kernels over a logits tile that a GEMM wrote, one program per row, held in registers: the tile is read once.
 
 The GEMM leaves out the bias: the kernels add it as they read, a vector that all rows share and L2 holds.
 
@@ -12,8 +12,8 @@ then it is mix_2 D_y at the target, -q_v D_v (mix_0 + mix_1 (z_v - m)) elsewhere
 
 `held_bwd_kernel` makes the same of a tile that was kept as the exponentials of `fold_fwd_kernel`.
 
-The result may be half as wide as the tile: it then fills the first half of each row's memory. A block of the row is
-written only after the whole block, and every earlier one, has been read; hence the barriers.
+The result may be half as wide as the tile: it then fills the first half of each row's memory, which is written only
+after the whole row has been read; hence the barriers.
 
 Where rows are padded to a multiple of `PITCH` entries, the padding is read and written with them: memory is reached in
 vectors only where the bound of a row is a multiple of their length. What is read there counts for nothing.
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import OPTIONS, PITCH, TILE_BLOCK, TILE_WARPS
+from .blocks import OPTIONS, PITCH, TILE_ENTRIES, TILE_WARPS, WIDTH_BLOCK
 from .math import SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
 
 
@@ -43,19 +43,6 @@ def load_logits(x_row, bias, v, Vs, reach, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         x += tl.load(bias + v, mask=v < Vs, other=0.0)
     return x
-
-
-@triton.jit
-def top_logit(x_row, bias, target, cap, Vs, reach, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest z of a row but for the target's."""
-    c = tl.arange(0, BLOCK)
-    tops = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for start in range(0, reach, BLOCK):
-        v = start + c
-        x = load_logits(x_row, bias, v, Vs, reach, HAS_BIAS)
-        tops = tl.maximum(tops, tl.where((v < Vs) & (v != target), x, -float("inf")))
-    top = tl.max(tops, 0)
-    return softcap_logit(top, cap) if HAS_CAP else top  # monotone
 
 
 @triton.jit
@@ -94,64 +81,56 @@ def fold_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SAVE: tl.constexpr,
-    NARROW: tl.constexpr,  # `out` is half as wide as `tile`, in its memory
     EXTRAS: tl.constexpr,
     RESCALE: tl.constexpr,  # whether u (and u2) hold sums of earlier slices
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least reach
+    ROW_BLOCK: tl.constexpr,  # of H
 ):
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
     at = state + row
     x_row = tile + row * tile_stride
     target = column(tl.load(labels + row), first, Vs)
-    top = top_logit(x_row, bias, target, cap, Vs, reach, HAS_BIAS, HAS_CAP, BLOCK)
+    v = tl.arange(0, BLOCK)
+    x = load_logits(x_row, bias, v, Vs, reach, HAS_BIAS)
+    z = softcap_logit(x, cap) if HAS_CAP else x
+    if EXTRAS:
+        z_total = tl.sum(tl.where(v < Vs, z, 0.0), 0)
+    # with nothing to mask later a row takes 57 registers for 32 of its entries, not 90
+    z = tl.where((v < Vs) & (v != target), z, -float("inf"))
+    top = tl.max(z, 0)
     if target >= 0:
         tl.store(at + TARGET * step, load_logits(x_row, bias, target, Vs, reach, HAS_BIAS))
     if SAVE > 0:
-        tl.debug_barrier()  # before a faster warp overwrites the target
+        tl.debug_barrier()  # before a faster warp overwrites what another has to read
 
     old = tl.load(at)
     m = tl.where(top > old + slack, top, old)
     shift = old - m
     decay = tl.exp(shift)
-    none = tl.zeros((BLOCK,), tl.float32)
-    sums, ze_sums, z_sums, ee_sums = none, none, none, none
-    c = tl.arange(0, BLOCK)
-    for start in range(0, reach, BLOCK):
-        v = start + c
-        rest = (v < Vs) & (v != target)
-        x = load_logits(x_row, bias, v, Vs, reach, HAS_BIAS)
-        z = softcap_logit(x, cap) if HAS_CAP else x
-        e = tl.where(rest, tl.exp(z - m), 0.0)
-        ze = tl.where(e == 0, 0.0, (z - m) * e)
-        sums += e
-        if EXTRAS:
-            ze_sums += ze
-            z_sums += tl.where(v < Vs, z, 0.0)
-            ee_sums += e * e
-        if SAVE > 0:
-            slope = sech2(x) if HAS_CAP else 1.0
-            if NARROW:
-                tl.debug_barrier()
-            tl.store(out + row * out_stride + v, (e * slope).to(out.dtype.element_ty), mask=v < reach)
-            if SAVE > 1:
-                tl.store(out2 + row * out2_stride + v, (ze * slope).to(out2.dtype.element_ty), mask=v < reach)
-
+    e = tl.exp(z - m)
     # every load of the state comes before a reduction, whose barrier comes before every store
     s, largest = tl.load(at + SUM * step), tl.load(at + TOP * step)
     if EXTRAS:
         ze, z_sum, ee = tl.load(at + SUM_ZE * step), tl.load(at + SUM_Z * step), tl.load(at + SUM_EE * step)
-    total = tl.sum(sums, 0)
+    total = tl.sum(e, 0)
     tl.store(at, m)
     tl.store(at + SUM * step, s * decay + total)
     tl.store(at + TOP * step, tl.maximum(largest, top))
     if EXTRAS:
-        tl.store(at + SUM_ZE * step, (ze + s * shift) * decay + tl.sum(ze_sums, 0))
-        tl.store(at + SUM_Z * step, z_sum + tl.sum(z_sums, 0))
-        tl.store(at + SUM_EE * step, ee * decay * decay + tl.sum(ee_sums, 0))
+        ze_total = tl.sum(tl.where(e == 0, 0.0, (z - m) * e), 0)
+        tl.store(at + SUM_ZE * step, (ze + s * shift) * decay + ze_total)
+        tl.store(at + SUM_Z * step, z_sum + z_total)
+        tl.store(at + SUM_EE * step, ee * decay * decay + tl.sum(e * e, 0))
+    if SAVE > 0:
+        d = e * sech2(x) if HAS_CAP else e
+        tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < reach)
+        if SAVE > 1:
+            zd = tl.where(d == 0, 0.0, (z - m) * d)
+            tl.store(out2 + row * out2_stride + v, zd.to(out2.dtype.element_ty), mask=v < reach)
     if RESCALE:
         if m != old:
-            rescale(u, u2, row, H, shift, decay, SAVE, BLOCK)
+            rescale(u, u2, row, H, shift, decay, SAVE, ROW_BLOCK)
 
 
 @triton.jit
@@ -188,22 +167,20 @@ def dlogits_bwd_kernel(
         mix_step = tl.cast(mix_stride, tl.int64)
         a, b = tl.load(mix + row), tl.load(mix + row + mix_step)
         at_target = tl.load(mix + row + 2 * mix_step)
-    c = tl.arange(0, BLOCK)
-    for start in range(0, reach, BLOCK):
-        v = start + c
-        x = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
-        z = softcap_logit(x, cap) if HAS_CAP else x
-        # not exp(z - m - log s): rounding log s together with a large m would unbalance the sum of the q
-        q = tl.exp(z - m) * inverse
-        if ENTROPY:
-            q = tl.where(q == 0, 0.0, q * (a + b * (z - m)))
-        d = tl.where(v == target, at_target, -q)
-        if HAS_CAP:
-            d *= sech2(x)
-        d = tl.where(used, d, 0.0)
-        if NARROW:
-            tl.debug_barrier()
-        tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < reach)
+    v = tl.arange(0, BLOCK)
+    x = load_logits(tile + row * tile_stride, bias, v, Vs, reach, HAS_BIAS)
+    z = softcap_logit(x, cap) if HAS_CAP else x
+    # not exp(z - m - log s): rounding log s together with a large m would unbalance the sum of the q
+    q = tl.exp(z - m) * inverse
+    if ENTROPY:
+        q = tl.where(q == 0, 0.0, q * (a + b * (z - m)))
+    d = tl.where(v == target, at_target, -q)
+    if HAS_CAP:
+        d *= sech2(x)
+    d = tl.where(used, d, 0.0)
+    if NARROW:
+        tl.debug_barrier()
+    tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < reach)
 
 
 @triton.jit
@@ -228,13 +205,11 @@ def held_bwd_kernel(
     at_target = sech2(tl.load(state + row + TARGET * step)) if HAS_CAP else 1.0
     factor = tl.where(s == 0, 0.0, -tl.exp(tl.load(reference + row) - m) / s)
     used = tl.load(coefficient + row) != 0
-    c = tl.arange(0, BLOCK)
-    for start in range(0, reach, BLOCK):
-        v = start + c
-        at = tile + row * tile_stride + v
-        e = tl.load(at, mask=v < reach, other=0.0).to(tl.float32)
-        d = tl.where(used, tl.where(v == target, at_target, e * factor), 0.0)
-        tl.store(at, d.to(tile.dtype.element_ty), mask=v < reach)
+    v = tl.arange(0, BLOCK)
+    at = tile + row * tile_stride + v
+    e = tl.load(at, mask=v < reach, other=0.0).to(tl.float32)
+    d = tl.where(used, tl.where(v == target, at_target, e * factor), 0.0)
+    tl.store(at, d.to(tile.dtype.element_ty), mask=v < reach)
 
 
 def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,10 +225,10 @@ def reach(*tiles: Tensor | None) -> int:
     return padded if all(tile.stride(0) == padded for tile in given) else columns
 
 
-def program(columns: int) -> dict[str, int]:
-    """Entries that a program takes at once, and its warps: of four entries per thread where the tile is narrow."""
-    block = min(TILE_BLOCK, triton.next_power_of_2(columns))
-    return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block * TILE_WARPS // TILE_BLOCK))} | OPTIONS
+def program(reach: int) -> dict[str, int]:
+    """The entries of a program that holds a row of a tile, and its warps."""
+    block = triton.next_power_of_2(reach)
+    return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block // TILE_ENTRIES))} | OPTIONS
 
 
 def fold_fwd(
@@ -278,6 +253,7 @@ def fold_fwd(
     out2 = None if spare is None else narrowed(spare, dtype)
     # fp16 exponentials must stay under 65,504, and sums of their squares over the vocabulary within fp32
     slack = 8.0 if dtype == torch.float16 else 20.0
+    end = reach(tile, spare, None if narrows else out)
     fold_fwd_kernel[(C,)](
         tile,
         bias,
@@ -289,7 +265,7 @@ def fold_fwd(
         u2,
         first,
         Vs,
-        reach(tile, spare, None if narrows else out),
+        end,
         0 if u is None else u.shape[1],
         tile.stride(0),
         out.stride(0),
@@ -300,10 +276,10 @@ def fold_fwd(
         HAS_BIAS=bias is not None,
         HAS_CAP=cap is not None,
         SAVE=save,
-        NARROW=narrows,
         EXTRAS=extras,
         RESCALE=u is not None,
-        **program(Vs),
+        ROW_BLOCK=WIDTH_BLOCK,
+        **program(end),
     )
     return out, out2
 
@@ -342,7 +318,7 @@ def dlogits_bwd(
         HAS_CAP=cap is not None,
         ENTROPY=mix is not None,
         NARROW=dtype != tile.dtype,
-        **program(Vs),
+        **program(reach(tile)),
     )
     return out
 
@@ -370,5 +346,5 @@ def held_bwd(
         tile.stride(0),
         state.stride(0),
         HAS_CAP=cap is not None,
-        **program(Vs),
+        **program(reach(tile)),
     )

@@ -8,6 +8,7 @@ as on a GPU; sizes, regimes and autocast are a GPU's. Kernels run in Triton's in
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -18,6 +19,7 @@ from alignloss.kernels import blocks, stats
 from reference import body_of, replace_kernels
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from alignloss import backends
 from alignloss.ops import context, onepass, preference, sequence
@@ -66,6 +68,8 @@ mode = PretendedGpu()
 
 
 def unwrapped(value):
+    if isinstance(value, TensorDescriptor):
+        return replace(value, base=unwrapped(value.base))
     return value.on_cpu if isinstance(value, OnGpu) else value
 
 
@@ -145,7 +149,7 @@ for name, value in {
     "device_count": 1,
     "_lazy_init": None,
     "current_device": 0,
-    "get_device_properties": SimpleNamespace(total_memory=80 << 30),
+    "get_device_properties": SimpleNamespace(total_memory=80 << 30, multi_processor_count=132),
 }.items():
     patch.setattr(torch.cuda, name, lambda *args, value=value, **options: value)
 patch.setattr(torch.Tensor, "to", to)

@@ -395,6 +395,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Hopper:
@@ -414,6 +415,8 @@ class Unaligned(MockTensor):
 def argument(kind, value, *aligned):
     if kind == "tensor":
         return (MockTensor if aligned[0] else Unaligned)(getattr(torch, value))
+    if kind == "blocks":
+        return TensorDescriptor(MockTensor(getattr(torch, value)), [16, 16], [16, 1], aligned[0])
     return tl.dtype(value) if kind == "type" else value
 
 
@@ -462,7 +465,7 @@ def test_every_launch_compiles_with_the_types_it_is_given(monkeypatch):
             if result.requires_grad:
                 result.sum().backward()
     names = {json.loads(launch)[1] for launch in launches}
-    assert len(names) == 16  # every kernel
+    assert len(names) == 17  # every kernel
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         input=f"[{','.join(sorted(launches))}]",
@@ -498,6 +501,8 @@ class Recorder(Launches):
     def describe(value):
         if isinstance(value, torch.Tensor):
             return ["tensor", str(value.dtype).removeprefix("torch."), value.data_ptr() % 16 == 0]
+        if hasattr(value, "block_shape"):
+            return ["blocks", str(value.base.dtype).removeprefix("torch."), value.block_shape]
         if isinstance(value, float):
             return ["value", 0.5]
         if isinstance(value, int):  # 1, a multiple of 16, or another number

@@ -56,6 +56,36 @@ def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
         assert float((got - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
 
 
+# operands (rows, 48) in 16 bits out of a (rows + 1, 64), and whether the copy engine reaches their blocks
+LAYOUTS = {
+    "contiguous": (lambda t: t[:-1, :48].contiguous(), True),
+    "aligned rows of a wider tensor": (lambda t: t[1:, 8:56], True),
+    "rows that begin at an odd entry": (lambda t: t[1:, 1:49], False),
+    "rows of an odd length": (lambda t: t.flatten()[: (len(t) - 1) * 49].view(-1, 49)[:, :48], False),
+    "one row repeated": (lambda t: t[:1, :48].expand(len(t) - 1, 48), False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operand", ["hidden", "weight"])
+def test_statistics_of_operands_that_the_copy_engine_reaches_and_of_others(operand, layout, monkeypatch):
+    N, V = 19, 130
+    given = {name: torch.randn(rows + 1, 64, device=DEVICE).half() for name, rows in (("hidden", N), ("weight", V))}
+    view, reached = LAYOUTS[layout]
+    given = {name: (view if name == operand else LAYOUTS["contiguous"][0])(t) for name, t in given.items()}
+    labels, state, launched = torch.arange(N, device=DEVICE), fresh_state(N), []
+    for name in ("stats_fwd_kernel", "stats_copied_fwd_kernel"):
+        kernel = getattr(stats, name)
+        noted = type("Noted", (), {"__getitem__": lambda _, grid, n=name, k=kernel: (launched.append(n), k[grid])[1]})
+        monkeypatch.setattr(stats, name, noted())
+    stats.stats_fwd(*given.values(), None, labels, state, 1.0, None, False, "ieee")
+    x = given["hidden"].double() @ given["weight"].double().T
+    for got, expected in zip(state[:3], expected_state(x, labels, None)(state[0].double())[:3], strict=True):
+        assert float((got - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
+    reached &= blocks.architecture(torch.device(DEVICE)) in blocks.COPY_ENGINE
+    assert launched == ["stats_copied_fwd_kernel" if reached else "stats_fwd_kernel"]
+
+
 def set_precision(switch, value):
     """Set a switch of torch for float32 products; of "matmul", "cuda" and "all", the first that is set decides."""
     if switch == "legacy flag":
@@ -108,9 +138,9 @@ def test_float32_products_are_as_exact_as_those_of_torch_however_it_was_told(fir
 
 
 def several_blocks(monkeypatch):
-    """Let a row take several blocks, and a block several warps, which have to wait for each other."""
-    for name, value in (("TILE_BLOCK", 64), ("TILE_WARPS", 2)):
-        monkeypatch.setattr(tile, name, value)
+    """Let two tiles' rows take several blocks, and every row several warps, which have to wait for each other."""
+    for module, name, value in ((tile, "TILE_ENTRIES", 32), (kl, "KL_BLOCK", 64), (kl, "KL_WARPS", 2)):
+        monkeypatch.setattr(module, name, value)
 
 
 class Folded:

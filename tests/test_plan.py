@@ -4,12 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+from alignloss.kernels.blocks import SLICE
 from torch.profiler import ProfilerActivity, profile
 
 import alignloss
 from alignloss import plan
 from alignloss.commands.measure import peak_bytes
-from alignloss.ops.sizes import SLICE, Footprint, Sizes
+from alignloss.ops.sizes import Footprint, Sizes
 
 MIB = 1 << 20
 N, T, H, V = 2048, 128, 256, 8192

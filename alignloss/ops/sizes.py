@@ -17,9 +17,6 @@ MIB = 1 << 20
 LEAST_GROUP = 1024
 # vocabulary entries of a slice that forward and backward share, on a GPU
 BOTH_WIDE = 4096
-# vocabulary entries of a slice on a GPU, at most: 264 rows of a tile under way on an H100, 17 MB with such slices, find
-# their second read in L2; at least, where the workspace allows: each slice of a forward reads and writes U
-SLICE = 16384
 
 
 def default_workspace(device_type: str, total_memory: int) -> int:
@@ -88,6 +85,11 @@ class Footprint(NamedTuple):
     @property
     def casts_weight(self) -> bool:
         return {self.weight_dtype, self.dtype} != {self.gemm_dtype}
+
+    @property
+    def slice(self) -> int:
+        """Vocabulary entries of a slice on a GPU, at most."""
+        return blocks.CAPPED_SLICE if self.softcap else blocks.SLICE
 
     @property
     def wide_weight(self) -> bool:
@@ -169,7 +171,7 @@ class Footprint(NamedTuple):
 
         recomputed: a backward will recompute it; direct: as in `backward_tile`.
         """
-        sizes, wide = self._forward_bytes(stats, derivatives), SLICE  # a slice reads and writes U once
+        sizes, wide = self._forward_bytes(stats, derivatives), self.slice  # a slice reads and writes U once
         if not (recomputed and self.recomputes_exactly):
             return self.fit_tile(rows, sizes, workspace_bytes, wide)
         other = self._backward_bytes(bool(stats & backends.ENTROPY), direct)
@@ -213,7 +215,7 @@ class Footprint(NamedTuple):
         """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16."""
         row_bytes, column_bytes, cell_bytes = map(max, sizes, other or sizes)
         if self.device_type == "cuda":
-            most_columns = SLICE
+            most_columns = self.slice
             wide = max(16, min(wide, self.vocabulary, workspace_bytes // 4 // max(column_bytes, 1)))
             most_rows = (workspace_bytes - wide * column_bytes) // (row_bytes + wide * cell_bytes)
         else:
@@ -232,7 +234,7 @@ class Footprint(NamedTuple):
         """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
         if self.device_type != "cuda":
             return min(self.vocabulary, max(256, min(2048, MIB // max(rows, 1) // 128 * 128)))
-        return min(self.vocabulary, SLICE)
+        return min(self.vocabulary, self.slice)
 
     def weigh_bytes(self, rows: int) -> int:
         """What a backward takes to weigh the rows of dhidden."""
