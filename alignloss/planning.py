@@ -14,7 +14,16 @@ from .checks import DTYPES, check_number
 from .kernels import blocks
 from .kernels.state import STATE_ROWS
 from .ops.head import Options
-from .ops.sizes import MIB, Footprint, Tile, accumulation_dtype, default_workspace, fill_groups, total_memory
+from .ops.sizes import (
+    MIB,
+    Footprint,
+    Tile,
+    accumulation_dtype,
+    default_workspace,
+    fill_groups,
+    one_pass_workspace,
+    total_memory,
+)
 
 
 def full_logits_bytes(positions: int, vocabulary: int, dtype: torch.dtype, training: bool) -> int:
@@ -132,12 +141,16 @@ def plan(
             raise ValueError(f"{name} must be True or False, got {flag!r}")
     stored = dtype if weight_dtype is None else weight_dtype
     pairs = None if pair_tokens is None else _pairs(tokens, pair_tokens)
-    kind, options = _options(dtype, stored, softcap, device, device_memory, backend, workspace_bytes)
+    kind, total = _device(device, device_memory)
+    options = _options(dtype, stored, softcap, kind, total, backend, workspace_bytes)
     budget = options.workspace_bytes
     head = options.footprint(vocabulary, hidden_size, stored, stored, kind, positions > tokens)
     arranged, one_pass_bytes = _Arranged(0, 0, tokens), None
     if train_hidden and train_head and pairs is not None:
-        arranged, one_pass_bytes = _arrange(head, tokens, pairs, budget), _least_budget(head, tokens, pairs)
+        most = one_pass_workspace(kind, total) if workspace_bytes is None else budget
+        arranged, one_pass_bytes = _arrange(head, tokens, pairs, most), _least_budget(head, tokens, pairs)
+        if arranged.groups:
+            budget = most
     if arranged.groups > 1 or (arranged.groups and arranged.recomputed):
         head = head._replace(indexed=True)
     regime = 3 if arranged.groups else 4 if train_head else 2 if train_hidden else 1
@@ -157,15 +170,13 @@ def _options(
     dtype: torch.dtype,
     stored: torch.dtype,
     softcap: float | None,
-    device: str | torch.device | None,
-    device_memory: int | None,
+    kind: str,  # of the device
+    total: int,  # bytes of its memory
     backend: str,
     workspace_bytes: int | None,
-) -> tuple[str, Options]:
-    """The type of the device, and the options of the call as they would be resolved there."""
-    for name, number in (
-        ("softcap", softcap), ("workspace_bytes", workspace_bytes), ("device_memory", device_memory),
-    ):  # fmt: skip
+) -> Options:
+    """The options of the call as they would be resolved there."""
+    for name, number in (("softcap", softcap), ("workspace_bytes", workspace_bytes)):
         if number is not None:
             check_number(name, number, positive=True)
     backends.check_name(backend)
@@ -174,11 +185,10 @@ def _options(
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {kind_of}")
     if stored != dtype and torch.float64 in (stored, dtype):
         raise ValueError(f"autocast never casts from or to float64; got dtype {dtype}, weight_dtype {stored}")
-    kind, total = _device(device, device_memory)
     if backend == "auto" or dtype == torch.float64:
         backend = "torch" if kind == "cpu" or dtype == torch.float64 else "triton"
     budget = default_workspace(kind, total) if workspace_bytes is None else int(workspace_bytes)
-    return kind, Options(
+    return Options(
         select=False, compute_dtype=dtype, ignore_index=-100, logit_scale=1.0, softcap=softcap, temperature=1.0,
         backend=backend, workspace_bytes=budget, validate=False,
     )  # fmt: skip
@@ -330,6 +340,8 @@ def _pairs(tokens: int, pair_tokens: Any) -> int | list[int]:
 
 def _device(device: str | torch.device | None, device_memory: int | None) -> tuple[str, int]:
     """The type of a device and its total memory in bytes."""
+    if device_memory is not None:
+        check_number("device_memory", device_memory, positive=True)
     if device is None:
         device = "cuda" if device_memory or torch.cuda.is_available() else "cpu"
     kind = str(device).partition(":")[0]

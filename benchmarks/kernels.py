@@ -56,7 +56,7 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
     def prepared(work: Callable[[], Any], prepare: Callable[[], Any] = begin) -> Timed:
         def run() -> float:
             prepare()
-            return timed(case.device, work)
+            return timed(case.device, work, queued=True)
 
         return run
 

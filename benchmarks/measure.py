@@ -107,7 +107,10 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
 
 
 def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[Row]:
-    """Seconds of forward and backward, interleaved, the medians over rounds; ratios are of one round each."""
+    """Seconds of forward and backward, interleaved, the medians over rounds; ratios are of one round each.
+
+    A step begins with an idle device, and does not wait for it between forward and backward.
+    """
     inputs = make_inputs(case)
     work: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
     for mode in dict.fromkeys(mode for _, mode in pairs):
@@ -165,20 +168,40 @@ def interleave(work: dict[K, Callable[[], T]], rounds: int) -> tuple[dict[K, lis
     return taken, failed
 
 
-def timed(device: str, work: Callable[[], Any]) -> float:
-    """Seconds of some work and of everything that it has a device do."""
+def mark(device: str) -> Any:
+    """A point in time, on a GPU of the work that it was given so far."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) * 1e-3
+
+
+def timed(device: str, work: Callable[[], Any], queued: bool = False) -> float:
+    """Seconds of some work and of everything that it has a device do.
+
+    Of the device alone, where all of it is `queued` before the device begins: that holds for what takes the host less
+    than some milliseconds.
+    """
     synchronize(device)
-    start = time.perf_counter()
+    if queued and device == "cuda":
+        torch.cuda._sleep(10_000_000)
+    start = mark(device)
     work()
+    end = mark(device)
     synchronize(device)
-    return time.perf_counter() - start
+    return seconds_between(start, end)
 
 
 @cache
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a copy that no cache holds."""
     source, target = torch.ones(2, 64 << 20, device=device)
-    taken, _ = interleave({"copy": lambda: timed(device, lambda: target.copy_(source))}, 5)
+    taken, _ = interleave({"copy": lambda: timed(device, lambda: target.copy_(source), queued=True)}, 5)
     return 2 * source.nbytes / statistics.median(taken["copy"])
 
 
@@ -190,13 +213,13 @@ def _timed_step(case: Case, provider: Provider, inputs: Inputs, mode: str) -> Ca
         _ = [torch.zeros_like(t).add_(1) for t in (inputs.hidden, inputs.weight) if t.requires_grad]
         del _
         synchronize(case.device)
-        start = time.perf_counter()
+        start = mark(case.device)
         output = forward(provider, inputs, mode)
-        synchronize(case.device)
-        middle = time.perf_counter()
+        middle = mark(case.device)
         backward(output, inputs, mode)
+        end = mark(case.device)
         synchronize(case.device)
-        return middle - start, time.perf_counter() - middle
+        return seconds_between(start, middle), seconds_between(middle, end)
 
     return run
 

@@ -56,8 +56,12 @@ def fused_logps(inputs: Inputs) -> Tensor:
     return alignloss.linear_logprob(*flat(inputs), softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes)
 
 
+# a training loop makes its loss once
+dpo_loss = cache(alignloss.DPOLoss)
+
+
 def fused_dpo(inputs: Inputs) -> Tensor:
-    loss_fn = alignloss.DPOLoss(beta=0.1, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes)
+    loss_fn = dpo_loss(beta=0.1, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes)
     ref_logps = torch.zeros(len(inputs.labels), device=inputs.labels.device)
     return loss_fn(inputs.hidden, inputs.weight, inputs.labels, ref_logps=ref_logps).loss
 
@@ -107,11 +111,16 @@ def trl(inputs: Inputs) -> Tensor:
     return values.masked_fill(~scored, 0)
 
 
-def liger_dpo(inputs: Inputs) -> Tensor:
+@cache
+def liger_loss() -> Callable[..., tuple[Tensor, ...]]:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
+    return LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)
+
+
+def liger_dpo(inputs: Inputs) -> Tensor:
     refuse_softcap(inputs)
-    return LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)(inputs.weight, inputs.hidden, inputs.labels)[0]
+    return liger_loss()(inputs.weight, inputs.hidden, inputs.labels)[0]
 
 
 def cce(inputs: Inputs) -> Tensor:

@@ -1,9 +1,15 @@
 """The ops under torch.compile and torch.library's own checks."""
 
+from contextlib import nullcontext
+from typing import ClassVar
+
 import mpmath
 import pytest
 import torch
 from reference import inputs, leaf
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
 from alignloss.losses.common import log_odds
@@ -85,6 +91,77 @@ def test_nothing_to_differentiate():
     torch.testing.assert_close(compiled(hidden), alignloss.sequence_logprob(hidden, weight, labels).logps)
 
 
+class Seen(TorchDispatchMode):
+    """Names of our operators that a dispatch mode is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name = function._schema.name.split("::")
+        if namespace == "alignloss":
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_plain_tensors_skip_the_dispatcher_and_whatever_watches_meets_operators():
+    hidden, weight, bias, labels = inputs(4, 7, dtype=torch.float32)
+    loss = alignloss.DPOLoss(beta=0.3)
+
+    def run():
+        leaves = [leaf(t, torch.float32) for t in (hidden, weight, bias)]
+        out = alignloss.sequence_logprob(*leaves[:2], labels, leaves[2]).logps
+        out = out.sum() + loss(leaves[0], weight, labels, bias, ref_logps=REF).loss
+        out += alignloss.linear_kl(*leaves[:2], hidden, weight, labels, leaves[2], bias).sum()
+        out.backward()
+        return out.detach(), *(t.grad for t in leaves)
+
+    def dispatched():
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            run()
+        return {event.key for event in recorded.key_averages() if event.key.startswith("alignloss::")}
+
+    plain = run()
+    assert not dispatched()
+    with torch.device("cpu"):  # a function mode
+        assert {"alignloss::linear_logprob_fwd", "alignloss::sequence_sum"} <= dispatched()
+        torch.testing.assert_close(run(), plain, rtol=0, atol=0)
+    with Seen() as seen:
+        watched = run()
+    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+    ops = {"linear_logprob_fwd", "linear_kl_fwd", "linear_logprob_bwd", "linear_kl_bwd"}
+    assert ops | {"sequence_sum", "sequence_scatter"} <= {*seen.names}
+
+
+def test_an_operator_of_a_subclass_or_without_values_is_dispatched():
+    class Mine(torch.Tensor):
+        seen: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    values = torch.arange(6.0)
+    assert sequence.sequence_sum(values.as_subclass(Mine), None, 2, None, "torch").tolist() == [3.0, 12.0]
+    assert any("alignloss.sequence_sum" in name for name in Mine.seen)
+    assert sequence.sequence_sum(values.to("meta"), None, 2, None, "torch").is_meta
+    traced = make_fx(lambda v: sequence.sequence_sum(v, None, 2, None, "torch"))(values)
+    assert "alignloss.sequence_sum" in traced.code
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_no_second_derivative_of_an_op(watched):
+    hidden, weight, _, labels = inputs(4, 7, dtype=torch.float32)
+    hidden.requires_grad_()
+    with Seen() if watched else nullcontext():
+        logps = alignloss.sequence_logprob(hidden, weight, labels).logps
+        (gradient,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not support double backward"):
+            gradient.sum().backward()
+
+
 @pytest.mark.parametrize("stats", [0, 31])
 @pytest.mark.parametrize("with_index", [False, True])
 def test_opcheck_of_the_log_probability(stats, with_index):
@@ -94,15 +171,15 @@ def test_opcheck_of_the_log_probability(stats, with_index):
         *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, stats, 2 if stats else 1,
         True, not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True,
     )  # fmt: skip
-    torch.library.opcheck(logprob.linear_logprob_fwd, arguments)
+    torch.library.opcheck(logprob.linear_logprob_fwd.operator, arguments)
 
 
 @pytest.mark.parametrize("offsets", [torch.tensor([0, 4, 4, 9]), None])
 def test_opcheck_of_the_sequence_ops(offsets):
     values, weights, dsums = torch.randn(9, requires_grad=True), torch.rand(9).double(), torch.randn(3).double()
-    torch.library.opcheck(sequence.sequence_sum, (values, offsets, 3, None, "torch"))
-    torch.library.opcheck(sequence.sequence_sum, (values, offsets, 3, weights, "torch"))
-    torch.library.opcheck(sequence.sequence_scatter, (dsums, offsets, None, 9, "torch"))
+    torch.library.opcheck(sequence.sequence_sum.operator, (values, offsets, 3, None, "torch"))
+    torch.library.opcheck(sequence.sequence_sum.operator, (values, offsets, 3, weights, "torch"))
+    torch.library.opcheck(sequence.sequence_scatter.operator, (dsums, offsets, None, 9, "torch"))
 
 
 @pytest.mark.parametrize("offsets", [torch.tensor([0, 2, 4, 4, 8]), None])
@@ -111,10 +188,12 @@ def test_opcheck_of_the_fused_losses(offsets):
     values, ref, labels = torch.randn(8, requires_grad=True), torch.randn(4).double(), torch.arange(8)
     options = (-100, 0.5, 0.1, 0.0, 1.0, 1.0)
     data = (None, None, torch.ones(2), None, None)
-    torch.library.opcheck(preference.preference, (values, None, labels, None, offsets, 4, ref, *data, "dpo", *options))
+    torch.library.opcheck(
+        preference.preference.operator, (values, None, labels, None, offsets, 4, ref, *data, "dpo", *options)
+    )
     slopes, scales = torch.randn(4).double(), torch.rand(2).double()
     backward = (torch.tensor(2.0), slopes, scales, None, labels, None, offsets, True, -100)
-    torch.library.opcheck(preference.preference_backward, backward)
+    torch.library.opcheck(preference.preference_backward.operator, backward)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")

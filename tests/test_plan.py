@@ -171,8 +171,27 @@ def test_budgets_of_gpus_follow_from_their_total_memory():
     assert budgets == [64, 96, 320, 512]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "gigabytes", "budget", "gemms"),
+    [
+        (8192, 80, 80 * 1024 // 29, 3),  # one group of 8,192 tokens: 2,004 MiB of exponentials, and what goes over them
+        (8192, 24, 96, 4),  # a 29th is less than the fp32 gradient that groups share
+        (16384, 192, 192 * 1024 // 29, 3),
+    ],
+)
+def test_a_step_of_a_loss_takes_a_29th_of_a_gpu_where_one_pass_then_fits(tokens, gigabytes, budget, gemms):
+    shape = {"train_head": True, "device_memory": gigabytes << 30}
+    planned = plan(tokens, 4096, 128256, pair_tokens=1024, **shape)
+    assert (planned.budget_bytes // MIB, planned.gemms) == (budget, gemms)
+    assert planned.workspace_bytes <= planned.budget_bytes
+    given = plan(tokens, 4096, 128256, pair_tokens=1024, workspace_bytes=512 * MIB, **shape)
+    assert (given.budget_bytes, given.gemms) == (512 * MIB, 4)
+    # nothing is gained by it elsewhere
+    assert plan(tokens, 4096, 128256, **shape).budget_bytes == max(64, min(512, gigabytes * 4)) * MIB
+
+
 def test_the_summary_says_what_runs():
-    text = str(plan(8192, 4096, 128256, train_head=True, pair_tokens=2048, device_memory=80 << 30))
+    text = str(plan(8192, 4096, 128256, train_head=True, pair_tokens=2048, device_memory=24 << 30))
     assert "regime 4" in text
     assert "4 GEMMs of 8.61 TFLOP" in text
     # 8192 tokens of 128,256 logits: three times 4 bytes

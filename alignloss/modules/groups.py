@@ -86,6 +86,7 @@ def train_in_one_pass(
     whose tiles are recomputed. Raises NeedsGraph.
     """
     found: list[Results] = []
+    projection = projection.for_one_pass()
     if fits_one_group(projection, stats):
         values = room(projection, stats)
         loss = one_pass(projection, [projection.token_index], [_share(evaluate, batch, None, found)], 1, values)

@@ -93,6 +93,7 @@ def _trained_in_one_pass(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]] | None:
     """A tensor with the gradient of the loss, logps and statistics (M,); None where one pass cannot be."""
     indices: list[Tensor | None]
+    projection = projection.for_one_pass()
     if fits_one_group(projection, stats):
         indices, held = [projection.token_index], 1
     else:

@@ -313,7 +313,7 @@ class PreferenceLoss(HeadLoss):
 
     def _fused(self, loss: str, tokens: Tensor, batch: Batch) -> Results:
         """By the kernels that compute the loss with its sums."""
-        defaults = {"label_smoothing": 0.0, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+        options = {"label_smoothing": 0.0, "desirable_weight": 1.0, "undesirable_weight": 1.0} | self.function.options
         divisors = (
             torch.full((), value, device=tokens.device, dtype=torch.float64) if isinstance(value, float) else value
             for value in (batch.num_sequences, batch.num_tokens)
@@ -331,9 +331,9 @@ class PreferenceLoss(HeadLoss):
             batch.pair_weights,
             *divisors,
             loss,
-            ignore_index=self.ignore_index,
-            nll_weight=float(self.nll_weight),
-            **{name: float(value) for name, value in (defaults | self.function.options).items()},
+            self.ignore_index,
+            float(self.nll_weight),
+            *(float(options[name]) for name in ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")),
         )
         return Results(*results[:5])
 

@@ -21,7 +21,7 @@ from ..checks import (
     savable,
     validates,
 )
-from .sizes import Footprint, accumulation_dtype, default_workspace, total_memory
+from .sizes import Footprint, accumulation_dtype, default_workspace, one_pass_workspace, total_memory
 
 
 class Options(NamedTuple):
@@ -68,6 +68,7 @@ class Projection(NamedTuple):
     labels: Tensor  # (M,) int64
     token_index: Tensor | None  # (N,) int64 positions to score; None: every one, or see `Options.select`
     sorted_index: bool  # token_index holds the labelled positions in rising order
+    one_pass_workspace: int  # bytes that one pass may take where it applies
     options: Options
 
     @property
@@ -77,6 +78,9 @@ class Projection(NamedTuple):
     @property
     def trains_head(self) -> bool:
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def for_one_pass(self) -> "Projection":
+        return self._replace(options=self.options._replace(workspace_bytes=self.one_pass_workspace))
 
     @property
     def footprint(self) -> Footprint:
@@ -118,6 +122,7 @@ def project(
         token_index = torch.nonzero(flat_labels != ignore_index).squeeze(1)
         if token_index.numel() == flat_labels.numel():
             token_index = None
+    where = hidden.device.type, total_memory(hidden.device)
     options = Options(
         select,
         compute_dtype,
@@ -126,11 +131,12 @@ def project(
         None if softcap is None else float(softcap),
         float(temperature),
         backends.resolve(backend, hidden.device, compute_dtype),
-        int(workspace_bytes or default_workspace(hidden.device.type, total_memory(hidden.device))),
+        int(workspace_bytes or default_workspace(*where)),
         validates(validate, hidden.device),
     )
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    return Projection(flat_hidden, weight, bias, flat_labels, token_index, not given, options)
+    one_pass = int(workspace_bytes or one_pass_workspace(*where))
+    return Projection(flat_hidden, weight, bias, flat_labels, token_index, not given, one_pass, options)
 
 
 # by name, and whether it is required, as `check_keywords` takes them

@@ -8,6 +8,7 @@ the head).
 """
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_ROWS, KL_SUM, KL_TOP, LOWEST, STATE_ROWS
-from .context import UNSAFE_IN_GRAPHS, computing, no_double_backward
+from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward
 from .head import Options
 from .sizes import BOTH_WIDE, Sizes, accumulation_dtype
 from .walk import Walk, addmm, power_of_two, writes_dweight
@@ -96,7 +97,7 @@ def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> Ab
     return computing(tensor, dtype if dtype == ref_dtype else torch.float32)
 
 
-@torch.library.custom_op("alignloss::linear_kl_fwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
+@partial(Op, tags=UNSAFE_IN_GRAPHS)
 def linear_kl_fwd(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
@@ -185,7 +186,7 @@ def _walk_backward(
                 dweight[columns] = dw
 
 
-@torch.library.custom_op("alignloss::linear_kl_bwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
+@partial(Op, tags=UNSAFE_IN_GRAPHS)
 def linear_kl_bwd(
     dkl: Tensor,  # (M,)
     hidden: Tensor,

@@ -1,12 +1,14 @@
 """The ops of log-probabilities and statistics of tokens: forward, and the backward that recomputes."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..backends import ENTROPY, STATS
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
-from .context import UNSAFE_IN_GRAPHS, computing, no_double_backward
+from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward
 from .head import Options, Projection
 from .sizes import accumulation_dtype
 from .walk import Scored, Upstream, Walk
@@ -18,12 +20,12 @@ def score(projection: Projection, stats: int = 0, differentiate_entropy: bool = 
     if derivatives and stats & ENTROPY and differentiate_entropy:
         derivatives = 2
     recomputed = torch.is_grad_enabled() and projection.trains_head
-    hidden, weight, bias, labels, token_index, _, options = projection
+    hidden, weight, bias, labels, token_index, *_, options = projection
     outputs = linear_logprob_fwd(hidden, weight, bias, labels, token_index, stats, derivatives, recomputed, *options)
     return outputs[: 1 + len(STATS)]
 
 
-@torch.library.custom_op("alignloss::linear_logprob_fwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
+@partial(Op, tags=UNSAFE_IN_GRAPHS)
 def linear_logprob_fwd(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
@@ -124,7 +126,7 @@ def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-
     return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * (arguments - 3)
 
 
-@torch.library.custom_op("alignloss::linear_logprob_bwd", mutates_args=(), tags=UNSAFE_IN_GRAPHS)
+@partial(Op, tags=UNSAFE_IN_GRAPHS)
 def linear_logprob_bwd(
     dlogps: Tensor,  # (M,) float64
     dentropies: Tensor | None,  # (M,)

@@ -89,7 +89,7 @@ class _OnePass(torch.autograd.Function):
         # one that is made already has to fit what it belongs to
         check_kept(ctx.kept, values=gradient is None, hidden=hidden, weight=weight, bias=bias)
         if gradient is None:
-            projection = Projection(hidden, weight, bias, labels, None, True, ctx.options)
+            projection = Projection(hidden, weight, bias, labels, None, True, ctx.options.workspace_bytes, ctx.options)
             gradient, *_ = _pass(projection, indices, ctx.held, ctx.needs, lambda i, logps: dlogps)
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
         head, unused = (None, None, None), dlogp.new_empty(0)
@@ -121,7 +121,7 @@ def _pass(
     stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS; filled
 ) -> tuple["HeadGradient", Tensor, Tensor]:
     """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
-    hidden, weight, bias, labels, _, _, options = projection
+    hidden, weight, bias, labels, *_, options = projection
     wanted = list(stats) or [None] * len(backends.STATS)
     bits, several = backends.asked(wanted), len(indices) > 1
     footprint = options.footprint_of(hidden, weight, indices[0] is not None)

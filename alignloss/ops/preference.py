@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .context import device_guard, no_double_backward
+from .context import Op, device_guard, no_double_backward
 
 
-@torch.library.custom_op("alignloss::preference", mutates_args=())
+@Op
 def preference(
     values: Tensor,  # (M,) token log-probabilities
     token_weights: Tensor | None,  # (M,)
@@ -57,7 +57,7 @@ def preference(
         )
 
 
-@torch.library.custom_op("alignloss::preference_backward", mutates_args=())
+@Op
 def preference_backward(
     dloss: Tensor,  # 0-d
     slopes: Tensor,  # (S,)

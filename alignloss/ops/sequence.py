@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_like, check_tensor, check_values_exist, savable, validates
-from .context import device_guard, no_double_backward
+from .context import Op, device_guard, no_double_backward
 
 
 def sequence_layout(
@@ -86,7 +86,7 @@ def masked_weights(token_weights: Tensor | None, labels: Tensor, ignore_index: i
     return None if token_weights is None else token_weights.double().masked_fill(labels == ignore_index, 0)
 
 
-@torch.library.custom_op("alignloss::sequence_offsets", mutates_args=())
+@Op
 def sequence_offsets(
     cu_seqlens: Tensor,  # (S + 1,)
     tokens: int,
@@ -115,7 +115,7 @@ def _(cu_seqlens, tokens, whole, may_be_empty, validate):  # type: ignore[no-unt
     return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("alignloss::sequence_sum", mutates_args=())
+@Op
 def sequence_sum(
     values: Tensor,  # (M,) per token
     cu_seqlens: Tensor | None,  # (S + 1,) int64; None: S parts of one length
@@ -127,7 +127,7 @@ def sequence_sum(
         return backends.get(backend).sequence_sum(values, cu_seqlens, sequences, token_weights)
 
 
-@torch.library.custom_op("alignloss::sequence_scatter", mutates_args=())
+@Op
 def sequence_scatter(
     dsums: Tensor,  # (S,) fp64
     cu_seqlens: Tensor | None,  # (S + 1,) int64
