@@ -129,10 +129,8 @@ def plan(
         >>> alignloss.plan(4096, 2048, 32768, train_head=True, pair_tokens=1024, device="cpu").gemms
         4.0
     """
-    tokens, hidden_size, vocabulary = (
-        _whole(name, number)
-        for name, number in (("tokens", tokens), ("hidden_size", hidden_size), ("vocabulary", vocabulary))
-    )
+    tokens, vocabulary = _whole("tokens", tokens), _whole("vocabulary", vocabulary)
+    hidden_size = _whole("hidden_size", hidden_size)
     positions = tokens if positions is None else _whole("positions", positions)
     if positions < tokens:
         raise ValueError(f"positions counts labelled and other tokens, so at least tokens={tokens}; got {positions}")
@@ -141,16 +139,13 @@ def plan(
             raise ValueError(f"{name} must be True or False, got {flag!r}")
     stored = dtype if weight_dtype is None else weight_dtype
     pairs = None if pair_tokens is None else _pairs(tokens, pair_tokens)
-    kind, total = _device(device, device_memory)
-    options = _options(dtype, stored, softcap, kind, total, backend, workspace_bytes)
+    kind, options, most = _options(dtype, stored, softcap, device, device_memory, backend, workspace_bytes)
     budget = options.workspace_bytes
     head = options.footprint(vocabulary, hidden_size, stored, stored, kind, positions > tokens)
     arranged, one_pass_bytes = _Arranged(0, 0, tokens), None
     if train_hidden and train_head and pairs is not None:
-        most = one_pass_workspace(kind, total) if workspace_bytes is None else budget
         arranged, one_pass_bytes = _arrange(head, tokens, pairs, most), _least_budget(head, tokens, pairs)
-        if arranged.groups:
-            budget = most
+        budget = most if arranged.groups else budget
     if arranged.groups > 1 or (arranged.groups and arranged.recomputed):
         head = head._replace(indexed=True)
     regime = 3 if arranged.groups else 4 if train_head else 2 if train_hidden else 1
@@ -170,12 +165,12 @@ def _options(
     dtype: torch.dtype,
     stored: torch.dtype,
     softcap: float | None,
-    kind: str,  # of the device
-    total: int,  # bytes of its memory
+    device: str | torch.device | None,
+    device_memory: int | None,
     backend: str,
     workspace_bytes: int | None,
-) -> Options:
-    """The options of the call as they would be resolved there."""
+) -> tuple[str, Options, int]:
+    """The type of the device, the options of the call as they would be resolved there, and the bytes of one pass."""
     for name, number in (("softcap", softcap), ("workspace_bytes", workspace_bytes)):
         if number is not None:
             check_number(name, number, positive=True)
@@ -185,13 +180,16 @@ def _options(
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {kind_of}")
     if stored != dtype and torch.float64 in (stored, dtype):
         raise ValueError(f"autocast never casts from or to float64; got dtype {dtype}, weight_dtype {stored}")
+    kind, total = _device(device, device_memory)
     if backend == "auto" or dtype == torch.float64:
         backend = "torch" if kind == "cpu" or dtype == torch.float64 else "triton"
     budget = default_workspace(kind, total) if workspace_bytes is None else int(workspace_bytes)
-    return Options(
+    most = one_pass_workspace(kind, total) if workspace_bytes is None else budget
+    options = Options(
         select=False, compute_dtype=dtype, ignore_index=-100, logit_scale=1.0, softcap=softcap, temperature=1.0,
         backend=backend, workspace_bytes=budget, validate=False,
     )  # fmt: skip
+    return kind, options, most
 
 
 class _Held(NamedTuple):
