@@ -71,7 +71,8 @@ def linear_logprob(
         temperature: positive divisor of the logits, after the softcap.
         backend: "auto" (Triton on a GPU, torch elsewhere), "torch" or "triton".
         workspace_bytes: bytes for temporary tiles. By default 160 MiB on a CPU and 1/256 of the memory of a GPU,
-            between 64 and 512 MiB. Below the few rows and columns that one tile needs, it is exceeded.
+            between 64 and 512 MiB; in a loss module or `one_pass_loss` that trains hidden states and head up to 1/29
+            of it, where one pass then fits. Below the few rows and columns that one tile needs, it is exceeded.
         validate: check values of labels and token_index on the host; by default on a CPU only. Unchecked, a label
             outside [0, V) gives NaN, in its gradient too, and never an access out of bounds.
 

@@ -6,6 +6,7 @@ The code of docs/processes.md needs more than one process, and runs in test_proc
 import copy
 import doctest
 import io
+import json
 import operator
 import re
 from contextlib import redirect_stdout
@@ -159,12 +160,33 @@ def test_the_table_has_every_loss_once():
     assert re.findall(r"any of (\d+) \[losses\]", TEXTS["README.md"]) == [str(len(names))]
 
 
-def test_the_readme_is_short_and_its_measurements_are_those_of_the_page():
+def test_the_readme_is_short_and_its_measurements_are_those_of_the_pages():
     readme = TEXTS["README.md"]
     assert readme.count("\n") <= 180
     rows = re.search(r"^## Measured\n(.*?)^## ", readme, re.S | re.M).group(1).split("\n")
     rows = [row for row in rows if row.startswith("| ")]
-    assert len(rows) > 5 and set(rows) <= set(TEXTS["docs/measured.md"].split("\n"))
+    assert len(rows) > 5 and set(rows) <= {*TEXTS["docs/measured.md"].split("\n"), *TEXTS["docs/gpu.md"].split("\n")}
+
+
+def test_the_numbers_of_a_gpu_are_those_of_the_result_file():
+    providers = {
+        "alignloss": "alignloss", "its 1, 2, 4 and 3 GEMMs, bare": "bare GEMMs", "TRL 1.16": "TRL",
+        "Liger 0.8.5": "Liger", "CCE, without its filter": "CCE exact", "full logits": "full logits",
+        "full logits, `torch.compile`": "compiled logits",
+    }  # fmt: skip
+    found = json.loads((ROOT / "benchmarks/results/h200-time.json").read_text())
+    measured = {(row["hidden"], row["provider"], row["mode"]): row for row in found["rows"]}
+    checked = 0
+    for hidden, table in re.findall(r"^\| H (\d+), V [\d,]+ \|.*\n\|[-|]+\n((?:\|.*\n)+)", TEXTS["docs/gpu.md"], re.M):
+        for label, *cells in (line.strip("|").split("|") for line in table.splitlines()):
+            for mode, cell in zip(("forward", "frozen head", "trainable head", "DPO step"), cells, strict=True):
+                if cell.strip():
+                    row = measured[int(hidden), providers[label.strip()], mode]
+                    ratio = f" ({row['of_alignloss']:.2f}x)" if row["provider"] != "alignloss" else ""
+                    assert cell.strip() == f"{row['seconds'] * 1e3:.1f}{ratio}"
+                    checked += 1
+    assert checked == 46
+    assert f"commit\n`{found['commit']}" in TEXTS["docs/gpu.md"]
 
 
 def anchors(text):

@@ -7,6 +7,7 @@ from reference import error, inputs, leaf, token_logps, within
 import alignloss
 from alignloss import losses
 from alignloss.modules import groups as groups_module
+from alignloss.ops import head as head_module
 from alignloss.ops import sizes
 from alignloss.ops.sizes import Footprint, fill_groups
 
@@ -175,6 +176,19 @@ def test_double_backward_is_refused(tokens):
     (dhidden,) = torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         dhidden.square().sum().backward()
+
+
+@pytest.mark.parametrize("given", [None, 800])
+def test_one_pass_takes_more_of_a_gpu_unless_the_caller_said_how_much(given, passes, monkeypatch):
+    """A device whose 29th holds the step and whose default workspace does not."""
+    step = room(2 * B * T)
+    monkeypatch.setattr(head_module, "default_workspace", lambda *_: 800)
+    monkeypatch.setattr(head_module, "total_memory", lambda _: 29 * step)
+    monkeypatch.setattr(sizes, "default_workspace", lambda *_: 800)
+    hidden, weight, _, labels = inputs(2 * B, T, hidden_size=H, vocabulary=V, masked=0)
+    h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+    alignloss.DPOLoss(workspace_bytes=given)(h, w, labels, ref_logps=torch.zeros(2 * B)).loss.backward()
+    assert [groups for groups, _ in passes] == ([1] if given is None else [])
 
 
 def test_gradients_accumulate_over_micro_batches(passes):

@@ -144,6 +144,36 @@ def test_a_loss_with_parameters_of_its_own_computes_nothing_in_vain():
     assert flops == 4 * 2 * labels.numel() * V * H
 
 
+def test_zeros_are_for_a_loss_that_is_not_known_and_what_is_known_may_change():
+    hidden, weight, _, labels = ragged(2 * B, T, hidden_size=H, vocabulary=V)
+    calls = []
+
+    def made(factor):
+        def loss_fn(logps, _):
+            calls.append(bool((logps != 0).any()))
+            return (factor * logps).mean()
+
+        return loss_fn
+
+    def step(factor):
+        h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+        calls.clear()
+        alignloss.one_pass_loss(h, w, labels, made(factor)).backward()
+        return list(calls), h.grad, w.grad
+
+    first, *gradients = step(2.0)
+    known, *again = step(2.0)
+    assert (first, known) == ([False, True, True], [True, True])
+    factor = torch.tensor(2.0, requires_grad=True)
+    _, *through_graph = step(factor)
+    assert factor.grad is not None
+    for others in (again, through_graph):
+        for ours, theirs in zip(others, gradients, strict=True):
+            assert error(ours, theirs) <= 2e-5
+    # and is looked at on zeros from then on
+    assert step(factor)[0] == [False, True, True]
+
+
 def test_a_reference_pass_runs_the_loss_once():
     hidden, weight, _, labels = inputs(2, 5, dtype=torch.float32)
     calls = []

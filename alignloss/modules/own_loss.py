@@ -1,7 +1,9 @@
 """Any loss of token log-probabilities, in one pass where the head trains."""
 
 from collections.abc import Callable, Iterable, Sequence
+from types import CodeType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from .groups import Groups, NeedsGraph, check_leaves, fits_one_group, room, toke
 
 # logps (M,) and the statistics (M,) that are asked for -> a 0-d loss
 Evaluate = Callable[[Tensor, Sequence[Tensor | None]], Tensor]
+# code of the losses that depended on log-probabilities alone when they were last seen
+_alone: "WeakSet[CodeType]" = WeakSet()
 
 
 def one_pass_loss(
@@ -35,10 +39,10 @@ def one_pass_loss(
         hidden, weight, labels, bias: as in `linear_logprob`.
         loss_fn: a function of `logps` (M,), nats, float64, of the M flattened positions, 0 at ignored ones, and of a
             `LogprobStats` of the asked statistics (M,), detached. It returns the loss, 0-d, by any torch code. It runs
-            several times with gradients enabled, at first on zeros, then by groups of `units`, where log-probabilities
-            and statistics of other groups may be 0; its values are not used then. At the end it runs once under
-            `torch.no_grad()`, on everything: what should happen once, as metrics and collectives do, belongs where
-            `torch.is_grad_enabled()` is False.
+            several times with gradients enabled, on zeros until its code is known, and by groups of `units`, where
+            log-probabilities and statistics of other groups may be 0; its values are not used then. At the end it runs
+            once under `torch.no_grad()`, on everything: what should happen once, as metrics and collectives do, belongs
+            where `torch.is_grad_enabled()` is False.
         units: rows of `labels` (indices of its first dimension) whose log-probabilities meet in the loss, e.g. the two
             of each pair, `[(i, i + B) for i in range(B)]`; every row in one of them. The loss then is a sum over units
             (divisors do not depend on log-probabilities), and where not all tokens fit the workspace, groups of units
@@ -73,10 +77,13 @@ def one_pass_loss(
             raise ValueError(f"loss_fn must return a 0-d floating point tensor, got {got}")
         return loss
 
+    code = getattr(loss_fn, "__code__", None)
     try:
-        trained = _trained_in_one_pass(projection, evaluate, members, bits)
+        trained = _trained_in_one_pass(projection, evaluate, members, bits, known=code in _alone)
     except NeedsGraph:
         trained = None
+    if code is not None and torch.is_grad_enabled():
+        (_alone.discard if trained is None else _alone.add)(code)
     values: Sequence[Tensor | None]
     if trained is not None:
         loss, logps, values = trained
@@ -89,7 +96,7 @@ def one_pass_loss(
 
 
 def _trained_in_one_pass(
-    projection: Projection, evaluate: Evaluate, members: list[list[int]] | None, stats: int
+    projection: Projection, evaluate: Evaluate, members: list[list[int]] | None, stats: int, known: bool
 ) -> tuple[Tensor, Tensor, list[Tensor | None]] | None:
     """A tensor with the gradient of the loss, logps and statistics (M,); None where one pass cannot be."""
     indices: list[Tensor | None]
@@ -107,9 +114,9 @@ def _trained_in_one_pass(
             return None
         indices, held = [*groups.indices], groups.held
     values = room(projection, stats)
-    # what it depends on shows without log-probabilities, before they are computed in vain
-    zeros = torch.zeros(projection.labels.shape, dtype=torch.float64, device=projection.labels.device)
-    check_leaves(evaluate(zeros.requires_grad_(), values), zeros)
+    if not known:  # what it depends on shows without log-probabilities, before they are computed in vain
+        zeros = torch.zeros(projection.labels.shape, dtype=torch.float64, device=projection.labels.device)
+        check_leaves(evaluate(zeros.requires_grad_(), values), zeros)
     everything = projection.labels.new_zeros(projection.labels.shape, dtype=torch.float64)
 
     def share_of(index: Tensor | None) -> Callable[[Tensor], Tensor]:
