@@ -42,15 +42,18 @@ REFUSED = {
     "a mask of its own": (
         "GPTNeo", {**NEO, "attention_types": [[["global", "local"], 1]]}, "eager", "differ from those of two padded",
     ),
-    "flex": ("Llama", SIZES, "flex_attention", 'computes attention by .flex_attention.*attn_implementation="sdpa"'),
+    "flash": ("Llama", SIZES, "flash", 'computes attention by .flash.*attn_implementation="sdpa"'),
 }  # fmt: skip
 
 
 def make(kind, options, attention):
     config = getattr(transformers, f"{kind}Config")(**options)
-    if attention is not None:
+    if attention not in (None, "flash"):
         config._attn_implementation = attention
-    return getattr(transformers, CLASSES.get(kind, f"{kind}ForCausalLM"))(config).train()
+    model = getattr(transformers, CLASSES.get(kind, f"{kind}ForCausalLM"))(config).train()
+    if attention == "flash":  # which is not installed
+        model.config._attn_implementation_internal = attention
+    return model
 
 
 def examples(pairs=3, shortest=1, longest=9):
@@ -98,6 +101,43 @@ def compare(model, batch):
 @pytest.mark.parametrize("kind", RIGHT)
 def test_loss_and_gradients_are_those_of_padded_rows(kind):
     compare(make(*RIGHT[kind]), share_prompts(examples()))
+
+
+# transformers' own
+flex = pytest.mark.filterwarnings("ignore")
+
+
+@flex
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3, windows", "Mistral, a window", "Gemma2, softcaps and windows"])
+def test_flex_attention_by_its_definition(kind, monkeypatch):
+    """Neither compiled nor refused on a CPU, where torch has no backward for it."""
+    torchs = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(torchs, "_validate_device", lambda *_: None)
+    integration = pytest.importorskip("transformers.integrations.flex_attention")
+    plain = lambda *args, training, **named: torchs.flex_attention(*args, **named)
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", plain)
+    name, options, _ = RIGHT[kind]
+    compare(make(name, options, "flex_attention"), share_prompts(examples()))
+
+
+@flex
+def test_flex_attention_compiled():
+    hidden = []
+    for attention in ("sdpa", "flex_attention"):
+        torch.manual_seed(0)
+        model, batch = make("Llama", {**SIZES, "head_dim": 16}, attention).eval(), share_prompts(examples())
+        with torch.no_grad():
+            hidden.append(batch.head_call(model, lambda head: head.hidden)[0])
+    torch.testing.assert_close(*hidden)
+
+
+def test_blocks_are_those_that_are_seen():
+    """Of 128 x 128: a prompt of 2 blocks, each completion 1; the rejected one does not see the chosen one."""
+    ids = lambda length: list(range(3, 3 + length))
+    batch = share_prompts([{"prompt_ids": ids(256), "chosen_ids": ids(128), "rejected_ids": ids(128)}])
+    mask = batch._block_mask(None)
+    assert mask.to_dense()[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert mask.full_kv_num_blocks.sum() == 1 + 2 + 2  # below the diagonal
 
 
 def test_empty_prompts_and_completions():

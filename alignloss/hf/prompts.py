@@ -6,6 +6,7 @@ the prompt predicts two tokens, so the rows to score are gathered, and go on pac
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -70,32 +71,49 @@ class SharedPrompts(NamedTuple):
         """The mask (B, 1, T, T) that a model takes, or one for each type of its layers."""
         base: Any = unwrapped(model)
         config = base.config.get_text_config(decoder=True)
-        kind = getattr(config, "_attn_implementation", None)
-        if kind not in ("sdpa", "eager"):
+        attention = getattr(config, "_attn_implementation", None)
+        if attention not in ("sdpa", "eager", "flex_attention"):
             raise UnsupportedModel(
-                f"{name_of(model)} computes attention by {kind!r}, which takes no mask of its own for shared prompts: "
-                'load it with attn_implementation="sdpa"'
+                f"{name_of(model)} computes attention by {attention!r}, which takes no mask of its own for shared "
+                'prompts: load it with attn_implementation="sdpa", or "flex_attention" on a GPU'
             )
         dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
+        make = self._block_mask if attention == "flex_attention" else partial(self._mask, dtype)
         window = getattr(config, "sliding_window", None)
         types = set(getattr(config, "layer_types", None) or ())
         if not types:
-            return self._mask(dtype, window)
+            return make(window)
         unknown = types - {"full_attention", "sliding_attention"}
         if unknown:
             raise UnsupportedModel(f"{name_of(model)} has layers of {sorted(unknown)}, which share no prompt")
-        masks = {kind: self._mask(dtype, window if kind == "sliding_attention" else None) for kind in types}
+        masks = {kind: make(window if kind == "sliding_attention" else None) for kind in types}
         return masks if len(masks) > 1 or "sliding_attention" in types else masks["full_attention"]
 
+    def _seen(self, window: int | None) -> Callable[..., Tensor]:
+        """Whether in rows b the positions q see the positions k, by indices that broadcast, as flex_attention asks."""
+        segments, positions = self.segments, self.position_ids
+
+        def seen(b: Tensor, head: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+            key = segments[b, k]
+            visible = (q >= k) & (key != PADDING) & ((key == PROMPT) | (key == segments[b, q]))
+            if window is not None:
+                visible = visible & (positions[b, q] - positions[b, k] < window)
+            return visible | (q == k)  # padding sees itself, or its softmax would be of nothing
+
+        return seen
+
     def _mask(self, dtype: torch.dtype, window: int | None) -> Tensor:
-        at = torch.arange(self.segments.shape[1], device=self.segments.device)
-        query, key = self.segments[:, :, None], self.segments[:, None, :]
-        seen = (at[:, None] >= at) & (key != PADDING) & ((key == PROMPT) | (key == query))
-        if window is not None:
-            seen &= self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
-        seen |= at[:, None] == at  # padding sees itself, or its softmax would be of nothing
+        rows, length = (torch.arange(size, device=self.segments.device) for size in self.segments.shape)
+        seen = self._seen(window)(rows[:, None, None], None, length[:, None], length)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+    def _block_mask(self, window: int | None) -> Any:
+        """Of the blocks that are seen, which alone are computed."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, length = self.segments.shape
+        return create_block_mask(self._seen(window), rows, None, length, length, device=self.segments.device)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs as 2B rows, chosen first: tokens and attention mask (2B, T'), and where labels are predicted."""
