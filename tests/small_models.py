@@ -77,6 +77,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_layers": 1, "moe_topk": 2, "zero_expert_num": 1, "head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "ministral": {"head_dim": 8},
+    "dots3_note_text": {"num_attention_heads": 4},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "reformer": {
@@ -119,7 +120,8 @@ def small_options(config_class: type, by_hand: dict[str, Any]) -> dict[str, Any]
             options[name] = 40 + len(options) % 20
     for name in ("text_config", "audio_config", "vision_config", "decoder", "encoder"):
         if isinstance(getattr(default, name, None), PretrainedConfig):
-            options[name] = small_options(type(getattr(default, name)), {})
+            part = type(getattr(default, name))
+            options[name] = small_options(part, BY_HAND.get(part.model_type, {}))
     options = options | by_hand
     return {name: value for name, value in options.items() if value is not None}
 

@@ -259,6 +259,8 @@ def saved_bytes(family, layers, lora, mixed):
     settings = SMALL | MROPE if family in fit._SAME_LAYERS else SMALL
     config = config_of(settings | {"model_type": family, "num_hidden_layers": layers, "use_cache": False})
     dtype = torch.float32 if mixed and not lora else torch.bfloat16
+    if family == "gemma2" and not transformers.Gemma2Model._supports_sdpa:
+        pytest.skip("transformers 5.24 computes Gemma 2 by eager or flex attention alone")
     model = transformers.AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
     if lora:
         model = peft.get_peft_model(
@@ -305,6 +307,8 @@ def test_a_frozen_tower_leaves_nothing_for_the_backward():
     assert trained - text > 10 * (image - text)
 
 
+# PEFT asks by a name that transformers 5.24 deprecates
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "qwen2_vl_text", "qwen2_5_vl_text"])

@@ -11,6 +11,9 @@ Hq = heads x head_dim, I the intermediate size and r the rank of an adapter, 16-
     linear      the inputs of those that train or carry an adapter: shared where they are one tensor, one copy for
                 each where autocast casts it; an adapter's r numbers
 
+Gemma 2 counts as by fused attention too; by eager attention, which transformers 5.24 takes unless it is told
+"flex_attention", it needs more.
+
 What stands beside the decoder, a vision tower and its projector, is frozen: weights alone. Its forward leaves nothing
 for the backward; the positions of an image count as tokens.
 """
