@@ -169,7 +169,7 @@ def test_opcheck_of_the_log_probability(stats, with_index):
     index = torch.nonzero(labels != -100).squeeze(1) if with_index else None
     arguments = (
         *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, stats, 2 if stats else 1,
-        True, not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True,
+        True, 0, not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True,
     )  # fmt: skip
     torch.library.opcheck(logprob.linear_logprob_fwd.operator, arguments)
 

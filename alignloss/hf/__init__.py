@@ -1,6 +1,6 @@
 """Models of transformers, with or without PEFT: the loss inside the forward of the output projection.
 
-Imports checks, recipes and `logprob`. Neither transformers nor PEFT: a model brings them along.
+Imports checks, `logprob`, ops and recipes. Neither transformers nor PEFT: a model brings them along.
 """
 
 from .check import UnsupportedModel, check_model

@@ -18,7 +18,7 @@ class Head(NamedTuple):
     """What the output projection of a model is given, and what the model makes of its product.
 
     Logits are z = softcap(logit_scale (hidden weight^T + bias)). With LoRA on the projection hidden is [h, s A h] and
-    weight [W, B], so that H is larger by its rank.
+    weight [W, B], so that H is larger by its rank; our ops make the gradient of B alone where W is frozen.
     """
 
     hidden: Tensor  #: (..., H)

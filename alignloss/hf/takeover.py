@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import problem_of
+from ..ops.columns import beside_frozen
 
 
 class UnsupportedModel(ValueError):
@@ -117,14 +118,18 @@ def _adapted(layer: Any, hidden: Tensor, kind: str) -> Projected:
             f"its output embedding carries a variant of LoRA ({kind}, DoRA or another) that is more than a product of "
             "low rank: leave the head out of target_modules"
         )
-    rows, columns = [base.hidden], [base.weight]
+    rows, columns = [base.hidden], []
     for name in active:
         if getattr(layer.lora_B[name], "bias", None) is not None:
             raise UnsupportedModel("LoRA on its output embedding has a bias (lora_bias=True): leave it out")
         lifted = layer.lora_dropout[name](hidden.to(layer.lora_A[name].weight.dtype))
         rows.append((layer.lora_A[name](lifted) * layer.scaling[name]).to(hidden.dtype))
         columns.append(layer.lora_B[name].weight.to(base.weight.dtype))
-    return Projected(torch.cat(rows, -1), torch.cat(columns, -1), base.bias)
+    if base.weight.requires_grad:
+        weight = torch.cat([base.weight, *columns], -1)
+    else:
+        weight = beside_frozen(base.weight, torch.cat(columns, -1))
+    return Projected(torch.cat(rows, -1), weight, base.bias)
 
 
 def branches(head: Any) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from ..checks import (
     savable,
     validates,
 )
+from .columns import trained_from
 from .sizes import Footprint, accumulation_dtype, default_workspace, one_pass_workspace, total_memory
 
 
@@ -49,14 +50,16 @@ class Options(NamedTuple):
         weight_dtype: torch.dtype,
         device_type: str,
         indexed: bool,  # the scored tokens are picked out of the positions
+        trained_from: int = 0,
     ) -> Footprint:
         """What the sizes of a call's buffers follow from."""
-        dtypes = self.compute_dtype, hidden_dtype, weight_dtype
-        return Footprint(vocabulary, width, *dtypes, indexed, self.softcap is not None, device_type, self.backend)
+        dtypes, softcap = (self.compute_dtype, hidden_dtype, weight_dtype), self.softcap is not None
+        return Footprint(vocabulary, width, *dtypes, indexed, softcap, device_type, self.backend, trained_from)
 
-    def footprint_of(self, hidden: Tensor, weight: Tensor, indexed: bool) -> Footprint:
+    def footprint_of(self, hidden: Tensor, weight: Tensor, indexed: bool, trained_from: int = 0) -> Footprint:
         vocabulary, width = weight.shape
-        return self.footprint(vocabulary, width, hidden.dtype, weight.dtype, weight.device.type, indexed)
+        dtypes = hidden.dtype, weight.dtype
+        return self.footprint(vocabulary, width, *dtypes, weight.device.type, indexed, trained_from)
 
 
 class Projection(NamedTuple):
@@ -84,7 +87,11 @@ class Projection(NamedTuple):
 
     @property
     def footprint(self) -> Footprint:
-        return self.options.footprint_of(self.hidden, self.weight, self.token_index is not None)
+        return self.options.footprint_of(self.hidden, self.weight, self.token_index is not None, self.trained_from)
+
+    @property
+    def trained_from(self) -> int:
+        return trained_from(self.weight)
 
 
 def project(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import ENTROPY, STATS
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
+from .columns import gradient_of
 from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward
 from .head import Options, Projection
 from .sizes import accumulation_dtype
@@ -21,7 +22,8 @@ def score(projection: Projection, stats: int = 0, differentiate_entropy: bool = 
         derivatives = 2
     recomputed = torch.is_grad_enabled() and projection.trains_head
     hidden, weight, bias, labels, token_index, *_, options = projection
-    outputs = linear_logprob_fwd(hidden, weight, bias, labels, token_index, stats, derivatives, recomputed, *options)
+    asked = stats, derivatives, recomputed, projection.trained_from
+    outputs = linear_logprob_fwd(hidden, weight, bias, labels, token_index, *asked, *options)
     return outputs[: 1 + len(STATS)]
 
 
@@ -35,6 +37,7 @@ def linear_logprob_fwd(
     stats: int,  # bits of backends.STATS
     derivatives: int,  # how many to keep: of logp, then of entropy, with respect to hidden
     recomputed: bool,  # the head trains: a backward will recompute the logits
+    trained_from: int,  # the first column of weight that trains where it does
     select: bool,
     compute_dtype: torch.dtype,
     ignore_index: int,
@@ -56,7 +59,7 @@ def linear_logprob_fwd(
     if validate:
         check_values(labels, token_index, ignore_index, weight.shape[0])
     with computing(hidden, compute_dtype):
-        walk = Walk(hidden, weight, bias, labels, token_index, options)
+        walk = Walk(hidden, weight, bias, labels, token_index, options, trained_from)
         # under `select` the shape has to be known to the compiler: the rows beyond the scored ones are unused
         reserved = labels.shape[0] if select else walk.rows
         new = labels.new_zeros if select else labels.new_empty
@@ -80,7 +83,18 @@ def output_dtypes(accum_dtype: torch.dtype) -> list[torch.dtype]:
 
 @linear_logprob_fwd.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, token_index, stats, derivatives, recomputed, select, compute_dtype, *rest
+    hidden,
+    weight,
+    bias,
+    labels,
+    token_index,
+    stats,
+    derivatives,
+    recomputed,
+    trained_from,
+    select,
+    compute_dtype,
+    *rest,
 ):
     tokens = labels.shape[0]
     rows = tokens if token_index is None else token_index.shape[0]
@@ -97,14 +111,14 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, token_index, stats, derivatives, _, *options = inputs
+    hidden, weight, bias, labels, token_index, stats, derivatives, _, first, *options = inputs
     *_, state, dlogp, dentropy = output
     ctx.set_materialize_grads(False)  # zeros for the gradient of the saved (N, H) would cost its memory again
     trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     head = (hidden, weight, bias) if trains_head else (None, None, None)
     ctx.save_for_backward(*head, labels, token_index, state, dlogp, dentropy)
     ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
-    ctx.asked, ctx.options = (hidden.dtype, stats, derivatives), options
+    ctx.asked, ctx.trained_from, ctx.options = (hidden.dtype, stats, derivatives), first, options
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -120,7 +134,7 @@ def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-
     needs = ctx.needs_input_grad[:3]
     gradients = linear_logprob_bwd(
         dlogps, dentropies, hidden, weight, bias, labels, token_index, state, dlogp, dentropy, *ctx.asked, *needs[1:],
-        *ctx.options,
+        ctx.trained_from, *ctx.options,
     )  # fmt: skip
     dhidden, dweight, dbias = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * (arguments - 3)
@@ -143,6 +157,7 @@ def linear_logprob_bwd(
     derivatives: int,
     need_dweight: bool,
     need_dbias: bool,
+    trained_from: int,
     select: bool,
     compute_dtype: torch.dtype,
     ignore_index: int,
@@ -160,7 +175,9 @@ def linear_logprob_bwd(
     with computing(dlogps, compute_dtype):
         head = None if hidden is None or weight is None else (hidden, weight, bias)
         scored = (
-            Scored(None, labels, token_index, options) if head is None else Walk(*head, labels, token_index, options)
+            Scored(None, labels, token_index, options)
+            if head is None
+            else Walk(*head, labels, token_index, options, trained_from)
         )
         dhidden = dlogp.new_empty(0, dtype=hidden_dtype)
         if dlogp.dim() == 2:
@@ -171,10 +188,12 @@ def linear_logprob_bwd(
         dweight, dbias = scored.empty(0), scored.empty(0)
         if isinstance(scored, Walk):
             if need_dweight:
-                dweight = torch.empty_like(scored.weight)
+                dweight = torch.empty_like(scored.weight[:, trained_from:])
             if need_dbias:
                 dbias = scored.empty(scored.vocabulary)
             scored.backward(upstream, dweight, dbias, False, stats, derivatives)
+            if need_dweight and trained_from:
+                dweight = gradient_of(dweight, scored.width)
         else:
             upstream.weigh(slice(0, scored.rows))
         return dhidden, dweight, dbias

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
+from .columns import gradient_of
 from .context import computing, device_guard, no_double_backward
 from .head import Projection
 from .logprob import linear_logprob_bwd
@@ -52,6 +53,7 @@ class _OnePass(torch.autograd.Function):
         held: int,
         stats: Sequence[Tensor | None],
     ) -> Tensor:
+        ctx.trained_from = projection.trained_from
         projection = projection._replace(hidden=hidden, weight=weight, bias=bias)
         ctx.needs = ctx.needs_input_grad[1:3]
         losses: list[Tensor] = []
@@ -65,7 +67,7 @@ class _OnePass(torch.autograd.Function):
             losses.append(share.detach())
             return slopes[-1]
 
-        gradient, state, dlogp = _pass(projection, indices, held, ctx.needs, differentiate, stats)
+        gradient, state, dlogp = _pass(projection, indices, held, ctx.needs, differentiate, ctx.trained_from, stats)
         dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
         ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
         ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
@@ -90,12 +92,12 @@ class _OnePass(torch.autograd.Function):
         check_kept(ctx.kept, values=gradient is None, hidden=hidden, weight=weight, bias=bias)
         if gradient is None:
             projection = Projection(hidden, weight, bias, labels, None, True, ctx.options.workspace_bytes, ctx.options)
-            gradient, *_ = _pass(projection, indices, ctx.held, ctx.needs, lambda i, logps: dlogps)
+            gradient, *_ = _pass(projection, indices, ctx.held, ctx.needs, lambda i, logps: dlogps, ctx.trained_from)
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
         head, unused = (None, None, None), dlogp.new_empty(0)
         dhidden, *_ = linear_logprob_bwd(
             dlogps * upstream, None, *head, labels, index, state, dlogp, unused, hidden.dtype, 0, 1, False, False,
-            *ctx.options._replace(select=False),
+            0, *ctx.options._replace(select=False),
         )  # fmt: skip
         with device_guard(labels):
             dweight, dbias = gradient.times(upstream)
@@ -118,13 +120,14 @@ def _pass(
     held: int,
     needs: tuple[bool, bool],  # dweight, dbias
     differentiate: Callable[[int, Tensor], Tensor],  # group, log-probabilities (M,) -> their gradient (M,)
+    trained_from: int,  # the first column of weight that trains where it does
     stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS; filled
 ) -> tuple["HeadGradient", Tensor, Tensor]:
     """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
     hidden, weight, bias, labels, *_, options = projection
     wanted = list(stats) or [None] * len(backends.STATS)
     bits, several = backends.asked(wanted), len(indices) > 1
-    footprint = options.footprint_of(hidden, weight, indices[0] is not None)
+    footprint = options.footprint_of(hidden, weight, indices[0] is not None, trained_from)
     options = options._replace(
         select=False, workspace_bytes=options.workspace_bytes - footprint.accumulator_bytes(several)
     )
@@ -144,7 +147,7 @@ def _pass(
             if i == held:
                 tiles = None
             with computing(hidden, options.compute_dtype):
-                walk = Walk(hidden, weight, bias, labels, index, options)
+                walk = Walk(hidden, weight, bias, labels, index, options, trained_from)
                 kept = None if tiles is None else HeldTiles(walk, tiles)
                 walk.forward(state[:, part], [logps, *wanted], bits, dlogp[part], None, kept, recomputed=True)
             dlogps = differentiate(i, logps)
@@ -166,6 +169,7 @@ class HeadGradient:
     ) -> None:
         self.primitives = backends.get(footprint.backend)
         self.weight_dtype, accum_dtype = weight.dtype, footprint.accum_dtype
+        self.width = footprint.width
         dtype = accum_dtype if several else weight.dtype
         # in the layout of the weight, which autograd would copy it to; contiguous where a recomputed group adds to it,
         # and for products wider than their operands
@@ -173,7 +177,8 @@ class HeadGradient:
         layout = torch.contiguous_format if several or wider else torch.preserve_format
         self.dweight = weight.new_empty(0, dtype=dtype)
         if need_dweight:
-            self.dweight = torch.empty_like(weight, dtype=dtype, memory_format=layout)
+            trained = weight[:, footprint.trained_from :]
+            self.dweight = torch.empty_like(trained, dtype=dtype, memory_format=layout)
         self.dbias = torch.empty(len(weight) if need_dbias else 0, dtype=accum_dtype, device=weight.device)
         self.unit: Tensor | None = None
         self.begun = False
@@ -185,7 +190,7 @@ class HeadGradient:
         scaled = walk.empty(walk.rows, walk.width, dtype=walk.gemm_dtype)
         upstream.weigh(slice(0, walk.rows), walk.row_buffer(walk.rows), scaled)
         wide = self.dweight.dtype == walk.accum_dtype or walk.footprint.gemm_rounds_dweight
-        partial = None if self.dweight.dim() < 2 or wide else walk.empty(held.columns, walk.width)
+        partial = None if self.dweight.dim() < 2 or wide else walk.empty(held.columns, self.dweight.shape[1])
         for first in range(0, walk.vocabulary, held.columns):
             last = min(first + held.columns, walk.vocabulary)
             reference = held.references[first // held.columns]
@@ -195,7 +200,7 @@ class HeadGradient:
             )
             if self.dweight.dim() == 2:
                 dw = self.dweight[first:last] if partial is None else partial[: last - first]
-                addmm(dw, dz.T, scaled, beta=int(self.begun))
+                addmm(dw, dz.T, scaled[:, walk.footprint.trained_from :], beta=int(self.begun))
                 if partial is not None:
                     self.dweight[first:last] = dw
             if self.dbias.numel():
@@ -208,4 +213,6 @@ class HeadGradient:
         for gradient in (self.dweight, self.dbias):
             self.primitives.scale(gradient, factor)
         dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None
+        if dweight is not None and dweight.shape[1] < self.width:
+            dweight = gradient_of(dweight, self.width)
         return dweight, self.dbias if self.dbias.numel() else None

@@ -78,6 +78,11 @@ class Footprint(NamedTuple):
     softcap: bool
     device_type: str
     backend: str  # "torch" or "triton"
+    trained_from: int = 0  # the first column of the weight that trains where it does
+
+    @property
+    def trained_width(self) -> int:
+        return self.width - self.trained_from
 
     @property
     def accum_dtype(self) -> torch.dtype:
@@ -163,7 +168,7 @@ class Footprint(NamedTuple):
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         return Sizes(
             self.width * gemm * (1 + self.copies_rows) + self.row_product_bytes,
-            self.slice_bytes + self.width * accum * (not direct),
+            self.slice_bytes + self.trained_width * accum * (not direct),
             accum * (1 + self.dlogits_scratch(entropy)) + self.narrow_bytes,
         )
 
@@ -252,7 +257,7 @@ class Footprint(NamedTuple):
 
     def accumulator_bytes(self, several: bool) -> int:
         """Workspace of the dweight that `several` groups of one pass share, where the gradient itself is too narrow."""
-        return self.accum_dtype.itemsize * self.vocabulary * self.width * (several and not self.wide_weight)
+        return self.accum_dtype.itemsize * self.vocabulary * self.trained_width * (several and not self.wide_weight)
 
     def one_pass_bytes(self, rows: int, several: bool, columns: int, stats: int = 0) -> int:
         """Workspace of one pass whose largest group has so many tokens; `several` groups share an accumulator."""
@@ -265,7 +270,7 @@ class Footprint(NamedTuple):
         first = rows * (self.pitch(columns) * cell + self.width * (accum + gemm * copies) + self.target_bytes)
         first += columns * self.slice_bytes
         second = rows * self.width * gemm * (1 + copies)
-        second += columns * self.width * accum * (not direct and not several)
+        second += columns * self.trained_width * accum * (not direct and not several)
         return held + max(first, second)
 
     @lru_cache  # noqa: B019

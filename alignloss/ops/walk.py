@@ -65,11 +65,12 @@ class Walk(Scored):
         labels: Tensor,  # (M,)
         token_index: Tensor | None,  # (N,)
         options: Options,
+        trained_from: int = 0,
     ) -> None:
         super().__init__(hidden, labels, token_index, options)
         self.hidden, self.weight, self.workspace_bytes = hidden, weight, options.workspace_bytes
         self.vocabulary, self.width = weight.shape
-        self.footprint = options.footprint_of(hidden, weight, self.tokens.token_index is not None)
+        self.footprint = options.footprint_of(hidden, weight, self.tokens.token_index is not None, trained_from)
         # b * linear in the accumulation dtype, of what the compute dtype holds of b
         self.bias = None
         if bias is not None:
@@ -178,9 +179,9 @@ class Walk(Scored):
     def backward(
         self,
         upstream: "Upstream",
-        dweight: Tensor,  # (V, H), of the weight's dtype or of the accumulation, or empty (0,); filled or added to
-        dbias: Tensor,  # (V,) or empty; likewise
-        add: bool,  # to what they hold, in the accumulation dtype
+        dweight: Tensor,  # (V, H) of the columns that train, of the weight's dtype or of the accumulation, or empty
+        dbias: Tensor,  # (V,) or empty; both filled
+        add: bool,  # or added to what they hold, in the accumulation dtype
         stats: int,  # of the forward, as the next
         derivatives: int,
     ) -> None:
@@ -213,7 +214,7 @@ class Walk(Scored):
         scaled_buffer = self.empty(block, self.width, dtype=self.gemm_dtype)
         cells = block * self.footprint.pitch(columns)
         tile, scratch = self.empty(cells), self.empty(self.footprint.dlogits_scratch(upstream.mix is not None), cells)
-        partial = self.empty(columns, self.width) if need_dweight and not direct else None
+        partial = self.empty(columns, self.footprint.trained_width) if need_dweight and not direct else None
         for first in range(0, self.vocabulary, columns):
             last = min(first + columns, self.vocabulary)
             w = self.weight_slice(first, last, weight_buffer)
@@ -234,7 +235,7 @@ class Walk(Scored):
                     self.gemm_dtype,
                 )  # fmt: skip
                 if need_dweight:
-                    addmm(dw, dz.T, scaled, beta=beta)
+                    addmm(dw, dz.T, scaled[:, self.footprint.trained_from :], beta=beta)
                 if need_dbias:
                     addmm(dbias[None, first:last], coefficient[None].to(self.gemm_dtype), dz, beta=beta)
             if upstream.unit is not None and need_dweight:
