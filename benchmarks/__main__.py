@@ -55,7 +55,8 @@ def main() -> None:
     if arguments.memory is None:
         total = total_memory(torch.device(arguments.device))
         arguments.memory = (total or 8 * GIB) / GIB
-    {"run": run, "step": step, "trainers": trainers, "kernels": kernels}[arguments.command](arguments)
+    commands = {"run": run, "step": step, "trainers": trainers, "references": references, "kernels": kernels}
+    commands[arguments.command](arguments)
 
 
 def parse() -> argparse.Namespace:
@@ -86,6 +87,10 @@ def parse() -> argparse.Namespace:
     steps = commands.add_parser("step", parents=[common], help="whole training steps of randomly initialised models")
     trained = commands.add_parser("trainers", parents=[common], help="whole steps of TRL's DPO trainer and of ours")
     trained.add_argument("--prompts", nargs="+", type=float, default=[0.75], help="shares of a sequence, prompts alone")
+    scored = commands.add_parser("references", parents=[common], help="references of a data set, by TRL and `score`")
+    scored.add_argument("--examples", type=int, default=32, help="pairs of the data set")
+    scored.add_argument("--lengths", nargs="+", type=int, default=[512], help="positions of the longest sequence")
+    scored.add_argument("--pairs", type=int, default=2, help="of a batch")
     for parser_of in (steps, trained):
         parser_of.add_argument("--lengths", nargs="+", type=int, default=[1024], help="positions of a sequence")
         parser_of.add_argument("--pairs", type=int, default=1)
@@ -110,12 +115,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"rounds are at least 1; got {arguments.rounds}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; leave out --device cuda")
-    if arguments.command in ("step", "trainers"):
+    if arguments.command in ("step", "trainers", "references"):
         unknown = [shape for shape in arguments.shapes if shape not in MODELS]
         if unknown:
             raise SystemExit(f"a whole step needs shapes of models, out of {', '.join(MODELS)}; got {unknown}")
-        needed = ["transformers", *(["trl"] if arguments.command == "trainers" else [])]
-        for package in (*needed, *(["peft"] if "lora" in arguments.train else [])):
+        needed = ["transformers", *(["trl"] if arguments.command != "step" else [])]
+        for package in (*needed, *(["peft"] if "lora" in getattr(arguments, "train", ()) else [])):
             if find_spec(package) is None:
                 raise SystemExit(f"a whole step needs {package}, which is not installed")
     try:
@@ -219,6 +224,19 @@ def trainers(arguments: argparse.Namespace) -> None:
     measured(
         arguments,
         ((chosen, lambda chosen=chosen, how=how: measure(chosen, *how)) for chosen, *how in found),
+    )
+
+
+def references(arguments: argparse.Namespace) -> None:
+    from .trainers import measure_references
+
+    found = cases(arguments, [2 * arguments.pairs * length for length in arguments.lengths])
+    measured(
+        arguments,
+        (
+            (chosen, lambda chosen=chosen: measure_references(chosen, arguments.examples, arguments.rounds))
+            for chosen in found
+        ),
     )
 
 

@@ -1,7 +1,9 @@
-"""Whole steps of DPO trainers: TRL's own, ours, and ours with each prompt computed once."""
+"""Whole steps of DPO trainers: TRL's own, ours, and ours with each prompt computed once; and their references."""
 
+import copy
 import statistics
 import tempfile
+import uuid
 from functools import partial
 from typing import Any
 
@@ -22,17 +24,29 @@ def make_trainer(case: Case, run: Run, name: str, prompt: int) -> tuple[Any, dic
 
     References are computed beforehand and take no part in the step.
     """
+    from transformers import set_seed
+
+    set_seed(0)
+    pairs, length = case.sequences // 2, case.tokens // case.sequences
+    completion = length - prompt - 1
+    trained = build(case, run)
+    trainer = _trainer(case, trained.model, name, [(prompt, completion, completion)] * pairs)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    return trainer, batch, trained.optimizer
+
+
+def _trainer(case: Case, model: Any, name: str, lengths: list[tuple[int, int, int]]) -> Any:
+    """A DPO trainer of pairs with so many tokens of prompt, chosen and rejected, a token that TRL adds left out."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, set_seed
+    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig
     from trl import DPOTrainer as TRL
 
     from alignloss.trl import DPOTrainer
 
-    set_seed(0)
-    pairs, length = case.sequences // 2, case.tokens // case.sequences
-    # words of one token each; TRL ends a completion by a token of its own
+    # words of one token each
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, case.vocabulary)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,21 +56,16 @@ def make_trainer(case: Case, run: Run, name: str, prompt: int) -> tuple[Any, dic
     def text(count: int) -> str:
         return "".join(f"w{token} " for token in torch.randint(3, case.vocabulary, (count,)).tolist())
 
-    completion = length - prompt - 1
     data = Dataset.from_list(
-        [{"prompt": text(prompt), "chosen": text(completion), "rejected": text(completion)} for _ in range(pairs)]
+        [{name: text(n) for name, n in zip(("prompt", "chosen", "rejected"), row, strict=True)} for row in lengths]
     )
     arguments = DPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=pairs, max_length=None, report_to=[], bf16=False,
-        use_cpu=case.device == "cpu", disable_tqdm=True, gradient_checkpointing=False, precompute_ref_log_probs=True,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=case.sequences // 2, max_length=None, report_to=[],
+        bf16=False, use_cpu=case.device == "cpu", disable_tqdm=True, gradient_checkpointing=False,
+        precompute_ref_log_probs=True,
     )  # fmt: skip
-    trained = build(case, run)
-    trainer = (TRL if name == "TRL" else DPOTrainer)(
-        model=trained.model, args=arguments, train_dataset=data, processing_class=tokenizer, **TRAINERS[name]
-    )
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer.model.train()
-    return trainer, batch, trained.optimizer
+    kind: Any = TRL if name == "TRL" else DPOTrainer
+    return kind(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, **TRAINERS[name])
 
 
 def take_step(case: Case, trainer: Any, batch: dict[str, Any], optimizer: Any) -> float:
@@ -95,5 +104,58 @@ def measure_trainers(case: Case, run: Run, prompt_share: float, rounds: int) -> 
             # a ratio per round: what disturbs a round disturbs both of its terms
             "of_alignloss": statistics.median(a / b for a, b in zip(seconds, taken["alignloss"], strict=True)),
             "peak_bytes": peak_bytes(partial(take_step, case, *made[name])),
+        }
+    return rows
+
+
+def measure_references(case: Case, examples: int, rounds: int) -> list[Row]:
+    """Seconds, interleaved, to compute the reference's log-probabilities of a data set, as each way is called.
+
+    Sequences have an eighth to all of the length of the case, half of it at most prompt; batches at most its tokens.
+    """
+    from transformers import set_seed
+
+    from alignloss.hf import score
+
+    set_seed(0)
+    length = case.tokens // case.sequences
+    shares = torch.empty(examples, 3).uniform_(1 / 16, 1 / 2).mul(length).int() - torch.tensor([0, 1, 1])
+    lengths = [(prompt, chosen, rejected) for prompt, chosen, rejected in shares.tolist()]
+    model = build(case, Run("full", False, False)).model
+    columns = ["ref_chosen_logps", "ref_rejected_logps"]
+    # each with a model of its own, whose forward it replaces
+    made = {name: _trainer(case, copy.deepcopy(model), name, lengths) for name in ("TRL", "alignloss")}
+    data = made["TRL"].train_dataset.remove_columns(columns)
+    tokens = sum(len(row["prompt_ids"]) + len(row[name]) for row in data for name in ("chosen_ids", "rejected_ids"))
+
+    def by_trainer(trainer: Any) -> Any:
+        data._fingerprint = uuid.uuid4().hex  # or it is read from TRL's cache
+        return trainer._precompute_ref_logps(data, "train", case.sequences // 2)
+
+    ways: dict[str, Any] = {name: partial(by_trainer, trainer) for name, trainer in made.items()}
+    ways["alignloss, score"] = lambda: score(model, data, batch_tokens=case.tokens, progress=False)
+    found: dict[str, Any] = {}
+
+    def timed(name: str) -> float:
+        start = now(case)
+        found[name] = ways[name]()
+        return now(case) - start
+
+    taken, failed = interleave({name: partial(timed, name) for name in ways}, rounds)
+    rows: list[Row] = []
+    for name, seconds in taken.items():
+        row: Row = {"provider": name, "mode": f"references of {examples} pairs, {tokens:,} tokens"}
+        rows.append(row)
+        if name in failed:
+            row["failed"] = failed[name]
+            continue
+        row |= {
+            "seconds": statistics.median(seconds),
+            "seconds_spread": [min(seconds), max(seconds)],
+            "of_alignloss": statistics.median(a / b for a, b in zip(seconds, taken["alignloss, score"], strict=True)),
+            "nats_apart": max(
+                float((torch.tensor(found[name][column]) - torch.tensor(found["TRL"][column])).abs().max())
+                for column in columns
+            ),
         }
     return rows
