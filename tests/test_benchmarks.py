@@ -194,3 +194,25 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
         command = ["bash", str(source / "benchmarks" / "gpu.sh"), *([str(out)] if arguments else []), *arguments]
         usage = subprocess.run(command, capture_output=True, text=True)
         assert usage.returncode == 2 and message in usage.stdout
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("command", "options", "providers"),
+    [
+        ("trainers", ("--prompts", "0.5"), {"TRL", "alignloss", "alignloss, shared prompts"}),
+        ("references", ("--examples", "3"), {"TRL", "alignloss", "alignloss, score"}),
+    ],
+)
+def test_trainers_beside_trl(command, options, providers, tmp_path):
+    pytest.importorskip("trl")
+    done = benchmarks(
+        *(command, "--shapes", "smollm2-135m", "--lengths", "32", "--pairs", "1", "--rounds", "1", *options),
+        *("--device", "cpu", "--out", str(tmp_path), "--name", "toy"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "toy.json").read_text())["rows"]
+    assert {row["provider"] for row in rows} == providers
+    for row in rows:
+        assert "failed" not in row and row["seconds"] > 0 and row["of_alignloss"] > 0
+        assert row.get("nats_apart", 0) < 1e-2  # float32 sums of some hundred nats
