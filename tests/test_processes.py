@@ -156,3 +156,59 @@ def nightly(*values):
 def test_a_model_of_transformers_has_the_gradients_of_one_process(how, tied, tmp_path):
     pytest.importorskip("transformers")
     torch.multiprocessing.spawn(whole_model, (str(tmp_path), how, tied), nprocs=2)
+
+
+def shared_prompts_of_two(rank: int, folder: str, how: str) -> None:
+    """Rows that grow in one process alone, whose comparison with padded rows must not be one that others wait for."""
+    import transformers
+
+    from alignloss.hf import share_prompts
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    single = copy.deepcopy(model)
+    if how == "DDP":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    loss_fn = alignloss.DPOLoss(beta=0.5)
+
+    def backward(model, batch, factor=1.0):
+        ref_logps = torch.full((len(batch.cu_seqlens) - 1,), -9.0)
+        run = lambda head: loss_fn(
+            head.hidden, head.weight, batch.labels, head.bias, ref_logps=ref_logps, **batch.layout
+        )  # fmt: skip
+        (factor * batch.head_call(model, run)[0].loss).backward()
+
+    for lengths in ((4, 4), (3, 9), (8, 7), (12, 2)):  # of the prompt in either process
+        pair = {"chosen_ids": [5, 6, 7], "rejected_ids": [8, 9]}
+        batches = [share_prompts([{"prompt_ids": [3 + i % 4 for i in range(n)], **pair}]) for n in lengths]
+        single.zero_grad()
+        wrapped.zero_grad()
+        for batch in batches:
+            backward(single, batch, 0.5)
+        backward(wrapped, batches[rank])
+        for (name, got), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+            gradient = got.grad if how == "DDP" else got.grad.full_tensor()
+            assert error(gradient, expected.grad) <= 2e-5, name
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_shared_prompts_that_grow_in_one_process(how, tmp_path):
+    pytest.importorskip("transformers")
+    torch.multiprocessing.spawn(shared_prompts_of_two, (str(tmp_path), how), nprocs=2)

@@ -118,7 +118,7 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> Head:
         >>> head.hidden.shape, head.weight.shape, head.logit_scale, head.softcap
         (torch.Size([1, 4, 16]), torch.Size([32, 16]), 1.0, None)
     """
-    kind = _sharded(model)
+    kind = sharded(model)
     if kind is not None:
         raise UnsupportedModel(
             f"{name_of(model)} is {kind}: a loss outside of its forward would have wrong gradients. Use "
@@ -145,7 +145,8 @@ def _virtual_tokens(model: Any) -> int:
     return config.num_virtual_tokens
 
 
-def _sharded(model: nn.Module) -> str | None:
+def sharded(model: nn.Module) -> str | None:
+    """How a model is spread over processes, if it is."""
     kinds = {type(module).__name__ for module in model.modules()}
     if any(kind == "FullyShardedDataParallel" or "FSDP" in kind for kind in kinds):
         return "sharded by FSDP"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..recipes.batches import joined, next_token_labels
 from .check import TOLERANCE, check_model, computed_in, left_as_it_is, state_of
-from .head import Head, head_call
-from .takeover import UnsupportedModel, find_head, name_of, refusing, unwrapped
+from .head import Head, head_call, sharded
+from .takeover import UnsupportedModel, find_head, inside_wrappers, name_of, refusing, unwrapped
 
 T = TypeVar("T")
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
@@ -192,24 +192,25 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
     state = state_of(base, find_head(model)) + str(getattr(base.config, "_attn_implementation", None))
     before, longest = _checked.get(base, ("", -1))
     width = batch.input_ids.shape[1]
-    if before == state and width <= longest:
+    # DDP's forward broadcasts buffers, and other processes may have nothing to compare now
+    inner, name = inside_wrappers(model, sharding=False), name_of(model)
+    if not _anywhere(before != state or width > longest, inner, batch.input_ids.device):
         return
-    name = name_of(model)
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise UnsupportedModel(f"{name} takes no position_ids, with which a prompt is shared")
     batch._attention(model)  # or says that there is none
     check_model(model)
-    with left_as_it_is(model), torch.no_grad():
+    with left_as_it_is(inner), torch.no_grad():
         ids, attended, where = batch.padded()
         expected, _ = head_call(
-            model,
+            inner,
             lambda head: head.hidden.flatten(0, 1)[where.to(head.hidden.device)].double(),
             input_ids=ids,
             attention_mask=attended,
             use_cache=False,
         )
         with refusing(f"{name} cannot share prompts"):
-            (values, dtype), _ = batch._call(model, lambda head: (head.hidden.double(), computed_in(head.hidden)))
+            (values, dtype), _ = batch._call(inner, lambda head: (head.hidden.double(), computed_in(head.hidden)))
     difference = float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30)) if len(values) else 0.0
     if not difference <= TOLERANCE.get(dtype, TOLERANCE_16_BIT):
         raise UnsupportedModel(
@@ -218,4 +219,14 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
         )
     # a rejected token beside one of its own and a chosen one: what could differ was there
     if bool(((batch.segments == REJECTED).sum(1) > 1).any()):
-        _checked[base] = state, width
+        _checked[base] = state, max(width, longest if before == state else -1)
+
+
+def _anywhere(here: bool, model: nn.Module, device: torch.device) -> bool:
+    """Whether something holds in any process, where the forward of a sharded model takes them all."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or sharded(model) is None:
+        return here
+    flag = torch.tensor(here, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
