@@ -155,6 +155,14 @@ def test_a_model_that_cannot_is_refused(what):
     assert model.training
 
 
+def test_images_are_refused():
+    example = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    share_prompts([{**example, "id": 3}])
+    for name in ("pixel_values", "images", "input_features"):
+        with pytest.raises(ValueError, match=rf"text alone, and the examples have \['{name}'\]"):
+            share_prompts([example, {**example, name: torch.zeros(1)}])
+
+
 def test_the_first_batch_is_compared_and_again_where_the_model_changed(monkeypatch):
     compared, padded = [], module.SharedPrompts.padded
     monkeypatch.setattr(module.SharedPrompts, "padded", lambda self: (compared.append(1), padded(self))[1])

@@ -2,9 +2,12 @@
 
 import copy
 import importlib
+import json
 import os
 import random
+import socket
 import sys
+import warnings
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 from trl.trainer import utils  # noqa: E402
+from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 
 import alignloss.trl as ours  # noqa: E402
 from alignloss.modules import own_loss  # noqa: E402
@@ -534,3 +538,101 @@ def test_a_copy_of_a_trained_model_is_a_model_of_its_own():
             parameter.zero_()
     assert torch.equal(copied(input_ids=ids, labels=ids, fused_lm_head=True).log_probs, expected)
     assert copied(input_ids=ids).logits.abs().max() > 0
+
+
+def in_one_of_two(rank, port, case, mine, folder):
+    """Logs of a trainer in two processes."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    name, config, data, extra, options = TWO_PROCESSES[case]
+    also = {"share_prompts": True} if mine and "shared" in case else {}
+    batch = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": False}
+    theirs = {"CPOTrainer": CPOTrainer, "ORPOTrainer": ORPOTrainer}.get(name) or getattr(trl, name)
+    kind = getattr(ours, name) if mine else theirs
+    found = logs(trainer(kind, config, data, folder, {**extra, **also}, **batch, **options))
+    if rank == 0:
+        (folder / f"{mine}.json").write_text(json.dumps(found, default=float))
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+TWO_PROCESSES = {
+    "DPO": ("DPOTrainer", trl.DPOConfig, PAIRS, REFERENCE, {}),
+    "DPO, shared prompts": ("DPOTrainer", trl.DPOConfig, PAIRS, REFERENCE, {}),
+    "DPO, LoRA": ("DPOTrainer", trl.DPOConfig, PAIRS, LORA, {}),
+    "DPO, checkpointed": ("DPOTrainer", trl.DPOConfig, PAIRS, REFERENCE, {"gradient_checkpointing": True}),
+    "KTO": ("KTOTrainer", trl.KTOConfig, UNPAIRED, REFERENCE, {}),
+    "SFT": ("SFTTrainer", trl.SFTConfig, COMPLETIONS, {}, {}),
+    "CPO": ("CPOTrainer", CPOConfig, PAIRS, {}, {}),
+    "ORPO": ("ORPOTrainer", ORPOConfig, PAIRS, {}, {}),
+    "GRPO": ("GRPOTrainer", trl.GRPOConfig, PROMPTS, REWARD, ONLINE),
+    "RLOO": ("RLOOTrainer", trl.RLOOConfig, PROMPTS, REWARD, ONLINE),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", TWO_PROCESSES)
+def test_two_processes(case, tmp_path):
+    for mine in (False, True):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        torch.multiprocessing.spawn(in_one_of_two, (port, case, mine, tmp_path), nprocs=2)
+    theirs, mine = (json.loads((tmp_path / f"{which}.json").read_text()) for which in (False, True))
+    for truth, got in zip(theirs, mine, strict=True):
+        assert truth.keys() == got.keys()
+        for name, value in truth.items():
+            if name not in LOGITS or case not in ("CPO", "ORPO"):
+                assert abs(got[name] - value) <= (LOSS if name == "loss" else METRICS) * max(1, abs(value)), name
+
+
+class WithImages:
+    """TRL's collator of text, with an image before each prompt."""
+
+    def __init__(self):
+        self.collator = DataCollatorForPreference(pad_token_id=V - 3)
+
+    def __call__(self, examples):
+        batch = self.collator(examples)
+        rows = len(batch["input_ids"])
+        batch["input_ids"].masked_fill_(batch["input_ids"] == IMAGE, IMAGE + 1)
+        for name, value in (("input_ids", IMAGE), ("attention_mask", 1), ("completion_mask", 0)):
+            batch[name] = torch.cat([torch.full((rows, 4), value), batch[name]], 1)
+        torch.manual_seed(0)
+        return batch | {"pixel_values": torch.randn(rows, 3, 8, 8)}
+
+
+IMAGE = 5
+
+
+def llava():
+    torch.manual_seed(0)
+    layers = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"pad_token_id": V - 3, "eos_token_id": V - 2, "bos_token_id": 0}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**layers, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**layers, **special, vocab_size=V, initializer_range=0.3),
+        **special,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_images(tmp_path):
+    extra = {"ref_model": llava, "data_collator": WithImages}
+    options = {"make": llava, "remove_unused_columns": False}
+    compare(trl.DPOTrainer, ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, extra, **options)
+
+
+def test_shared_prompts_have_no_images(tmp_path):
+    extra = {"ref_model": llava, "data_collator": WithImages, "share_prompts": True}
+    trained = trainer(
+        ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, extra, make=llava, remove_unused_columns=False
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"text alone, and a batch has \['pixel_values'\] beside its tokens"):
+        trained.train()

@@ -21,6 +21,7 @@ from .takeover import UnsupportedModel, find_head, inside_wrappers, name_of, ref
 
 T = TypeVar("T")
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
+MEDIA = ("pixel", "image", "video", "audio", "input_features")  # how columns of what is no text begin
 TOLERANCE_16_BIT = 5e-2  # of the largest hidden state, through every layer; of wider ones as of logits
 
 # the state of each model, and the tokens of the longest row that was compared
@@ -141,7 +142,7 @@ def share_prompts(
         max_length: tokens of prompt and completion that count, the first ones; None: all.
 
     Raises:
-        ValueError: for no examples, or others.
+        ValueError: for no examples, or others, and for images and other media among them, which rows do not have.
 
     Example:
         >>> batch = share_prompts([{"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]}])
@@ -153,6 +154,9 @@ def share_prompts(
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     if not examples or not all(isinstance(e, dict) and e.keys() >= set(names) for e in examples):
         raise ValueError(f"share_prompts takes at least one example, each a dictionary with {list(names)}")
+    media = sorted({key for example in examples for key in example if key.startswith(MEDIA)})
+    if media:
+        raise ValueError(f"share_prompts computes text alone, and the examples have {media}: use padded rows")
     pairs = []
     for example in examples:
         prompt, chosen, rejected = ([int(token) for token in example[name]] for name in names)

@@ -1,5 +1,6 @@
 """Pairs of TRL's collator with their prompt computed once, scored into the layout that TRL's losses expect."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,14 +31,22 @@ class SharedPairs(NamedTuple):
         return [[*range(*bounds[i : i + 2]), *range(*bounds[i + pairs : i + pairs + 2])] for i in range(pairs)]
 
 
-class SharingCollator:
-    """TRL's collator, whose batch has the same pairs with shared prompts beside it."""
+TEXT = {"input_ids", "attention_mask", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+
+class SharingCollator:
+    """TRL's collator, whose batch has the same pairs with shared prompts beside it; `columns` are of a loss."""
+
+    def __init__(self, collator: Any, columns: Iterable[str]) -> None:
+        self.collator, self.known = collator, TEXT.union(columns)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
+        if batch.keys() - self.known:
+            raise ValueError(
+                f"share_prompts computes text alone, and a batch has {sorted(batch.keys() - self.known)} beside its "
+                "tokens: leave share_prompts out"
+            )
         ids, real, completion = batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool()
         pairs = len(ids) // 2
         prompts = [row[seen & ~scored].tolist() for row, seen, scored in zip(ids, real, completion, strict=True)]

@@ -123,7 +123,7 @@ class AlignlossTrainer(_Base):
         if share_prompts and self.aux_loss_enabled:
             raise ValueError("a router loss counts each prompt twice, and share_prompts once: leave one of them out")
         if share_prompts:
-            self.data_collator = SharingCollator(self.data_collator)
+            self.data_collator = SharingCollator(self.data_collator, () if loss is None else loss.data)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
