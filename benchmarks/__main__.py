@@ -2,7 +2,7 @@
 
 python -m benchmarks run --shapes smollm2-135m --tokens 1024 2048 --masked 0 0.5
 python -m benchmarks step --shapes smollm2-135m --lengths 128 --pairs 4 --masked 0.5
-python -m benchmarks trainers --shapes smollm2-135m --lengths 256 --pairs 2 --prompts 0.25 0.5 0.75
+python -m benchmarks step --trainers --shapes smollm2-135m --lengths 256 --pairs 2 --prompts 0.25 0.5 0.75
 python -m benchmarks kernels --shapes 1024x32768
 python -m benchmarks plot benchmarks/results/NAME.json
 """
@@ -55,7 +55,7 @@ def main() -> None:
     if arguments.memory is None:
         total = total_memory(torch.device(arguments.device))
         arguments.memory = (total or 8 * GIB) / GIB
-    commands = {"run": run, "step": step, "trainers": trainers, "references": references, "kernels": kernels}
+    commands = {"run": run, "step": step, "references": references, "kernels": kernels}
     commands[arguments.command](arguments)
 
 
@@ -85,19 +85,18 @@ def parse() -> argparse.Namespace:
     heads.add_argument("--measure", nargs="+", default=["time", "memory", "error"], choices=MEASURES)
 
     steps = commands.add_parser("step", parents=[common], help="whole training steps of randomly initialised models")
-    trained = commands.add_parser("trainers", parents=[common], help="whole steps of TRL's DPO trainer and of ours")
-    trained.add_argument("--prompts", nargs="+", type=float, default=[0.75], help="shares of a sequence, prompts alone")
     scored = commands.add_parser("references", parents=[common], help="references of a data set, by TRL and `score`")
     scored.add_argument("--examples", type=int, default=32, help="pairs of the data set")
     scored.add_argument("--lengths", nargs="+", type=int, default=[512], help="positions of the longest sequence")
     scored.add_argument("--pairs", type=int, default=2, help="of a batch")
-    for parser_of in (steps, trained):
-        parser_of.add_argument("--lengths", nargs="+", type=int, default=[1024], help="positions of a sequence")
-        parser_of.add_argument("--pairs", type=int, default=1)
-        parser_of.add_argument("--train", nargs="+", default=["full"], choices=["full", "lora"])
-        parser_of.add_argument("--checkpointing", action="store_true", help="recompute each layer in the backward")
-        parser_of.add_argument("--optimizer", action="store_true", help="with a step of AdamW")
+    steps.add_argument("--lengths", nargs="+", type=int, default=[1024], help="positions of a sequence")
+    steps.add_argument("--pairs", type=int, default=1)
+    steps.add_argument("--train", nargs="+", default=["full"], choices=["full", "lora"])
+    steps.add_argument("--checkpointing", action="store_true", help="recompute each layer in the backward")
+    steps.add_argument("--optimizer", action="store_true", help="with a step of AdamW")
     steps.add_argument("--longest", action="store_true", help="the longest sequences that fit --memory, up to --most")
+    steps.add_argument("--trainers", action="store_true", help="TRL's DPO trainer beside ours, whole")
+    steps.add_argument("--prompts", nargs="+", type=float, default=[0.75], help="shares of a sequence, with --trainers")
 
     blocks = commands.add_parser("kernels", parents=[common], help="block sizes of the Triton kernels, beside cuBLAS")
     blocks.add_argument("--tokens", nargs="+", type=int, default=[8192])
@@ -115,11 +114,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"rounds are at least 1; got {arguments.rounds}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; leave out --device cuda")
-    if arguments.command in ("step", "trainers", "references"):
+    trainers = getattr(arguments, "trainers", False)
+    if arguments.command in ("step", "references"):
         unknown = [shape for shape in arguments.shapes if shape not in MODELS]
         if unknown:
             raise SystemExit(f"a whole step needs shapes of models, out of {', '.join(MODELS)}; got {unknown}")
-        needed = ["transformers", *(["trl"] if arguments.command != "step" else [])]
+        needed = ["transformers", *(["trl"] if trainers or arguments.command == "references" else [])]
         for package in (*needed, *(["peft"] if "lora" in getattr(arguments, "train", ()) else [])):
             if find_spec(package) is None:
                 raise SystemExit(f"a whole step needs {package}, which is not installed")
@@ -193,38 +193,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def step(arguments: argparse.Namespace) -> None:
-    def measure(chosen: Case, train: str) -> list[Row]:
+    def measure(chosen: Case, train: str, prompt: float) -> list[Row]:
         way = Run(train, arguments.checkpointing, arguments.optimizer)
+        if arguments.trainers:
+            from .trainers import measure_trainers
+
+            return measure_trainers(chosen, way, prompt, arguments.rounds)
         names = list(dict.fromkeys(name for name, _ in available(chosen, arguments.providers, ["DPO step"])))
         if arguments.longest:
             return measure_longest_steps(chosen, way, names, int(arguments.memory * GIB), arguments.most)
         return measure_steps(chosen, way, names, arguments.rounds)
 
     found = product(
-        cases(arguments, [2 * arguments.pairs * length for length in arguments.lengths]), dict.fromkeys(arguments.train)
-    )
-    measured(
-        arguments, ((chosen, lambda chosen=chosen, train=train: measure(chosen, train)) for chosen, train in found)
-    )
-
-
-def trainers(arguments: argparse.Namespace) -> None:
-    from .trainers import measure_trainers
-
-    found = product(
         cases(arguments, [2 * arguments.pairs * length for length in arguments.lengths]),
         dict.fromkeys(arguments.train),
-        arguments.prompts,
+        arguments.prompts if arguments.trainers else [0.0],
     )
-
-    def measure(chosen: Case, train: str, prompt: float) -> list[Row]:
-        way = Run(train, arguments.checkpointing, arguments.optimizer)
-        return measure_trainers(chosen, way, prompt, arguments.rounds)
-
-    measured(
-        arguments,
-        ((chosen, lambda chosen=chosen, how=how: measure(chosen, *how)) for chosen, *how in found),
-    )
+    measured(arguments, ((chosen, lambda chosen=chosen, how=how: measure(chosen, *how)) for chosen, *how in found))
 
 
 def references(arguments: argparse.Namespace) -> None:

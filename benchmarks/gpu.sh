@@ -125,7 +125,7 @@ part install 60 bash -c install_all
     bench steps 150 step steps $steps --train full lora --optimizer "${few[@]}"
     bench steps 90 step steps-long $deep --train full lora --optimizer --checkpointing "${few[@]}"
     bench steps 90 step steps-largest $largest --train full lora --optimizer --checkpointing "${few[@]}"
-    bench trainers 90 trainers trainers $trainers
+    bench trainers 90 step trainers --trainers $trainers
 }
 # one file to carry, made elsewhere: a folder that changes while it is read is an error to tar
 archive=$(mktemp)

@@ -200,7 +200,7 @@ def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
 @pytest.mark.parametrize(
     ("command", "options", "providers"),
     [
-        ("trainers", ("--prompts", "0.5"), {"TRL", "alignloss", "alignloss, shared prompts"}),
+        ("step", ("--trainers", "--prompts", "0.5"), {"TRL", "alignloss", "alignloss, shared prompts"}),
         ("references", ("--examples", "3"), {"TRL", "alignloss", "alignloss, score"}),
     ],
 )

@@ -83,19 +83,9 @@ def output_dtypes(accum_dtype: torch.dtype) -> list[torch.dtype]:
 
 @linear_logprob_fwd.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden,
-    weight,
-    bias,
-    labels,
-    token_index,
-    stats,
-    derivatives,
-    recomputed,
-    trained_from,
-    select,
-    compute_dtype,
+    hidden, weight, bias, labels, token_index, stats, derivatives, recomputed, trained_from, select, compute_dtype,
     *rest,
-):
+):  # fmt: skip
     tokens = labels.shape[0]
     rows = tokens if token_index is None else token_index.shape[0]
     dtype = accumulation_dtype(compute_dtype)
