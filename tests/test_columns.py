@@ -96,6 +96,24 @@ def test_a_weight_that_is_used_twice_and_by_others():
     assert error(got, other.grad) <= 2e-5
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_the_gradient_goes_past_the_weight(one_pass):
+    """So that nothing that looks at the weight's sees one without meaning."""
+    hidden, frozen, trained, _, labels = parts(torch.float32)
+    weight = beside_frozen(frozen, trained)
+    seen = []
+    weight.register_hook(seen.append)
+    weight.retain_grad()
+    if one_pass:
+        loss = alignloss.one_pass_loss(hidden, weight, labels, lambda logps, _: logps.sum())
+    else:
+        loss = alignloss.linear_logprob(hidden, weight, labels).sum()
+    with pytest.raises(RuntimeError, match="to not have been used in the graph"):
+        torch.autograd.grad(loss, weight, retain_graph=True)
+    loss.backward()
+    assert seen == [] and weight.grad is None and trained.grad is not None
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_compiled():
     hidden, frozen, trained, _, labels = parts(torch.float32)

@@ -151,6 +151,19 @@ def test_an_operator_of_a_subclass_or_without_values_is_dispatched():
     assert "alignloss.sequence_sum" in traced.code
 
 
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight"])
+def test_batched_gradients_are_those_of_one_after_the_other(trained):
+    hidden, weight, _, labels = inputs(2, 5, dtype=torch.float64)
+    leaves = [leaf(t, torch.float64, name in trained) for t, name in ((hidden, "hidden"), (weight, "weight"))]
+    logps = alignloss.linear_logprob(*leaves, labels)
+    wanted = [tensor for tensor in leaves if tensor.requires_grad]
+    upstream = torch.randn(3, *logps.shape, dtype=logps.dtype)
+    batched = torch.autograd.grad(logps, wanted, upstream, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(logps, wanted, one, retain_graph=True) for one in upstream]
+    for got, *expected in zip(batched, *single, strict=True):
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("watched", [False, True])
 def test_no_second_derivative_of_an_op(watched):
     hidden, weight, _, labels = inputs(4, 7, dtype=torch.float32)
@@ -168,8 +181,8 @@ def test_opcheck_of_the_log_probability(stats, with_index):
     hidden, weight, bias, labels = inputs(9, hidden_size=5, vocabulary=13, dtype=torch.float32)
     index = torch.nonzero(labels != -100).squeeze(1) if with_index else None
     arguments = (
-        *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, stats, 2 if stats else 1,
-        True, 0, not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True,
+        *(leaf(t, torch.float32) for t in (hidden, weight, bias)), labels, index, None, stats,
+        2 if stats else 1, True, not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True,
     )  # fmt: skip
     torch.library.opcheck(logprob.linear_logprob_fwd.operator, arguments)
 

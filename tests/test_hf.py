@@ -1,5 +1,8 @@
 """Models of transformers: the loss in their output projection has the value and gradients of their own logits."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 from reference import error
@@ -371,3 +374,46 @@ def test_what_the_loss_returns_comes_back_as_it_is():
     with torch.no_grad():
         logps, _ = head_call(model, lambda head: head.hidden.sum(), **batch)
     assert not logps.requires_grad
+
+
+def test_a_second_call_of_a_model_at_once_is_refused_and_leaves_it_as_it_was():
+    model = make("Llama")
+    batch, labels = batch_of(model)
+    expected = model(**batch).logits
+    inside, leave, problems = threading.Event(), threading.Event(), []
+
+    def first(head):
+        inside.set()
+        assert leave.wait(60)
+        return logps_of(labels)(head)
+
+    def second():
+        assert inside.wait(60)
+        try:
+            head_call(model, logps_of(labels), **batch)
+        except UnsupportedModel as problem:
+            problems.append(str(problem))
+        leave.set()
+
+    other = threading.Thread(target=second)
+    other.start()
+    ours, _ = head_call(model, first, **batch)
+    other.join()
+    assert len(problems) == 1 and "one call of a model at a time" in problems[0]
+    assert error(ours.detach(), own_logps(expected, labels).detach()) <= 2e-5
+    assert "forward" not in model.lm_head.__dict__
+    assert model(**batch).logits.equal(expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own tracing
+def test_compiled_autograd():
+    model = make("Llama")
+    batch, labels = batch_of(model)
+    found = []
+    for compiled in (False, True):
+        model.zero_grad()
+        ours, _ = head_call(model, logps_of(labels), **batch)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext():
+            ours.sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*found)

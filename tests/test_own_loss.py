@@ -174,6 +174,19 @@ def test_zeros_are_for_a_loss_that_is_not_known_and_what_is_known_may_change():
     assert step(factor)[0] == [False, True, True]
 
 
+def test_statistics_are_the_losses_own():
+    hidden, weight, _, labels = inputs(2, 5)
+    values = []
+    for trained in (False, True):
+        h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32, trained)
+
+        def loss_fn(logps, stats):
+            return (logps * stats.entropy.mul_(0.5)).sum()
+
+        values.append(alignloss.one_pass_loss(h, w, labels, loss_fn, stats=("entropy",)).detach())
+    torch.testing.assert_close(*values)
+
+
 def test_a_reference_pass_runs_the_loss_once():
     hidden, weight, _, labels = inputs(2, 5, dtype=torch.float32)
     calls = []

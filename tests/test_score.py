@@ -108,6 +108,20 @@ def test_scaling_and_virtual_tokens_are_part_of_the_model(scored_rows, tmp_path)
     assert again.to_dict() == base.to_dict()
 
 
+def test_numbers_of_layers_and_buffers_that_are_not_saved_are_part_of_the_model(scored_rows, tmp_path):
+    data, made = tokens(), model()
+    for change in (
+        lambda: None,
+        lambda: setattr(made.model.norm, "variance_epsilon", 0.5),
+        lambda: setattr(made.model.layers[0].self_attn, "scaling", 3.0),
+        lambda: made.model.rotary_emb.inv_freq.mul_(0.3),
+    ):
+        scored_rows.clear()
+        change()
+        score(made, data, cache_dir=tmp_path, progress=False)
+        assert len(scored_rows) == 2 * len(data)
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     made, data, original, batches = model(), tokens(), module._scored, []
 

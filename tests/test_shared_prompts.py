@@ -180,6 +180,52 @@ def test_the_first_batch_is_compared_and_again_where_the_model_changed(monkeypat
     assert len(compared) == 4
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"prompt_ids": [5], "chosen_ids": [7] * 30, "rejected_ids": [9]},
+        {"prompt_ids": [5], "chosen_ids": [7] * 30, "rejected_ids": []},
+        {"prompt_ids": [5], "chosen_ids": [], "rejected_ids": [9] * 30},
+    ],
+)
+def test_a_wide_row_that_shows_nothing_does_not_count(first):
+    """Beside a narrow row that would show a window, and does not reach it."""
+    model = make("GPTNeo", {**NEO, "window_size": 8, "attention_types": [[["global", "local"], 1]]}, "eager")
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    short = {"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [9, 8]}
+    share_prompts([short, first]).head_call(model, len)
+    with pytest.raises(UnsupportedModel, match="differ from those of two padded rows"):
+        share_prompts([{"prompt_ids": list(range(3, 9)), "chosen_ids": [7] * 8, "rejected_ids": [9, 8, 7]}]).head_call(
+            model, len
+        )
+
+
+def test_reach():
+    """Row: where a scored rejected token is behind a chosen one; sequence: of prompt and a completion."""
+    row = lambda *lengths: dict(
+        zip(("prompt_ids", "chosen_ids", "rejected_ids"), ([3] * n for n in lengths), strict=True)
+    )
+    assert share_prompts([row(2, 3, 4)]).reach == (9, 6)
+    assert share_prompts([row(2, 3, 1)]).reach == (0, 5)
+    assert share_prompts([row(2, 0, 4)]).reach == (0, 6)
+    assert share_prompts([row(1, 30, 1), row(2, 3, 2)]).to("cpu").reach == (7, 31)
+
+
+# PEFT asks by a name that transformers 5.24 deprecates
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_learned_prompt_is_refused_also_after_its_model_without(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(make("Llama", SIZES, "sdpa"), config)
+    batch = share_prompts(examples())
+    with model.disable_adapter():
+        batch.head_call(model, len)
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM carries a learned prompt or prefix"):
+        batch.head_call(model, len)
+
+
 def test_a_window_that_only_longer_rows_show():
     model = make("GPTNeo", {**NEO, "window_size": 12, "attention_types": [[["global", "local"], 1]]}, "eager")
     for parameter in model.parameters():

@@ -18,7 +18,7 @@ class Head(NamedTuple):
     """What the output projection of a model is given, and what the model makes of its product.
 
     Logits are z = softcap(logit_scale (hidden weight^T + bias)). With LoRA on the projection hidden is [h, s A h] and
-    weight [W, B], so that H is larger by its rank; our ops make the gradient of B alone where W is frozen.
+    weight [W, B], so that H is larger by its rank; where W is frozen our ops hand the gradient to B, past `weight`.
     """
 
     hidden: Tensor  #: (..., H)
@@ -84,7 +84,7 @@ def run_in_head(
         result = fn(Head(parts.hidden[:, virtual:] if virtual else parts.hidden, parts.weight, parts.bias, *transform))
         found.append(result)
         # in place of logits, for whatever looks at what the layer returns: DDP, FSDP
-        return _InPlaceOf.apply(hidden, *(leaf for leaf in tree_flatten(result)[0] if _trains(leaf)))
+        return _InPlaceOf.apply(hidden.detach(), *(leaf for leaf in tree_flatten(result)[0] if _trains(leaf)))
 
     outputs = call(model, forward, run)
     (result,) = found
@@ -134,15 +134,18 @@ def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> Head:
     return found[0]
 
 
-def _virtual_tokens(model: Any) -> int:
-    """Positions that prompt tuning puts before the tokens of a sequence."""
+def learned_prompt(model: Any) -> Any:
+    """The config of an active adapter of PEFT that is a prompt or prefix; else None."""
     model = inside_wrappers(model)
     config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
-    if config is None or not config.is_prompt_learning or config.peft_type.value == "PREFIX_TUNING":
-        return 0
-    if getattr(model, "_adapters_disabled", False):  # within `disable_adapter()`
-        return 0
-    return config.num_virtual_tokens
+    disabled = getattr(model, "_adapters_disabled", False)  # within `disable_adapter()`
+    return config if config is not None and config.is_prompt_learning and not disabled else None
+
+
+def _virtual_tokens(model: Any) -> int:
+    """Positions that prompt tuning puts before the tokens of a sequence."""
+    config = learned_prompt(model)
+    return 0 if config is None or config.peft_type.value == "PREFIX_TUNING" else config.num_virtual_tokens
 
 
 def sharded(model: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..recipes.batches import joined, next_token_labels
 from .check import TOLERANCE, check_model, computed_in, left_as_it_is, state_of
-from .head import Head, head_call, sharded
+from .head import Head, head_call, learned_prompt, sharded
 from .takeover import UnsupportedModel, find_head, inside_wrappers, name_of, refusing, unwrapped
 
 T = TypeVar("T")
@@ -24,8 +24,8 @@ PROMPT, CHOSEN, REJECTED, PADDING = range(4)
 MEDIA = ("pixel", "image", "video", "audio", "input_features")  # how columns of what is no text begin
 TOLERANCE_16_BIT = 5e-2  # of the largest hidden state, through every layer; of wider ones as of logits
 
-# the state of each model, and the tokens of the longest row that was compared
-_checked: "WeakKeyDictionary[nn.Module, tuple[str, int]]" = WeakKeyDictionary()
+# the state of each model, and the reach that was compared
+_checked: "WeakKeyDictionary[nn.Module, tuple[str, tuple[int, int]]]" = WeakKeyDictionary()
 
 
 class SharedPrompts(NamedTuple):
@@ -37,6 +37,9 @@ class SharedPrompts(NamedTuple):
     token_index: Tensor  #: (N,) flat positions whose hidden states predict `labels`
     labels: Tensor  #: (N,)
     cu_seqlens: Tensor  #: (2B + 1,) offsets of the sequences in `labels`
+    #: tokens of the longest row in which a scored rejected one lies behind a chosen one, and of the longest sequence of
+    #: prompt and one completion: in both a model shows that it shares no prompt
+    reach: tuple[int, int]
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -44,13 +47,14 @@ class SharedPrompts(NamedTuple):
         return {"cu_seqlens": self.cu_seqlens, "real_sequences": len(self.cu_seqlens) - 1}
 
     def to(self, device: torch.device | str) -> "SharedPrompts":
-        return SharedPrompts(*(value.to(device) for value in self))
+        *tensors, reach = self
+        return SharedPrompts(*(value.to(device) for value in tensors), reach)
 
     def head_call(self, model: nn.Module, fn: Callable[[Head], T]) -> tuple[T, Any]:
         """`hf.head_call` of these pairs, whose `Head.hidden` are the N rows (N, H) that predict `labels`.
 
-        The first batch of a model, and each whose longest row is longer than those before (a window shows at a length),
-        is run as two padded rows too, and compared.
+        The first batch of a model, and each with a longer row or sequence than those before (a window shows at a
+        length), is run as two padded rows too, and compared.
 
         Raises:
             UnsupportedModel: where the two differ, and as `check_model`.
@@ -187,18 +191,25 @@ def share_prompts(
         torch.tensor([at for where, _ in sequences for at in where], dtype=torch.int64),
         torch.tensor([token for _, tokens in sequences for token in tokens], dtype=torch.int64),
         torch.tensor([0, *accumulate(len(tokens) for _, tokens in sequences)]),
+        (
+            max(sum(map(len, pair)) if pair[1] and len(pair[2]) > 1 else 0 for pair in pairs),
+            max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs),
+        ),
     )
 
 
 def _check(model: nn.Module, batch: SharedPrompts) -> None:
     """Hidden states of a batch, shared and as two padded rows."""
     base: Any = unwrapped(model)
-    state = state_of(base, find_head(model)) + str(getattr(base.config, "_attn_implementation", None))
-    before, longest = _checked.get(base, ("", -1))
-    width = batch.input_ids.shape[1]
     # DDP's forward broadcasts buffers, and other processes may have nothing to compare now
     inner, name = inside_wrappers(model, sharding=False), name_of(model)
-    if not _anywhere(before != state or width > longest, inner, batch.input_ids.device):
+    if learned_prompt(model) is not None:
+        raise UnsupportedModel(f"{name} carries a learned prompt or prefix, for which rows of shared prompts have none")
+    state = state_of(base, find_head(model)) + str(getattr(base.config, "_attn_implementation", None))
+    before, seen = _checked.get(base, ("", (-1, -1)))
+    seen = seen if before == state else (-1, -1)
+    further = any(new > old for new, old in zip(batch.reach, seen, strict=True))
+    if not _anywhere(further, inner, batch.input_ids.device):
         return
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise UnsupportedModel(f"{name} takes no position_ids, with which a prompt is shared")
@@ -221,9 +232,7 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
             f"{name} cannot share prompts: its hidden states differ from those of two padded rows by {difference:.1e} "
             "of their size. It carries something from token to token beside attention, or has a mask of its own"
         )
-    # a rejected token beside one of its own and a chosen one: what could differ was there
-    if bool(((batch.segments == REJECTED).sum(1) > 1).any()):
-        _checked[base] = state, max(width, longest if before == state else -1)
+    _checked[base] = state, (max(seen[0], batch.reach[0]), max(seen[1], batch.reach[1]))
 
 
 def _anywhere(here: bool, model: nn.Module, device: torch.device) -> bool:

@@ -44,9 +44,9 @@ def score(
     """A data set with the log-probability of each completion after its prompt, a sum in nats, as columns of TRL.
 
     Long sequences come first, and sequences of nearly one length together, so that little is padded. Where `cache_dir`
-    is given, what was computed is kept there under a fingerprint of the model's weights, config and adapters, of the
-    tokens and `max_length`: it is read back by a later call, and resumed after an interruption. Files are complete or
-    not there.
+    is given, what was computed is kept there under a fingerprint of the model's weights, buffers, config, adapters and
+    the numbers of its layers (not of hooks and other code), of the tokens and `max_length`: it is read back by a later
+    call, and resumed after an interruption. Files are complete or not there.
 
     Args:
         model: as in `check_model`, the reference: with adapters, it is scored as it is
@@ -202,7 +202,7 @@ def _bar(rows: list[Row], cache: _Cache, progress: bool) -> Any:
 
 
 def _fingerprint(model: nn.Module, rows: list[Row], max_length: int | None) -> str:
-    """Of everything that the numbers depend on."""
+    """Of what the numbers depend on, but for code: hooks, and methods that were replaced."""
     digest, outer, base = hashlib.blake2b(digest_size=16), inside_wrappers(model), unwrapped(model)
     adapters = [
         (name, *(str(getattr(layer, key, None)) for key in ADAPTER_STATE))
@@ -216,7 +216,10 @@ def _fingerprint(model: nn.Module, rows: list[Row], max_length: int | None) -> s
         getattr(outer, "active_adapter", None), getattr(outer, "_adapters_disabled", False), cast, max_length,
     ]  # fmt: skip
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, value in sorted(outer.state_dict().items()):
+    for name, layer in outer.named_modules():  # eps, scaling
+        digest.update(str([name, *((k, v) for k, v in sorted(vars(layer).items()) if isinstance(v, float))]).encode())
+    # buffers that are not persistent too: frequencies of a rotary embedding
+    for name, value in sorted({**outer.state_dict(), **dict(outer.named_buffers())}.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

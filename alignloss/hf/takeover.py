@@ -1,5 +1,6 @@
 """The output projection of a model, and one call of the model with another forward in its place."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -139,6 +140,7 @@ def branches(head: Any) -> list[nn.Module]:
     return [head]
 
 
+_lock = threading.Lock()
 # of a layer, its input and the forward that it had, what it returns instead
 Forward = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
@@ -161,7 +163,6 @@ def _taken_over(layers: list[nn.Module], forward: Forward) -> Iterator[list[nn.M
     calls: list[nn.Module] = []
     # under a hook of accelerate (device_map, offload) the forward inside of the hook, where the weight is there
     named = [(layer, "_old_forward" if hasattr(layer, "_hf_hook") else "forward") for layer in layers]
-    before = [(layer.__dict__.get(name), getattr(layer, name)) for layer, name in named]
 
     def replacement(layer: nn.Module, own: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         @torch.compiler.disable
@@ -173,11 +174,19 @@ def _taken_over(layers: list[nn.Module], forward: Forward) -> Iterator[list[nn.M
             calls.append(layer)
             return forward(layer, hidden, own)
 
+        run.is_replacement = True
         return run
 
-    try:
+    with _lock:
+        before = [(layer.__dict__.get(name), getattr(layer, name)) for layer, name in named]
+        if any(getattr(own, "is_replacement", False) for _, own in before):
+            raise UnsupportedModel(
+                "its output embedding is taken over already, by a call in another thread or further out: one call of a "
+                "model at a time"
+            )
         for (layer, name), (_, own) in zip(named, before, strict=True):
             setattr(layer, name, replacement(layer, own))
+    try:
         yield calls
     finally:
         for (layer, name), (old, _) in zip(named, before, strict=True):

@@ -70,7 +70,8 @@ def one_pass_loss(
 
     def evaluate(logps: Tensor, values: Sequence[Tensor | None]) -> Tensor:
         named = zip(backends.STATS, values, strict=True)
-        asked = {name: value.detach() for name, value in named if value is not None and name in stats}
+        # a copy: it may work in place, and is called again
+        asked = {name: value.detach().clone() for name, value in named if value is not None and name in stats}
         loss: Any = loss_fn(logps, LogprobStats(logps, **asked))
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__

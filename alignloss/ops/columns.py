@@ -9,32 +9,25 @@ from torch import Tensor
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, frozen: Tensor, trained: Tensor) -> Tensor:
-        ctx.trained_from = frozen.shape[1]
+        ctx.trained_columns = trained
         return torch.cat([frozen, trained], 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient[:, ctx.trained_from :]
+        return None, gradient[:, -ctx.trained_columns.shape[1] :]
 
 
 def beside_frozen(frozen: Tensor, trained: Tensor) -> Tensor:
-    """[frozen, trained] (V, H + r), whose gradient our ops make for the r columns of `trained` alone."""
+    """[frozen, trained] (V, H + r), past which our ops hand a gradient to the r columns of `trained` alone."""
     return _Columns.apply(frozen, trained)
 
 
-def trained_from(weight: Tensor) -> int:
-    """The first column that a gradient of the weight is wanted of."""
-    # a compiler has to know the strides of a gradient
-    return 0 if torch.compiler.is_compiling() else getattr(weight.grad_fn, "trained_from", 0)
+def trained_columns(weight: Tensor) -> Tensor | None:
+    """What `beside_frozen` was given to train, (V, r), of a weight that it made."""
+    # a compiler does not see what made its inputs
+    return None if torch.compiler.is_compiling() else getattr(weight.grad_fn, "trained_columns", None)
 
 
-def gradient_of(columns: Tensor, width: int) -> Tensor:
-    """The gradient (V, r) of the last columns as autograd takes it, of the shape of the weight, (V, width).
-
-    Its rows lie in each other: it takes the memory of (V, r), and what is in the other columns means nothing.
-    """
-    vocabulary, trained = columns.shape
-    storage = columns.new_empty(width - trained + columns.numel())
-    storage[: width - trained] = 0
-    storage[width - trained :].view(columns.shape).copy_(columns)
-    return storage.as_strided((vocabulary, width), (trained, 1))
+def first_trained(weight: Tensor, columns: Tensor | None) -> int:
+    """The first column of a weight that trains, if it does."""
+    return 0 if columns is None else weight.shape[1] - columns.shape[1]

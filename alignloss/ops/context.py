@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import cpu_bf16
 
@@ -59,6 +60,7 @@ def _is_watched(tensors: list[Tensor]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta for tensor in tensors)
+        or any(is_legacy_batchedtensor(tensor) for tensor in tensors)  # of autograd's batched gradients
     )
 
 

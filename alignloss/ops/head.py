@@ -21,7 +21,7 @@ from ..checks import (
     savable,
     validates,
 )
-from .columns import trained_from
+from .columns import first_trained, trained_columns
 from .sizes import Footprint, accumulation_dtype, default_workspace, one_pass_workspace, total_memory
 
 
@@ -91,7 +91,13 @@ class Projection(NamedTuple):
 
     @property
     def trained_from(self) -> int:
-        return trained_from(self.weight)
+        return first_trained(self.weight, trained_columns(self.weight))
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """weight and bias as an op takes them, and the columns of the weight that a gradient reaches past it."""
+        columns = trained_columns(self.weight)
+        return (self.weight if columns is None else self.weight.detach()), self.bias, columns
 
 
 def project(

@@ -8,11 +8,13 @@ from torch import Tensor
 from ..backends import ENTROPY, STATS
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
-from .columns import gradient_of
+from .columns import first_trained
 from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward
 from .head import Options, Projection
 from .sizes import accumulation_dtype
 from .walk import Scored, Upstream, Walk
+
+COLUMNS = 5  # of linear_logprob_fwd's arguments
 
 
 def score(projection: Projection, stats: int = 0, differentiate_entropy: bool = True) -> tuple[Tensor, ...]:
@@ -21,9 +23,9 @@ def score(projection: Projection, stats: int = 0, differentiate_entropy: bool = 
     if derivatives and stats & ENTROPY and differentiate_entropy:
         derivatives = 2
     recomputed = torch.is_grad_enabled() and projection.trains_head
-    hidden, weight, bias, labels, token_index, *_, options = projection
-    asked = stats, derivatives, recomputed, projection.trained_from
-    outputs = linear_logprob_fwd(hidden, weight, bias, labels, token_index, *asked, *options)
+    weight, bias, columns = projection.head
+    tensors = projection.hidden, weight, bias, projection.labels, projection.token_index, columns
+    outputs = linear_logprob_fwd(*tensors, stats, derivatives, recomputed, *projection.options)
     return outputs[: 1 + len(STATS)]
 
 
@@ -34,10 +36,10 @@ def linear_logprob_fwd(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (M,) int64
     token_index: Tensor | None,  # (N,) int64 rows to score; None: every row, or see `select`
+    columns: Tensor | None,  # (V, r), the last of weight, where they train and weight does not
     stats: int,  # bits of backends.STATS
     derivatives: int,  # how many to keep: of logp, then of entropy, with respect to hidden
     recomputed: bool,  # the head trains: a backward will recompute the logits
-    trained_from: int,  # the first column of weight that trains where it does
     select: bool,
     compute_dtype: torch.dtype,
     ignore_index: int,
@@ -59,7 +61,7 @@ def linear_logprob_fwd(
     if validate:
         check_values(labels, token_index, ignore_index, weight.shape[0])
     with computing(hidden, compute_dtype):
-        walk = Walk(hidden, weight, bias, labels, token_index, options, trained_from)
+        walk = Walk(hidden, weight, bias, labels, token_index, options, first_trained(weight, columns))
         # under `select` the shape has to be known to the compiler: the rows beyond the scored ones are unused
         reserved = labels.shape[0] if select else walk.rows
         new = labels.new_zeros if select else labels.new_empty
@@ -83,8 +85,7 @@ def output_dtypes(accum_dtype: torch.dtype) -> list[torch.dtype]:
 
 @linear_logprob_fwd.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, token_index, stats, derivatives, recomputed, trained_from, select, compute_dtype,
-    *rest,
+    hidden, weight, bias, labels, token_index, columns, stats, derivatives, recomputed, select, compute_dtype, *rest
 ):  # fmt: skip
     tokens = labels.shape[0]
     rows = tokens if token_index is None else token_index.shape[0]
@@ -101,14 +102,15 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, token_index, stats, derivatives, _, first, *options = inputs
+    hidden, weight, bias, labels, token_index, columns, stats, derivatives, _, *options = inputs
     *_, state, dlogp, dentropy = output
     ctx.set_materialize_grads(False)  # zeros for the gradient of the saved (N, H) would cost its memory again
-    trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    trains_head = any(ctx.needs_input_grad[i] for i in (1, 2, COLUMNS))
     head = (hidden, weight, bias) if trains_head else (None, None, None)
     ctx.save_for_backward(*head, labels, token_index, state, dlogp, dentropy)
     ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
-    ctx.asked, ctx.trained_from, ctx.options = (hidden.dtype, stats, derivatives), first, options
+    ctx.asked, ctx.options = (hidden.dtype, stats, derivatives), options
+    ctx.trained_from = first_trained(weight, columns)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -121,13 +123,17 @@ def _backward(ctx, dlogps, dlse, dentropies, *rest):  # type: ignore[no-untyped-
     _, stats, _ = ctx.asked
     dlogps = (torch.zeros_like(dentropies) if dlogps is None else dlogps).double().contiguous()
     dentropies = None if dentropies is None or not stats & ENTROPY else dentropies.contiguous()
-    needs = ctx.needs_input_grad[:3]
+    weight_needs, columns_need = ctx.needs_input_grad[1], ctx.needs_input_grad[COLUMNS]
+    needs = ctx.needs_input_grad[0], weight_needs or columns_need, ctx.needs_input_grad[2]
     gradients = linear_logprob_bwd(
         dlogps, dentropies, hidden, weight, bias, labels, token_index, state, dlogp, dentropy, *ctx.asked, *needs[1:],
         ctx.trained_from, *ctx.options,
     )  # fmt: skip
     dhidden, dweight, dbias = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * (arguments - 3)
+    found: list[Tensor | None] = [None] * arguments
+    found[:3] = dhidden, dweight if weight_needs else None, None if dbias is None else dbias.to(ctx.bias_dtype)
+    found[COLUMNS] = dweight if columns_need else None
+    return tuple(found)
 
 
 @partial(Op, tags=UNSAFE_IN_GRAPHS)
@@ -147,7 +153,7 @@ def linear_logprob_bwd(
     derivatives: int,
     need_dweight: bool,
     need_dbias: bool,
-    trained_from: int,
+    trained_from: int,  # the first column of weight that dweight is of
     select: bool,
     compute_dtype: torch.dtype,
     ignore_index: int,
@@ -182,8 +188,6 @@ def linear_logprob_bwd(
             if need_dbias:
                 dbias = scored.empty(scored.vocabulary)
             scored.backward(upstream, dweight, dbias, False, stats, derivatives)
-            if need_dweight and trained_from:
-                dweight = gradient_of(dweight, scored.width)
         else:
             upstream.weigh(slice(0, scored.rows))
         return dhidden, dweight, dbias
@@ -192,12 +196,12 @@ def linear_logprob_bwd(
 @linear_logprob_bwd.register_fake
 def _(  # type: ignore[no-untyped-def]
     dlogps, dentropies, hidden, weight, bias, labels, token_index, state, dlogp, dentropy, hidden_dtype, stats,
-    derivatives, need_dweight, need_dbias, *rest,
+    derivatives, need_dweight, need_dbias, trained_from, *rest,
 ):  # fmt: skip
     shape = (labels.shape[0], dlogp.shape[1]) if dlogp.dim() == 2 else (0,)
     return (
         dlogps.new_empty(shape, dtype=hidden_dtype),
-        torch.empty_like(weight) if need_dweight else state.new_empty(0),
+        torch.empty_like(weight[:, trained_from:]) if need_dweight else state.new_empty(0),
         state.new_empty(weight.shape[0]) if need_dbias else state.new_empty(0),
     )
 

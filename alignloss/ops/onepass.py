@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
-from .columns import gradient_of
+from .columns import first_trained
 from .context import computing, device_guard, no_double_backward
 from .head import Projection
 from .logprob import linear_logprob_bwd
@@ -36,8 +36,7 @@ def one_pass(
     options = projection.options
     if options.validate:
         check_values(projection.labels, projection.token_index, options.ignore_index, len(projection.weight))
-    tensors = (projection.hidden, projection.weight, projection.bias)
-    return _OnePass.apply(*tensors, projection, indices, shares, held, stats)
+    return _OnePass.apply(projection.hidden, *projection.head, projection, indices, shares, held, stats)
 
 
 class _OnePass(torch.autograd.Function):
@@ -47,15 +46,17 @@ class _OnePass(torch.autograd.Function):
         hidden: Tensor,  # (M, H)
         weight: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
+        columns: Tensor | None,  # (V, r), the last of weight, where they train and weight does not
         projection: Projection,
         indices: Sequence[Tensor | None],
         shares: Sequence[Callable[[Tensor], Tensor]],
         held: int,
         stats: Sequence[Tensor | None],
     ) -> Tensor:
-        ctx.trained_from = projection.trained_from
+        ctx.trained_from = first_trained(weight, columns)
         projection = projection._replace(hidden=hidden, weight=weight, bias=bias)
-        ctx.needs = ctx.needs_input_grad[1:3]
+        _, weight_needs, bias_needs, ctx.columns_need, *_ = ctx.needs_input_grad
+        ctx.needs = weight_needs or ctx.columns_need, bias_needs
         losses: list[Tensor] = []
         slopes: list[Tensor] = []
 
@@ -85,7 +86,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """dhidden, dweight and dbias."""
+        """dhidden, dweight, dbias and dcolumns."""
         hidden, weight, bias, labels, state, dlogp, dlogps, *indices = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         # one that is made already has to fit what it belongs to
@@ -101,7 +102,8 @@ class _OnePass(torch.autograd.Function):
         )  # fmt: skip
         with device_guard(labels):
             dweight, dbias = gradient.times(upstream)
-        return dhidden, dweight, None if dbias is None or bias is None else dbias.to(bias.dtype)
+        dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+        return (dhidden, None, dbias, dweight) if ctx.columns_need else (dhidden, dweight, dbias, None)
 
 
 class _OnlyFirstDerivatives(torch.autograd.Function):
@@ -169,7 +171,6 @@ class HeadGradient:
     ) -> None:
         self.primitives = backends.get(footprint.backend)
         self.weight_dtype, accum_dtype = weight.dtype, footprint.accum_dtype
-        self.width = footprint.width
         dtype = accum_dtype if several else weight.dtype
         # in the layout of the weight, which autograd would copy it to; contiguous where a recomputed group adds to it,
         # and for products wider than their operands
@@ -213,6 +214,4 @@ class HeadGradient:
         for gradient in (self.dweight, self.dbias):
             self.primitives.scale(gradient, factor)
         dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None
-        if dweight is not None and dweight.shape[1] < self.width:
-            dweight = gradient_of(dweight, self.width)
         return dweight, self.dbias if self.dbias.numel() else None
