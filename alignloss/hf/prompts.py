@@ -47,8 +47,8 @@ class SharedPrompts(NamedTuple):
         return {"cu_seqlens": self.cu_seqlens, "real_sequences": len(self.cu_seqlens) - 1}
 
     def to(self, device: torch.device | str) -> "SharedPrompts":
-        *tensors, reach = self
-        return SharedPrompts(*(value.to(device) for value in tensors), reach)
+        moved: Any = [value.to(device) if isinstance(value, Tensor) else value for value in self]
+        return SharedPrompts(*moved)
 
     def head_call(self, model: nn.Module, fn: Callable[[Head], T]) -> tuple[T, Any]:
         """`hf.head_call` of these pairs, whose `Head.hidden` are the N rows (N, H) that predict `labels`.
