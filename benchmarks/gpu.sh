@@ -113,7 +113,7 @@ part install 60 bash -c install_all
     bench time 170 run time $models --measure time error
     bench masks 60 run masks $large --masked 0.5 0.9 --measure time
     bench small 60 run small $small --measure time error
-    bench budget 50 run budget $large --workspace 3072 --modes "DPO step" --measure time memory \
+    bench budget 50 run budget $large --workspace 512 --modes "DPO step" --measure time memory \
         --providers alignloss TRL
     bench profile 40 run profile $models --measure profile --providers alignloss
     bench kernels 120 kernels kernels $models
