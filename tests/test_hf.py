@@ -405,6 +405,7 @@ def test_a_second_call_of_a_model_at_once_is_refused_and_leaves_it_as_it_was():
     assert model(**batch).logits.equal(expected)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")  # of torch's own tracing
 def test_compiled_autograd():
     model = make("Llama")

@@ -120,6 +120,7 @@ def test_flex_attention_by_its_definition(kind, monkeypatch):
     compare(make(name, options, "flex_attention"), share_prompts(examples()))
 
 
+@pytest.mark.nightly
 @flex
 def test_flex_attention_compiled():
     hidden = []
