@@ -177,19 +177,21 @@ def _taken_over(layers: list[nn.Module], forward: Forward) -> Iterator[list[nn.M
         run.is_replacement = True
         return run
 
-    with _lock:
-        before = [(layer.__dict__.get(name), getattr(layer, name)) for layer, name in named]
-        if any(getattr(own, "is_replacement", False) for _, own in before):
-            raise UnsupportedModel(
-                "its output embedding is taken over already, by a call in another thread or further out: one call of a "
-                "model at a time"
-            )
-        for (layer, name), (_, own) in zip(named, before, strict=True):
-            setattr(layer, name, replacement(layer, own))
+    replaced: list[tuple[nn.Module, str, Any]] = []
     try:
+        with _lock:
+            forwards = [getattr(layer, name) for layer, name in named]
+            if any(getattr(own, "is_replacement", False) for own in forwards):
+                raise UnsupportedModel(
+                    "its output embedding is taken over already, by a call in another thread or further out: one call "
+                    "of a model at a time"
+                )
+            for (layer, name), own in zip(named, forwards, strict=True):
+                replaced.append((layer, name, layer.__dict__.get(name)))
+                setattr(layer, name, replacement(layer, own))
         yield calls
     finally:
-        for (layer, name), (old, _) in zip(named, before, strict=True):
+        for layer, name, old in replaced:
             if old is None:
                 layer.__dict__.pop(name, None)
             else:
