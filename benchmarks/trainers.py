@@ -57,7 +57,7 @@ def _trainer(case: Case, model: Any, name: str, lengths: list[tuple[int, int, in
         return "".join(f"w{token} " for token in torch.randint(3, case.vocabulary, (count,)).tolist())
 
     data = Dataset.from_list(
-        [{name: text(n) for name, n in zip(("prompt", "chosen", "rejected"), row, strict=True)} for row in lengths]
+        [{part: text(n) for part, n in zip(("prompt", "chosen", "rejected"), row, strict=True)} for row in lengths]
     )
     arguments = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=case.sequences // 2, max_length=None, report_to=[],
@@ -90,21 +90,12 @@ def measure_trainers(case: Case, run: Run, prompt_share: float, rounds: int) -> 
             made[name] = make_trainer(case, run, name, prompt)
         except Exception as error:
             rows.append({"provider": name, "mode": mode, "failed": reason(error)})
-    taken, failed = interleave({name: partial(take_step, case, *made[name]) for name in made}, rounds)
-    for name in made:
-        row: Row = {"provider": name, "mode": mode, "prompt_share": prompt / length}
+    steps = {name: partial(take_step, case, *made[name]) for name in made}
+    for row in _rows(mode, *interleave(steps, rounds), "alignloss"):
+        row["prompt_share"] = prompt / length
+        if "failed" not in row:
+            row["peak_bytes"] = peak_bytes(steps[row["provider"]])
         rows.append(row)
-        if name in failed:
-            row["failed"] = failed[name]
-            continue
-        seconds = taken[name]
-        row |= {
-            "seconds": statistics.median(seconds),
-            "seconds_spread": [min(seconds), max(seconds)],
-            # a ratio per round: what disturbs a round disturbs both of its terms
-            "of_alignloss": statistics.median(a / b for a, b in zip(seconds, taken["alignloss"], strict=True)),
-            "peak_bytes": peak_bytes(partial(take_step, case, *made[name])),
-        }
     return rows
 
 
@@ -141,10 +132,22 @@ def measure_references(case: Case, examples: int, rounds: int) -> list[Row]:
         found[name] = ways[name]()
         return now(case) - start
 
-    taken, failed = interleave({name: partial(timed, name) for name in ways}, rounds)
+    mode = f"references of {examples} pairs, {tokens:,} tokens"
+    rows = _rows(mode, *interleave({name: partial(timed, name) for name in ways}, rounds), "alignloss, score")
+    for row in rows:
+        if "failed" not in row:
+            row["nats_apart"] = max(
+                float((torch.tensor(found[row["provider"]][column]) - torch.tensor(found["TRL"][column])).abs().max())
+                for column in columns
+            )
+    return rows
+
+
+def _rows(mode: str, taken: dict[str, list[float]], failed: dict[str, str], ours: str) -> list[Row]:
+    """A row for each way, with its ratio to one of ours."""
     rows: list[Row] = []
     for name, seconds in taken.items():
-        row: Row = {"provider": name, "mode": f"references of {examples} pairs, {tokens:,} tokens"}
+        row: Row = {"provider": name, "mode": mode}
         rows.append(row)
         if name in failed:
             row["failed"] = failed[name]
@@ -152,10 +155,7 @@ def measure_references(case: Case, examples: int, rounds: int) -> list[Row]:
         row |= {
             "seconds": statistics.median(seconds),
             "seconds_spread": [min(seconds), max(seconds)],
-            "of_alignloss": statistics.median(a / b for a, b in zip(seconds, taken["alignloss, score"], strict=True)),
-            "nats_apart": max(
-                float((torch.tensor(found[name][column]) - torch.tensor(found["TRL"][column])).abs().max())
-                for column in columns
-            ),
+            # a ratio per round: what disturbs a round disturbs both of its terms
+            "of_alignloss": statistics.median(a / b for a, b in zip(seconds, taken[ours], strict=True)),
         }
     return rows

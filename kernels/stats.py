@@ -253,7 +253,8 @@ def stats_fwd(
     (N, H), V = hidden.shape, weight.shape[0]
     kind = architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), extras or cap is not None)
-    programs, tiles = triton.cdiv(N, block_n) * triton.cdiv(V, block_v), triton.cdiv(V, block_v)
+    tiles = triton.cdiv(V, block_v)
+    programs = triton.cdiv(N, block_n) * tiles
     partials = torch.empty((5 if extras else 2, tiles, N), dtype=torch.float32, device=hidden.device)
     shared = bias, labels, partials, N, V, H, linear, cap or 1.0
     constants = {

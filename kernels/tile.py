@@ -297,7 +297,7 @@ def dlogits_bwd(
 ) -> Tensor:
     """Overwrite a tile of logits by their gradient, divided by one factor per row."""
     C, Vs = tile.shape
-    out = narrowed(tile, dtype)
+    out, end = narrowed(tile, dtype), reach(tile)
     dlogits_bwd_kernel[(C,)](
         tile,
         bias,
@@ -308,7 +308,7 @@ def dlogits_bwd(
         mix,
         first,
         Vs,
-        reach(tile),
+        end,
         tile.stride(0),
         out.stride(0),
         state.stride(0),
@@ -318,7 +318,7 @@ def dlogits_bwd(
         HAS_CAP=cap is not None,
         ENTROPY=mix is not None,
         NARROW=dtype != tile.dtype,
-        **program(reach(tile)),
+        **program(end),
     )
     return out
 
@@ -334,6 +334,7 @@ def held_bwd(
 ) -> None:
     """Overwrite a tile of exponentials by the gradient of its logits, divided by one factor per row."""
     C, Vs = tile.shape
+    end = reach(tile)
     held_bwd_kernel[(C,)](
         tile,
         reference,
@@ -342,9 +343,9 @@ def held_bwd(
         coefficient,
         first,
         Vs,
-        reach(tile),
+        end,
         tile.stride(0),
         state.stride(0),
         HAS_CAP=cap is not None,
-        **program(reach(tile)),
+        **program(end),
     )
