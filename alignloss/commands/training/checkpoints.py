@@ -1,0 +1,144 @@
+"""Checkpoints that are whole or not there, whatever stops the process that writes them.
+
+Transformers writes a checkpoint file by file into its folder. A list of its files with their sizes is added last, under
+its name in one step; a folder without that list, or with another size, is not taken for a checkpoint. Older ones are
+deleted after that.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+WHOLE = "whole.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """To the disk, so that not even a loss of power undoes it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_disk(folder: Path) -> list[Path]:
+    """The files of a folder, with what was written into them on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    return files
+
+
+def seal(folder: Path, state: dict[str, Any]) -> None:
+    """Declare the files of a folder complete, with a state to go on from."""
+    files = [path for path in to_disk(folder) if path.name != WHOLE]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_whole(folder / WHOLE, json.dumps({"files": sizes, "state": state}))
+
+
+def state_of(folder: Path) -> dict[str, Any] | None:
+    """The state of a folder that is complete, None for one that is not."""
+    try:
+        sealed = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        if all((folder / name).stat().st_size == size for name, size in sealed["files"].items()):
+            return dict(sealed["state"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def newest(out: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint; folders that an interrupted save has left are removed."""
+    folders = [f for f in out.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit() and f.is_dir()]
+    for folder in sorted(folders, key=_step, reverse=True):
+        if state_of(folder) is not None:
+            return folder
+        warn(f"{folder.name} is not complete, left from an interrupted save; removed")
+        shutil.rmtree(folder)
+    return None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """One process at a time in a folder; the lock goes with the process, however it ends."""
+    with open(out / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at work in {out}; wait for it, or give another --out") from error
+        yield
+
+
+# a trainer of TRL stands behind it
+_Base: Any = object
+
+
+class WholeCheckpoints(_Base):
+    """Beside a trainer: its checkpoints are sealed, older ones deleted after that, and a failed save is explained."""
+
+    args: Any
+    state: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        from transformers.trainer_utils import rotate_checkpoints
+
+        limit, out = self.args.save_total_limit, Path(self.args.output_dir)
+        folder = out / f"checkpoint-{self.state.global_step}"
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+            seal(folder, self.progress_state())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{folder.name} could not be saved: {failure(error)}. {self._way_on(out)}") from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "safetensors":
+                raise
+            raise UserError(f"{folder.name} could not be saved: {failure(error)}. {self._way_on(out)}") from error
+        finally:
+            self.args.save_total_limit = limit
+        rotate_checkpoints(output_dir=str(out), save_total_limit=limit, use_mtime=False)
+
+    @staticmethod
+    def _way_on(out: Path) -> str:
+        kept = newest(out, lambda _: None)
+        there = f"{kept.name} is complete, and the same command goes on from there" if kept else "There is none before"
+        return f"{there}, once there is room in {out}"
+
+    def progress_state(self) -> dict[str, Any]:
+        """What transformers does not keep."""
+        shift = getattr(self, "shift", None)
+        state = {"tokens": self._total_train_tokens}
+        return state if shift is None else state | {"shift": shift.totals.tolist()}
+
+    def take_progress(self, state: dict[str, Any]) -> None:
+        import torch
+
+        self._total_train_tokens = state["tokens"]
+        if "shift" in state:
+            self.shift.totals = torch.tensor(state["shift"], dtype=torch.float64)
+
+
+def failure(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,135 @@
+"""The model of a run and its tokenizer: from a folder, a name or a GGUF file, with or without adapters."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Source(NamedTuple):
+    """Where a model comes from."""
+
+    model: str
+    gguf: str | None = None  # file in the folder `model`
+    dtype: str = "auto"
+    cpu: bool = False
+    lora: int = 0  # rank; 0: every parameter trains
+    qlora: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.cpu or not torch.cuda.is_available()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the parameters. On a GPU what trains is in float32, under bf16 autocast, and what is frozen in bf16."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.float32 if self.on_cpu or not self.lora else torch.bfloat16
+
+
+def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora: bool) -> Source:
+    """Look at what was asked for before anything is loaded.
+
+    Raises:
+        UserError: for files that are not there, and what does not go together.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+    path = Path(model)
+    if path.suffix == ".gguf" and path.is_file():
+        model, gguf, path = str(path.parent), path.name, path.parent
+    elif gguf == "":
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if len(files) != 1:
+            raise UserError(f"--gguf needs the name of the file in {model}; there are: {', '.join(files) or 'none'}")
+        gguf = files[0]
+    if gguf is not None and importlib.util.find_spec("gguf") is None:
+        raise UserError("--gguf needs the package gguf: pip install gguf")
+    if path.is_dir():
+        wanted = gguf or "config.json"
+        if not (path / wanted).is_file():
+            raise UserError(
+                f"{model} has no {wanted}: give the folder of a model as save_pretrained writes it, or --gguf"
+            )
+    elif path.exists() or "/" in model.strip("/").replace("/", "", 1) or model.startswith(("/", ".", "~")):
+        raise UserError(f"there is no folder {model}")
+    elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise UserError(f"there is no folder {model}, and HF_HUB_OFFLINE is set")
+    if qlora and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--qlora needs the package bitsandbytes: pip install bitsandbytes")
+    if qlora and gguf is not None:
+        raise UserError("--qlora quantizes a model itself: give it without --gguf")
+    if (lora or qlora) and importlib.util.find_spec("peft") is None:
+        raise UserError("--lora needs the package peft: pip install peft")
+    return Source(model, gguf, dtype, cpu, lora or (16 if qlora else 0), qlora)
+
+
+def load_tokenizer(source: Source) -> Any:
+    from transformers import AutoTokenizer
+
+    more = {"gguf_file": source.gguf} if source.gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.model, **more)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"the tokenizer of {source.model} cannot be loaded: {_one_line(error)}") from error
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {source.model} has no eos_token, with which a completion ends")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    more: dict[str, Any] = {"dtype": source.torch_dtype}
+    if source.gguf:
+        more["gguf_file"] = source.gguf
+    if source.qlora:
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.float32 if source.on_cpu else torch.bfloat16
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.model, **more)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"the model {source.model} cannot be loaded: {_one_line(error)}") from error
+    if source.gguf:
+        _unmark(model)
+    return model
+
+
+def _unmark(model: Any) -> None:
+    """Weights of a GGUF file have been unpacked; marked as quantized still, they would be refused for training."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_method",):
+        if hasattr(model, name):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def adapters(source: Source) -> Any:
+    """The configuration of LoRA on every linear layer but the head, or None."""
+    if not source.lora:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=source.lora, lora_alpha=2 * source.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,177 @@
+"""The rows of a JSONL file that can be trained on, and what is wrong with the others, by the number of their line."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+
+COLUMNS = {
+    "paired": ("prompt", "chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
+    "unlabelled": ("prompt", "completion"),
+}
+REFERENCES = {
+    "paired": ("ref_chosen_logps", "ref_rejected_logps"),
+    "unpaired": ("ref_logps",),
+    "unlabelled": ("ref_logps",),
+}
+SHOWN = 10
+
+
+class Bad(NamedTuple):
+    line: int  # from 1
+    reason: str
+
+
+class Rows(NamedTuple):
+    """What a file holds. Each of `rows` has its columns, and `line`."""
+
+    path: Path
+    kind: str  # of COLUMNS
+    rows: list[dict[str, Any]]
+    bad: list[Bad]
+    unused: list[str]  # columns that nothing reads
+
+    def summary(self) -> str:
+        text = f"{self.path}: {len(self.rows):,} rows"
+        if self.bad:
+            more = f", and {len(self.bad) - SHOWN:,} more" if len(self.bad) > SHOWN else ""
+            shown = "; ".join(f"line {number}: {reason}" for number, reason in self.bad[:SHOWN])
+            counts = Counter(reason.split(":")[0] for _, reason in self.bad)
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+            text += f", {len(self.bad):,} bad ones left out ({kinds}): {shown}{more}"
+        if self.unused:
+            text += f"; not read: {', '.join(self.unused)}"
+        return text
+
+
+def read_rows(
+    path: Path,
+    kind: str,
+    *,
+    numbers: Sequence[str] = (),
+    policy: str = "skip",
+    token_fault: Callable[[dict[str, Any]], str | None] = lambda row: None,
+) -> Rows:
+    """Read a file of one JSON object per line.
+
+    Args:
+        path: UTF-8; empty lines are passed over.
+        kind: of COLUMNS. Pairs serve an unpaired loss too: the chosen is desirable, the rejected is not.
+        numbers: columns of the loss beside those of its kind.
+        policy: "skip" leaves bad rows out, "stop" is an error at the first.
+        token_fault: what is wrong with the tokens of a row, or None.
+
+    Raises:
+        UserError: where no row can be used, at the first bad one if so asked, or for a file that cannot be read.
+    """
+    parsed = _lines(path)
+    objects = [row for _, row in parsed if isinstance(row, dict)]
+    names = {name for row in objects for name in row}
+    if kind == "unpaired" and "completion" not in names and {"chosen", "rejected"} <= names:
+        kind = "paired"
+        numbers = [n for n in numbers if n != "label"]
+    needed = COLUMNS[kind]
+    lacking = [name for name in needed if objects and name not in names]
+    if lacking:
+        raise UserError(
+            f"{path} has no column {', '.join(lacking)}: this loss needs {', '.join(needed)}, and the file has "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
+    references = [name for name in REFERENCES[kind] if name in names]
+    numbers = [*numbers, *(references if len(references) == len(REFERENCES[kind]) else ())]
+    rows: list[dict[str, Any]] = []
+    bad: list[Bad] = []
+    for number, row in parsed:
+        reason = row if isinstance(row, str) else _fault(row, needed, numbers, rows[0] if rows else None)
+        reason = reason or token_fault(row)
+        if reason is None:
+            rows.append({name: row[name] for name in (*needed, *numbers)} | {"line": number})
+            continue
+        bad.append(Bad(number, reason))
+        if policy == "stop":
+            raise UserError(f"{path}, line {number}: {reason} (--bad-rows skip leaves such rows out)")
+    unused = sorted(names - {*needed, *numbers})
+    result = Rows(path, kind, rows, bad, unused)
+    if not rows:
+        first = f"; line {bad[0].line}: {bad[0].reason}" if bad else ": it is empty"
+        raise UserError(f"{path} has no usable row, of {len(parsed):,}{first}")
+    return result
+
+
+def column_names(path: Path) -> set[str]:
+    """Of all rows of a file."""
+    return {name for _, row in _lines(path) if isinstance(row, dict) for name in row}
+
+
+def _lines(path: Path) -> list[tuple[int, Any]]:
+    """Numbers of lines that are not empty, each with its object, or with what is wrong."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return [(number, _parsed(line)) for number, line in enumerate(lines, 1) if line.strip(b" \t\r\xef\xbb\xbf")]
+
+
+def _parsed(line: bytes) -> Any:
+    """The object of a line, or a string that says why there is none."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return row if isinstance(row, dict) else f"not an object: {type(row).__name__}"
+
+
+def _fault(
+    row: dict[str, Any], needed: Sequence[str], numbers: Sequence[str], first: dict[str, Any] | None
+) -> str | None:
+    missing = [name for name in (*needed, *numbers) if row.get(name) is None]
+    if missing:
+        return f"missing column: {', '.join(missing)}"
+    texts = [name for name in needed if name != "label"]
+    for name in texts:
+        fault = _text_fault(row[name], may_be_empty=name == "prompt")
+        if fault is not None:
+            return fault.format(name)
+    forms = {isinstance(row[name], str) for name in texts}
+    if first is not None:
+        forms.add(isinstance(first["prompt"], str))
+    if len(forms) > 1:
+        return "wrong type: text and messages in one data set"
+    if "label" in needed and not (isinstance(row["label"], bool) or row["label"] in (0, 1)):
+        return f"wrong type: label must be true or false, got {row['label']!r}"
+    for name in numbers:
+        value = row[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return f"wrong type: {name} must be a finite number, got {value!r}"
+    if "chosen" in needed and row["chosen"] == row["rejected"]:
+        return "chosen = rejected"
+    return None
+
+
+def _text_fault(value: Any, may_be_empty: bool) -> str | None:
+    """What is wrong with text or messages, about a column of which the name is to be filled in."""
+    if isinstance(value, str):
+        parts = [value]
+    elif isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        parts = [message.get("content") for message in value]
+        if not all(isinstance(part, str) for part in (*parts, *(message.get("role") for message in value))):
+            return "wrong type: {} has a message without role and content as text"
+        if any(message.keys() - {"role", "content"} for message in value):
+            return "wrong type: {} has a message with more than role and content"
+    else:
+        return f"wrong type: {{}} must be text or a list of messages, got {type(value).__name__}"
+    try:
+        for part in parts:
+            part.encode("utf-8")
+    except UnicodeEncodeError:
+        return "wrong type: {} has a half of a surrogate pair, which is no text"
+    if not may_be_empty and not "".join(parts).strip():
+        return "empty completion: {}"
+    return None

@@ -1,0 +1,326 @@
+"""A training run, from settings to a trained model in its folder, gone on with where an earlier one stopped.
+
+out/run.json        what the run is made of; another run is refused here
+out/references/     log-probabilities of the reference
+out/checkpoint-N/   complete where whole.json is there
+out/log.jsonl       an entry for each logged step, and for each evaluation
+out/curves.png
+out/model/          the trained model with its tokenizer, there when the run has ended
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+from rich.console import Console
+
+from ..errors import UserError
+from .checkpoints import WholeCheckpoints, alone, failure, newest, state_of, to_disk, write_whole
+from .model import Source, adapters, load_model, load_tokenizer
+from .objective import Objective
+from .rows import REFERENCES, Rows, column_names, read_rows
+from .settings import Settings, configured, settle
+
+# fields that may change from one start of a run to the next
+CHANGEABLE = {"save_steps", "save_total_limit", "report_to", "disable_tqdm", "run_name"}
+DEFAULT_BATCH = 8
+
+
+class Data(NamedTuple):
+    """Training rows, and held-out ones if there are any."""
+
+    train: Rows
+    held_out: Rows | None
+
+    def digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for rows in self:
+            digest.update(json.dumps(None if rows is None else rows.rows, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def token_fault(tokenizer: Any, max_length: int | None) -> Callable[[dict[str, Any]], str | None]:
+    """What is wrong with the tokens of a row, as TRL makes them of text or messages."""
+
+    def template(messages: list[Any], **options: Any) -> list[int]:
+        return list(tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])
+
+    def fault(row: dict[str, Any]) -> str | None:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            tokens = len(tokenizer(prompt)["input_ids"])
+        else:
+            try:
+                tokens = len(template(prompt, add_generation_prompt=True))
+                for name in ("chosen", "rejected", "completion"):
+                    if name in row:
+                        template(prompt + row[name])
+            except (ValueError, TypeError, TemplateError) as error:  # what a template makes of roles
+                return f"chat template: {failure(error)}"
+        if max_length is not None and tokens >= max_length:
+            return f"over-long prompt: {tokens:,} tokens, max_length is {max_length:,}"
+        return None
+
+    return fault
+
+
+def read_data(
+    objective: Objective, data: Path, held_out: Path | None, policy: str, tokenizer: Any, max_length: int | None
+) -> Data:
+    def read(path: Path) -> Rows:
+        return read_rows(
+            path,
+            objective.kind,
+            numbers=objective.numbers,
+            policy=policy,
+            token_fault=token_fault(tokenizer, max_length),
+        )
+
+    train = read(data)
+    rest = None if held_out is None else read(held_out)
+    if rest is not None and rest.kind != train.kind:
+        raise UserError(f"{data} holds {train.kind} rows and {held_out} {rest.kind} ones")
+    return Data(train, rest)
+
+
+def dataset_of(rows: Rows, objective: Objective, seed: int, batch: int) -> Any:
+    """A data set for TRL's trainer, which shuffles pairs; completions of unpaired losses are shuffled here.
+
+    TRL takes KTO's mismatched completions from the next row of a batch, and so keeps the order of the rows. Pairs are
+    laid out so that a batch has as many chosen as rejected, each next to one of another prompt.
+    """
+    from datasets import Dataset
+
+    whole = [{name: value for name, value in row.items() if name != "line"} for row in rows.rows]
+    if objective.loss is None or objective.loss.paired:
+        return Dataset.from_list(whole)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [whole[i] for i in order]
+    if rows.kind == "paired":
+        half = max(1, batch // 2)
+        groups = [shuffled[i : i + half] for i in range(0, len(shuffled), half)]
+        shuffled = [
+            {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+            for group in groups
+            for side in ("chosen", "rejected")
+            for pair in group
+        ]
+    elif rows.kind == "unlabelled":
+        shuffled = [row | {"label": False} for row in shuffled]
+    return Dataset.from_list(shuffled)
+
+
+def configuration(settings: Settings, source: Source, out: Path, evaluates: bool) -> Any:
+    """The trainer's configuration, with what this command decides."""
+    objective, given = settings.objective, settings.fields
+    fields: dict[str, Any] = {
+        "per_device_train_batch_size": DEFAULT_BATCH,
+        "logging_steps": 1,
+        "save_steps": 100,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "use_cpu": source.on_cpu,
+        "bf16": not source.on_cpu,
+    }
+    if "max_steps" not in given and "num_train_epochs" not in given:
+        fields["num_train_epochs"] = 1
+    fields |= given
+    fields |= {"output_dir": str(out), "save_strategy": "steps", "logging_strategy": "steps", "disable_tqdm": True}
+    if evaluates:
+        fields = {"eval_strategy": "steps", "eval_steps": fields["save_steps"]} | fields
+    if objective.loss is None:
+        fields["loss_type"] = "nll"
+    else:
+        # the trainer's own reference model is not made, even where the loss needs none
+        fields["precompute_ref_log_probs"] = not objective.needs_reference_model
+    if objective.kind != "paired" and objective.loss is not None and "kl" not in objective.loss.data:
+        fields["loss_type"] = "apo_zero_unpaired"  # of TRL, computes no KL
+    fields.setdefault("per_device_eval_batch_size", fields["per_device_train_batch_size"])
+    if "learning_rate" not in given and source.lora:
+        fields["learning_rate"] = 10 * settings.config_class.__dataclass_fields__["learning_rate"].default
+    config = configured(settings.config_class, fields)
+    if config.save_steps < 1 or config.save_steps % 1 or config.save_steps % config.logging_steps:
+        raise UserError(
+            f"--save-every must be a multiple of logging_steps, so that a run that goes on logs the same; got "
+            f"{config.save_steps:g} and {config.logging_steps:g}"
+        )
+    return config
+
+
+def make_trainer(
+    settings: Settings, source: Source, config: Any, data: Data, tokenizer: Any, share_prompts: bool, references: Path
+) -> Any:
+    """The trainer, its data tokenized and references scored.
+
+    Raises:
+        UserError: for a model that alignloss refuses.
+    """
+    from ... import trl as trainers
+    from ...hf.check import UnsupportedModel
+
+    objective = settings.objective
+    base: Any = trainers.SFTTrainer
+    more: dict[str, Any] = {}
+    if objective.loss is not None:
+        base = trainers.DPOTrainer if objective.loss.paired else trainers.KTOTrainer
+        more = {"loss": objective.loss, "reference_cache": references}
+        if share_prompts:
+            more["share_prompts"] = True
+    model = load_model(source)
+    if objective.needs_reference_model and not source.lora:
+        more["ref_model"] = copy.deepcopy(model)
+    batch, seed = config.per_device_train_batch_size, config.seed
+    sets = [None if rows is None else dataset_of(rows, objective, seed, batch) for rows in data]
+    trainer_class = type(f"Whole{base.__name__}", (WholeCheckpoints, base), {})
+    try:
+        return trainer_class(
+            model=model, args=config, train_dataset=sets[0], eval_dataset=sets[1], processing_class=tokenizer,
+            peft_config=adapters(source), **more,
+        )  # fmt: skip
+    except UnsupportedModel as error:
+        raise UserError(failure(error)) from error
+
+
+def identity(settings: Settings, source: Source, config: Any, data: Data, share_prompts: bool) -> dict[str, Any]:
+    """What a run is known by: another one does not go on from its checkpoints."""
+    objective = settings.objective
+    fields = {name: value for name, value in settings.fields.items() if name not in CHANGEABLE}
+    model = os.path.realpath(source.model) if Path(source.model).exists() else source.model
+    return {
+        "model": source._asdict() | {"model": model},
+        "data": data.digest(),
+        "loss": {"name": objective.name, **{k: str(v) for k, v in objective.options.items()}},
+        "share_prompts": share_prompts,
+        "fields": json.loads(json.dumps(fields, default=str)),
+        "seed": config.seed,
+    }  # fmt: skip
+
+
+def check_folder(out: Path, run: dict[str, Any]) -> None:
+    """Whether a folder is free for a run, or holds the same one.
+
+    Raises:
+        UserError: for another run, or a folder that holds one without saying which.
+    """
+    known = out / "run.json"
+    if not known.exists():
+        taken = [path.name for path in (out / "model", *out.glob("checkpoint-*")) if path.exists()]
+        if taken:
+            raise UserError(f"{out} has {', '.join(taken)} of something else; give another --out")
+        return
+    try:
+        earlier = json.loads(known.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{known} cannot be read: {failure(error)}; give another --out") from error
+    different = [
+        f"{name} ({_short(earlier.get(name))} there, {_short(value)} here)"
+        for name, value in run.items()
+        if earlier.get(name) != value
+    ]
+    if different:
+        raise UserError(f"{out} holds another run, which differs in {'; '.join(different)}: give another --out")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def train(
+    settings: Settings, source: Source, data: Path, out: Path, *,
+    held_out: Path | None, share_prompts: bool, policy: str, references: Path | None, console: Console,
+) -> Path:  # fmt: skip
+    """Train, and return the folder of the trained model.
+
+    Raises:
+        UserError: for what can be mended; nothing has been written where it concerns data or options.
+    """
+    if not out.parent.exists() and not out.parent.parent.exists():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file")
+    config = configuration(settings, source, out, held_out is not None)
+    tokenizer = load_tokenizer(source)
+    rows = read_data(settings.objective, data, held_out, policy, tokenizer, config.max_length)
+    for part in rows:
+        if part is not None:
+            console.print(part.summary(), highlight=False, soft_wrap=True)
+    run = identity(settings, source, config, rows, share_prompts)
+    check_folder(out, run)
+    if (out / "model").exists():
+        console.print(f"this run has ended; the model is in {out / 'model'}", highlight=False, soft_wrap=True)
+        return out / "model"
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
+        trainer = make_trainer(
+            settings, source, config, rows, tokenizer, share_prompts, references or out / "references"
+        )
+        _fit(trainer, out, console)
+        _save(trainer, source, tokenizer, out)
+    console.print(f"the trained model is in {out / 'model'}", highlight=False, soft_wrap=True)
+    return out / "model"
+
+
+def scored(
+    source: Source, data: Path, policy: str, tokenizer: Any, max_length: int, scratch: Path, cache: Path | None,
+    console: Console,
+) -> tuple[Rows, dict[str, list[float]]]:  # fmt: skip
+    """Rows and, by column, the log-probabilities of their completions."""
+    columns = column_names(data)
+    name = "dpo" if {"chosen", "rejected"} <= columns else "npo"
+    settings = settle(name, {}, set(), {}, {"max_length": max_length})
+    config = configuration(settings, source, scratch, False)
+    rows = read_data(settings.objective, data, None, policy, tokenizer, max_length).train
+    console.print(rows.summary(), highlight=False, soft_wrap=True)
+    for row in rows.rows:
+        for known in REFERENCES[rows.kind]:
+            row.pop(known, None)
+    config.disable_tqdm = not console.is_terminal
+    trainer = make_trainer(
+        settings, source, config, Data(rows, None), tokenizer, False, cache or scratch / "references"
+    )
+    return rows, {name: trainer.train_dataset[name] for name in REFERENCES[rows.kind]}
+
+
+def _fit(trainer: Any, out: Path, console: Console) -> None:
+    from transformers import PrinterCallback, ProgressCallback, set_seed
+
+    from .progress import LOG, Log, draw, read_log
+
+    start = newest(out, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    state = None if start is None else state_of(start)
+    if state is not None:
+        console.print(f"going on from {start}", highlight=False, soft_wrap=True)
+        trainer.take_progress(state)
+    else:
+        trainer.args.eval_on_start = trainer.args.eval_strategy != "no"
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Log(out, console, 0 if state is None else state["tokens"]))
+    set_seed(trainer.args.seed)  # whatever was drawn for references that an earlier start had computed
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    draw(read_log(out / LOG), out / "curves.png", out.name)
+
+
+def _save(trainer: Any, source: Source, tokenizer: Any, out: Path) -> None:
+    """The trained model, in its folder in one step."""
+    unfinished = out / "model.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if source.gguf and source.lora:
+        # adapters name a folder to be loaded beside, and a GGUF file is none
+        merged = trainer.model.merge_and_unload()
+        merged.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    else:
+        trainer.save_model(str(unfinished))
+    (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says what the run was
+    to_disk(unfinished)
+    os.replace(unfinished, out / "model")

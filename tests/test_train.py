@@ -1,0 +1,459 @@
+"""`alignloss train` and `alignloss score`: a file of rows in, a trained model out, and nothing lost on the way."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import alignloss
+from alignloss.commands import __main__ as command
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from safetensors.torch import load_file  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+
+from alignloss.commands.errors import UserError  # noqa: E402
+from alignloss.commands.training import checkpoints, objective, rows, run  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers
+LETTERS = [chr(code) for code in range(32, 127)]
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ m['role'][0] }}:{{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+PAIR = {"prompt": "abc?", "chosen": "yes", "rejected": "no"}
+REQUIRED = {  # options that a loss does not do without
+    "alphapo": ["gamma=0.1", "alpha=0.5"],
+    "dpo_shift": ["rejected_scale=0.9"],
+    "dpop": ["penalty_weight=5e-1"],
+    "exo": ["epsilon=1e-3"],
+    "f_dpo": ["divergence=js"],
+    "odpo": ["offset_weight=1"],
+    "r_dpo": ["length_weight=0.1"],
+    "robust_dpo": ["label_smoothing=0.1"],
+    "slic": ["delta=1"],
+}
+
+
+def words(dice: random.Random) -> str:
+    return "".join(dice.choice("abcdefgh ") for _ in range(dice.randint(2, 9)))
+
+
+def pairs(count: int, seed: int) -> list[dict]:
+    dice = random.Random(seed)
+    return [
+        {"prompt": words(dice) + "?", "chosen": f"yes {words(dice)}x", "rejected": f"no {words(dice)}y"}
+        for _ in range(count)
+    ]
+
+
+def written(path: Path, content: list) -> Path:
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in content]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with a small model that reads letters, and files of pairs."""
+    folder = tmp_path_factory.mktemp("toy")
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *LETTERS])}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.1, eos_token_id=1, pad_token_id=0,
+            bos_token_id=None,
+        )
+    )  # fmt: skip
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    written(folder / "pairs.jsonl", pairs(40, 0))
+    written(folder / "held_out.jsonl", pairs(16, 1))
+    return folder
+
+
+@pytest.fixture
+def alignloss_command(toy, tmp_path, monkeypatch, capsys):
+    """The command in this process: its code and what it printed to stderr."""
+
+    def call(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.setattr(sys, "argv", ["alignloss", name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command.main()
+        return end.value.code or 0, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def train(alignloss_command, toy, tmp_path):
+    """`alignloss train` of the toy: its log."""
+
+    def call(*arguments, data=toy / "pairs.jsonl", out=tmp_path / "run"):
+        fixed = ["--model", toy / "model", "--data", data, "--out", out, "--cpu", "--learning-rate", "1e-3"]
+        code, said = alignloss_command("train", *fixed, *arguments)
+        assert code == 0, said
+        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+    return call
+
+
+@pytest.fixture
+def refused(alignloss_command, toy, tmp_path):
+    """The one line of a run that is refused, which has written nothing."""
+
+    def call(*arguments, data=toy / "pairs.jsonl"):
+        before = sorted(tmp_path.rglob("*"))
+        code, said = alignloss_command(
+            "train", "--model", toy / "model", "--data", data, "--out", tmp_path / "run", "--cpu", *arguments
+        )
+        assert code == 2, said
+        assert sorted(tmp_path.rglob("*")) == before
+        assert said.count("\n") == 1 and said.startswith("alignloss: "), said
+        return said
+
+    return call
+
+
+def test_a_run_trains_evaluates_and_leaves_a_model(train, toy, tmp_path):
+    log = train("--eval-data", toy / "held_out.jsonl", "--steps", "8", "--save-every", "4")
+    held_out = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in held_out] == [0, 4, 8]
+    assert [entry["step"] for entry in log if "loss" in entry] == [*range(1, 9)]
+    assert held_out[0]["eval_loss"] == pytest.approx(0.6931, abs=1e-4) > held_out[-1]["eval_loss"]
+    assert held_out[-1]["eval_rewards/accuracies"] > 0.8
+    assert all(entry["peak_memory_bytes"] > 1e8 for entry in log)
+    assert all(entry["tokens_per_second"] > 0 for entry in log if "loss" in entry)
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model").eos_token == "<eos>"
+    before = load_file(toy / "model/model.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+
+
+@pytest.mark.parametrize("name", sorted(alignloss.losses.LOSSES))
+def test_every_loss(train, toy, tmp_path, name):
+    dice = random.Random(3)
+    content = [
+        row | {"chosen_scores": dice.random(), "rejected_scores": dice.random()} | ({} if name.startswith("tdpo") else {
+            "ref_chosen_logps": -dice.uniform(20, 70), "ref_rejected_logps": -dice.uniform(20, 70),
+        })
+        for row in pairs(8, 2)
+    ]  # fmt: skip
+    kind = objective.objective(name, dict(option.split("=") for option in REQUIRED.get(name, []))).kind
+    if kind != "paired":
+        content = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            | {"ref_logps": row["ref_chosen_logps"]}
+            for row in content
+            for side in ("chosen", "rejected")
+        ]
+    log = train(
+        "--loss", name, "--steps", "2", "--batch-size", len(content), *REQUIRED.get(name, []),
+        data=written(tmp_path / "data.jsonl", content),
+    )  # fmt: skip
+    assert log[0]["loss"] == pytest.approx(expected(name, toy, content), rel=2e-5)
+    assert log[1]["loss"] != log[0]["loss"]
+
+
+def expected(name, toy, content):
+    """The loss of a batch in float64, from full logits."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float64).eval()
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *LETTERS])}
+
+    def scored(column):
+        found = []
+        for row in content:
+            prompt, answer = ([vocabulary[c] for c in row[key]] for key in ("prompt", column))
+            ids = torch.tensor([prompt + answer + [1]])
+            with torch.no_grad():
+                logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
+            found.append((logps[len(prompt) - 1 :].sum(), len(answer) + 1))
+        sums, lengths = zip(*found, strict=True)
+        return torch.stack(sums), torch.tensor(lengths)
+
+    def column(key):
+        return torch.tensor([row[key] for row in content], dtype=torch.float64)
+
+    made = objective.objective(name, dict(option.split("=") for option in REQUIRED.get(name, [])))
+    if made.kind != "paired":
+        logps, lengths = scored("completion")
+        if made.loss is None:
+            return (-logps.sum() / lengths.sum()).item()
+        desirable = column("label").bool() if "label" in content[0] else None
+        # KTO's references are scored where those of mismatched completions are missing
+        ref = logps if name == "kto" else column("ref_logps")
+        known = {"logps": logps, "ref_logps": ref, "desirable": desirable, "kl": 0.0, "delta": torch.tensor(0.0)}
+        nll = 0.0
+    else:
+        (chosen, chosen_lengths), (rejected, rejected_lengths) = scored("chosen"), scored("rejected")
+        reference = name.startswith("tdpo")  # is the model itself
+        known = {
+            "chosen_logps": chosen, "rejected_logps": rejected,
+            "ref_chosen_logps": chosen if reference else column("ref_chosen_logps"),
+            "ref_rejected_logps": rejected if reference else column("ref_rejected_logps"),
+            "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths,
+            "chosen_scores": column("chosen_scores"), "rejected_scores": column("rejected_scores"),
+            "chosen_seq_kl": torch.zeros(len(content)), "rejected_seq_kl": torch.zeros(len(content)),
+        }  # fmt: skip
+        nll = made.loss.nll_weight * (-chosen.sum() / chosen_lengths.sum()).item()
+    arguments = [known[parameter] for parameter in made.loss.function.names]
+    return made.loss.function.fn(*arguments, **made.loss.function.options)[0].mean().item() + nll
+
+
+def test_adapters_shared_prompts_and_messages(train, toy, tmp_path):
+    content = [
+        {name: [{"role": "user" if name == "prompt" else "assistant", "content": text}] for name, text in row.items()}
+        for row in pairs(16, 5)
+    ]
+    log = train("--lora", "4", "--share-prompts", "--steps", "6", data=written(tmp_path / "data.jsonl", content))
+    plain = train("--lora", "4", "--steps", "6", data=tmp_path / "data.jsonl", out=tmp_path / "plain")
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in plain], rel=1e-5)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (tmp_path / "run/model/adapter_model.safetensors").exists()
+
+
+def test_pairs_of_an_unpaired_loss_are_laid_out_for_its_kl(toy):
+    data = run.dataset_of(
+        rows.read_rows(toy / "pairs.jsonl", "unpaired"), objective.objective("kto", {}), seed=0, batch=8
+    )
+    for start in range(0, len(data), 8):
+        batch = data[start : start + 8]
+        assert sum(batch["label"]) == 4
+        # TRL scores the completion of the row before, of another prompt
+        assert all(batch["prompt"][i] != batch["prompt"][i - 1] for i in range(8))
+
+
+def test_scores_are_written_and_taken(alignloss_command, train, toy, tmp_path):
+    code, said = alignloss_command(
+        "score", "--model", toy / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "scored.jsonl", "--cpu"
+    )
+    assert code == 0, said
+    content = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in content] == [row["prompt"] for row in pairs(40, 0)]
+    log = train("--steps", "3", data=tmp_path / "scored.jsonl")
+    assert not (tmp_path / "run/references").exists()
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in train("--steps", "3", out=tmp_path / "b")])
+
+
+def test_yaml_options_and_fields(train, tmp_path):
+    (tmp_path / "run.yaml").write_text("steps: 3\nbatch-size: 4\nbeta: 0.2\nwarmup_steps: 1\nlearning_rate: 5e-4\n")
+    log = train("--config", tmp_path / "run.yaml", "--steps", "2", "lr_scheduler_type=constant_with_warmup")
+    # the command line before the file
+    assert [entry["learning_rate"] for entry in log] == [0.0, 1e-3]
+    known = json.loads((tmp_path / "run/run.json").read_text())
+    assert known["loss"] == {"name": "dpo", "beta": "0.2"}
+    assert known["fields"]["per_device_train_batch_size"] == 4 and known["fields"]["warmup_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frobnicate"], "No such option: --frobnicate"),
+        (["--loss", "dppo"], "did you mean 'dpo'?"),
+        (["--loss", "dpop"], "needs penalty_weight"),
+        (["--loss", "dpo", "label_smoothing=2"], "label_smoothing"),
+        (["--loss", "simper", "--beta", "0.1"], "has no beta"),
+        (["--loss", "f_dpo", "divergence=chi"], "divergence must be one of reverse_kl"),
+        (["learning_rat=1"], "unknown option 'learning_rat'; did you mean 'learning_rate'?"),
+        (["warmup_steps=few"], "invalid float value: 'few'"),
+        (["warmup_steps"], "neither an option nor field=value"),
+        (["seed=1", "--seed", "2"], "both given"),
+        (["seed=1", "seed=2"], "given twice"),
+        (["loss_type=ipo"], "use --loss"),
+        (["output_dir=x"], "use --out"),
+        (["--steps", "1", "--epochs", "1"], "--steps and --epochs"),
+        (["--steps", "none"], "--steps"),
+        (["--save-every", "3", "logging_steps=2"], "multiple of logging_steps"),
+        (["--bad-rows", "keep"], "skip or stop"),
+        (["--loss", "kto", "--share-prompts"], "--share-prompts is for pairs"),
+        (["--config", "absent.yaml"], "cannot read absent.yaml"),
+        (["--eval-data", "absent.jsonl"], "cannot read absent.jsonl"),
+        (["--gguf", "absent.gguf"], "has no absent.gguf"),
+        (["--loss", "odpo", "offset_weight=1"], "has no column chosen_scores"),
+        (["--loss", "sft"], "has no column completion"),
+        (["--max-length", "2"], "has no usable row, of 40"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line(refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_a_model_that_is_not_there(alignloss_command, toy, tmp_path):
+    arguments = ["--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"]
+    for model in (tmp_path / "absent", tmp_path, "nobody/absent"):
+        code, said = alignloss_command("train", "--model", model, *arguments)
+        assert code == 2 and said.count("\n") == 1 and not (tmp_path / "run").exists(), said
+
+
+BAD = {
+    "not JSON": '{"prompt": "a", ',
+    "not an object": '["a"]',
+    "not UTF-8": b'{"prompt": "\xff"}',
+    "missing column: rejected": {"prompt": "a", "chosen": "b"},
+    "missing column: chosen": {"prompt": "a", "chosen": None, "rejected": "c"},
+    "empty completion: rejected": {"prompt": "a", "chosen": "b", "rejected": " \n"},
+    "wrong type: chosen must be text or a list of messages, got int": {"prompt": "a", "chosen": 3, "rejected": "c"},
+    "wrong type: prompt must be text or a list of messages, got dict": {"prompt": {}, "chosen": "b", "rejected": "c"},
+    "wrong type: text and messages": {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"},
+    "wrong type: chosen has a message without role": {"prompt": "a", "chosen": [{"content": "b"}], "rejected": "c"},
+    "chosen = rejected": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "over-long prompt: 30 tokens, max_length is 30": {"prompt": "a" * 30, "chosen": "b", "rejected": "c"},
+    "wrong type: prompt has a half of a surrogate pair": '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_rows_by_line_and_reason(alignloss_command, toy, tmp_path, reason):
+    good = json.dumps(PAIR).encode()
+    line = BAD[reason] if isinstance(BAD[reason], (bytes, str)) else json.dumps(BAD[reason])
+    line = line.encode() if isinstance(line, str) else line
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(b"\n".join([good, b"", line, good, line, b""]))
+    fixed = ["--model", toy / "model", "--data", data, "--cpu", "--steps", "1", "--max-length", "30"]
+    code, said = alignloss_command("train", *fixed, "--out", tmp_path / "stop", "--bad-rows", "stop")
+    assert code == 2 and f"line 3: {reason}" in said and not (tmp_path / "stop").exists()
+    code, said = alignloss_command("train", *fixed, "--out", tmp_path / "skip", "--bad-rows", "skip")
+    assert code == 0
+    assert "2 rows, 2 bad ones left out" in said and f"line 3: {reason}" in said and f"line 5: {reason}" in said
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_no_usable_row(refused, tmp_path, reason):
+    line = BAD[reason] if isinstance(BAD[reason], (bytes, str)) else json.dumps(BAD[reason])
+    (tmp_path / "data.jsonl").write_bytes((line if isinstance(line, bytes) else line.encode()) + b"\n")
+    said = refused("--max-length", "30", data=tmp_path / "data.jsonl")
+    assert "no usable row" in said or "has no column" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [({"label": "true"}, "label must be true or false"), ({"label": 2}, "label must be"), ({"completion": ""}, "empty")],
+)  # fmt: skip
+def test_bad_rows_of_an_unpaired_loss(tmp_path, row, reason):
+    good = {"prompt": "a", "completion": "b", "label": True}
+    found = rows.read_rows(written(tmp_path / "d.jsonl", [good, good | row]), "unpaired")
+    assert [number for number, _ in found.bad] == [2] and reason in found.bad[0].reason
+
+
+def test_a_template_that_refuses_a_row(toy, tmp_path):
+    user, answers = [{"role": "user", "content": "a"}], {"chosen": "b", "rejected": "c"}
+    row = {"prompt": user} | {n: [{"role": "assistant", "content": text}] for n, text in answers.items()}
+    other = row | {"prompt": [{"role": "system", "content": "x"}, *user]}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "model")
+    found = rows.read_rows(
+        written(tmp_path / "d.jsonl", [row, other]), "paired", token_fault=run.token_fault(tokenizer, 100)
+    )
+    assert len(found.rows) == 1 and found.bad == [(2, "chat template: no system")]
+
+
+def test_another_run_in_the_same_folder_is_refused(train, alignloss_command, toy, tmp_path):
+    train("--steps", "2")
+    same = ["--model", toy / "model", "--out", tmp_path / "run", "--cpu", "--learning-rate", "1e-3", "--steps", "2"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for arguments, message in [
+        (["--data", toy / "pairs.jsonl", "--beta", "0.3"], "differs in loss"),
+        (["--data", toy / "pairs.jsonl", "--batch-size", "3"], "differs in fields"),
+        (["--data", toy / "held_out.jsonl"], "differs in data"),
+    ]:
+        code, said = alignloss_command("train", *same, *arguments)
+        assert code == 2 and message in said
+    code, said = alignloss_command("train", *same, "--data", toy / "pairs.jsonl")
+    assert code == 0 and "has ended" in said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_one_process_at_a_time(tmp_path):
+    with checkpoints.alone(tmp_path), pytest.raises(UserError, match="another process"), checkpoints.alone(tmp_path):
+        pass
+
+
+def test_a_folder_is_a_checkpoint_when_all_of_it_is_there(tmp_path):
+    said: list[str] = []
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"x" * 100)
+        if step < 3:
+            checkpoints.seal(folder, {"tokens": step})
+    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-2" and "checkpoint-3" in said[0]
+    assert not (tmp_path / "checkpoint-3").exists()
+    (tmp_path / "checkpoint-2/weights").write_bytes(b"x" * 99)
+    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-1"
+    (tmp_path / "checkpoint-1/weights").unlink()
+    assert checkpoints.newest(tmp_path, said.append) is None
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_leaves_the_checkpoint_before(train, alignloss_command, toy, tmp_path, monkeypatch, fault):
+    real, calls = torch.save, []
+
+    def save(value, path, *rest, **more):
+        calls.append(path)
+        if "checkpoint-4" in str(path) and "optimizer" in str(path):
+            real(value, path, *rest, **more)
+            os.truncate(path, 1000)
+            raise fault
+        return real(value, path, *rest, **more)
+
+    arguments = ["--model", toy / "model", "--data", toy / "pairs.jsonl", "--cpu", "--learning-rate", "1e-3"]
+    arguments += ["--steps", "6", "--save-every", "2"]
+    monkeypatch.setattr(torch, "save", save)
+    code, said = alignloss_command("train", *arguments, "--out", tmp_path / "run")
+    assert calls and code == 2
+    assert "checkpoint-4 could not be saved" in said and "checkpoint-2 is complete" in said
+    monkeypatch.setattr(torch, "save", real)
+    code, said = alignloss_command("train", *arguments, "--out", tmp_path / "run")
+    assert code == 0 and "going on from" in said
+    train("--steps", "6", "--save-every", "2", out=tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def weights(folder):
+    return (folder / "model/model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def killed(toy, tmp_path_factory):
+    """What runs leave that were killed at points of a kind; point 0 is none."""
+
+    def call(kind, points, *more):
+        script = Path(__file__).with_name("killed_runs.py")
+        where = tmp_path_factory.mktemp(kind)
+        arguments = [toy / "model", toy / "pairs.jsonl", toy / "held_out.jsonl", where, kind, *points]
+        result = subprocess.run(
+            [sys.executable, script, *map(str, arguments)],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("kind", "points"), [("opens", [*range(4, 120, 23)]), ("times", [150, 400, 700, 1000, 1300])]
+)  # fmt: skip
+def test_killed_runs_end_with_the_same_bits(killed, kind, points):
+    whole, *others = killed(kind, [0, *points])
+    assert whole["killed"] == 0 and len(whole["entries"]) == 7 + 5 and whole["checkpoints"] == ["checkpoint-7"]
+    assert sum(other["killed"] for other in others) >= 10
+    for other in others:
+        assert other["status"] == 0
+        for name in ("entries", "weights", "checkpoints"):
+            assert other[name] == whole[name], other["number"]
