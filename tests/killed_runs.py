@@ -23,6 +23,8 @@ from alignloss.commands.__main__ import main
 from alignloss.commands.training import progress, run  # noqa: F401
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+FIXED = ["--cpu", "--steps", "7", "--save-every", "2", "--learning-rate", "1e-3", "--batch-size", "4"]
+FIXED += ["disable_dropout=false", "save_total_limit=1"]
 
 
 def digest(folder: Path) -> dict[str, object]:
@@ -82,10 +84,7 @@ if __name__ == "__main__":
     model, data, held_out, where, kind, *numbers = sys.argv[1:]
     for number in map(int, numbers):
         folder = Path(where) / f"{kind}-{number}"
-        arguments = [
-            "train", "--model", model, "--data", data, "--eval-data", held_out, "--out", str(folder), "--cpu", "--steps", "7",
-            "--save-every", "2", "--learning-rate", "1e-3", "--batch-size", "4", "disable_dropout=false", "save_total_limit=1",
-        ]  # fmt: skip
+        arguments = ["train", "--model", model, "--data", data, "--eval-data", held_out, "--out", str(folder), *FIXED]
         killed, point = 0, number
         while os.WIFSIGNALED(status := start(arguments, kind, point or None)):
             killed, point = killed + 1, point // 2

@@ -74,12 +74,15 @@ def toy(tmp_path_factory):
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.1, eos_token_id=1, pad_token_id=0,
+            num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0,
             bos_token_id=None,
         )
     )  # fmt: skip
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
+        part.save_pretrained(folder / "with dropout")
+    config = folder / "with dropout/config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1'))
     written(folder / "pairs.jsonl", pairs(40, 0))
     written(folder / "held_out.jsonl", pairs(16, 1))
     return folder
@@ -135,7 +138,8 @@ def test_a_run_trains_evaluates_and_leaves_a_model(train, toy, tmp_path):
     held_out = [entry for entry in log if "eval_loss" in entry]
     assert [entry["step"] for entry in held_out] == [0, 4, 8]
     assert [entry["step"] for entry in log if "loss" in entry] == [*range(1, 9)]
-    assert held_out[0]["eval_loss"] == pytest.approx(0.6931, abs=1e-4) > held_out[-1]["eval_loss"]
+    assert held_out[0]["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert held_out[-1]["eval_loss"] < 0.6
     assert held_out[-1]["eval_rewards/accuracies"] > 0.8
     assert all(entry["peak_memory_bytes"] > 1e8 for entry in log)
     assert all(entry["tokens_per_second"] > 0 for entry in log if "loss" in entry)
@@ -149,12 +153,11 @@ def test_a_run_trains_evaluates_and_leaves_a_model(train, toy, tmp_path):
 @pytest.mark.parametrize("name", sorted(alignloss.losses.LOSSES))
 def test_every_loss(train, toy, tmp_path, name):
     dice = random.Random(3)
-    content = [
-        row | {"chosen_scores": dice.random(), "rejected_scores": dice.random()} | ({} if name.startswith("tdpo") else {
-            "ref_chosen_logps": -dice.uniform(20, 70), "ref_rejected_logps": -dice.uniform(20, 70),
-        })
-        for row in pairs(8, 2)
-    ]  # fmt: skip
+    content = [row | {"chosen_scores": 1 + dice.random(), "rejected_scores": dice.random()} for row in pairs(8, 2)]
+    if not name.startswith("tdpo"):  # whose reference is a model
+        content = [
+            row | {f"ref_{side}_logps": -dice.uniform(20, 70) for side in ("chosen", "rejected")} for row in content
+        ]
     kind = objective.objective(name, dict(option.split("=") for option in REQUIRED.get(name, []))).kind
     if kind != "paired":
         content = [
@@ -198,7 +201,13 @@ def expected(name, toy, content):
         desirable = column("label").bool() if "label" in content[0] else None
         # KTO's references are scored where those of mismatched completions are missing
         ref = logps if name == "kto" else column("ref_logps")
-        known = {"logps": logps, "ref_logps": ref, "desirable": desirable, "kl": 0.0, "delta": torch.tensor(0.0)}
+        known = {
+            "logps": logps,
+            "ref_logps": ref,
+            "desirable": desirable,
+            "kl": torch.tensor(0.0),
+            "delta": torch.tensor(0.0),
+        }
         nll = 0.0
     else:
         (chosen, chosen_lengths), (rejected, rejected_lengths) = scored("chosen"), scored("rejected")
@@ -216,6 +225,16 @@ def expected(name, toy, content):
     return made.loss.function.fn(*arguments, **made.loss.function.options)[0].mean().item() + nll
 
 
+def test_a_loss_that_is_no_number_stops_the_run(alignloss_command, toy, tmp_path):
+    content = [row | {"chosen_scores": 0.0, "rejected_scores": 1.0} for row in pairs(8, 2)]  # log of a negative number
+    code, said = alignloss_command(
+        "train", "--model", toy / "model", "--data", written(tmp_path / "data.jsonl", content), "--out",
+        tmp_path / "run", "--cpu", "--loss", "odpo", "offset_weight=1", "--steps", "3",
+    )  # fmt: skip
+    assert code == 2 and "the loss of step 1 is not a finite number" in said
+    assert not list(tmp_path.glob("run/checkpoint-*")) and not (tmp_path / "run/model").exists()
+
+
 def test_adapters_shared_prompts_and_messages(train, toy, tmp_path):
     content = [
         {name: [{"role": "user" if name == "prompt" else "assistant", "content": text}] for name, text in row.items()}
@@ -228,15 +247,22 @@ def test_adapters_shared_prompts_and_messages(train, toy, tmp_path):
     assert (tmp_path / "run/model/adapter_model.safetensors").exists()
 
 
-def test_pairs_of_an_unpaired_loss_are_laid_out_for_its_kl(toy):
-    data = run.dataset_of(
-        rows.read_rows(toy / "pairs.jsonl", "unpaired"), objective.objective("kto", {}), seed=0, batch=8
-    )
-    for start in range(0, len(data), 8):
-        batch = data[start : start + 8]
-        assert sum(batch["label"]) == 4
-        # TRL scores the completion of the row before, of another prompt
-        assert all(batch["prompt"][i] != batch["prompt"][i - 1] for i in range(8))
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_pairs_of_an_unpaired_loss_are_laid_out_for_its_kl(toy, batch):
+    pairs = rows.read_rows(toy / "pairs.jsonl", "unpaired")
+    data = run.dataset_of(pairs, objective.objective("kto", {}), seed=0)
+    assert sorted(data["pair"]) == [i for i in range(40) for _ in range(2)]
+    for start in range(0, len(data) - batch + 1, batch):
+        part = data[start : start + batch]
+        assert abs(2 * sum(part["label"]) - batch) <= 2
+        # TRL scores the completion of the row before, which is to be of another prompt
+        assert all(part["prompt"][i] != part["prompt"][i - 1] for i in range(batch))
+
+
+def test_kto_counts_held_out_pairs(train, toy):
+    log = train("--loss", "kto", "--eval-data", toy / "held_out.jsonl", "--steps", "12")
+    accuracies = [entry["eval_rewards/accuracies"] for entry in log if "eval_loss" in entry]
+    assert accuracies[0] == 0.5 and accuracies[-1] > 0.8
 
 
 def test_scores_are_written_and_taken(alignloss_command, train, toy, tmp_path):
@@ -285,7 +311,7 @@ def test_yaml_options_and_fields(train, tmp_path):
         (["--config", "absent.yaml"], "cannot read absent.yaml"),
         (["--eval-data", "absent.jsonl"], "cannot read absent.jsonl"),
         (["--gguf", "absent.gguf"], "has no absent.gguf"),
-        (["--loss", "odpo", "offset_weight=1"], "has no column chosen_scores"),
+        (["--loss", "odpo", "offset_weight=1"], "chosen_scores"),
         (["--loss", "sft"], "has no column completion"),
         (["--max-length", "2"], "has no usable row, of 40"),
     ],
@@ -343,8 +369,12 @@ def test_no_usable_row(refused, tmp_path, reason):
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [({"label": "true"}, "label must be true or false"), ({"label": 2}, "label must be"), ({"completion": ""}, "empty")],
-)  # fmt: skip
+    [
+        ({"label": "true"}, "label must be true or false"),
+        ({"label": 2}, "label must be true or false"),
+        ({"completion": ""}, "empty completion"),
+    ],
+)
 def test_bad_rows_of_an_unpaired_loss(tmp_path, row, reason):
     good = {"prompt": "a", "completion": "b", "label": True}
     found = rows.read_rows(written(tmp_path / "d.jsonl", [good, good | row]), "unpaired")
@@ -435,7 +465,7 @@ def killed(toy, tmp_path_factory):
     def call(kind, points, *more):
         script = Path(__file__).with_name("killed_runs.py")
         where = tmp_path_factory.mktemp(kind)
-        arguments = [toy / "model", toy / "pairs.jsonl", toy / "held_out.jsonl", where, kind, *points]
+        arguments = [toy / "with dropout", toy / "pairs.jsonl", toy / "held_out.jsonl", where, kind, *points]
         result = subprocess.run(
             [sys.executable, script, *map(str, arguments)],
             capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,27 +1,22 @@
 """The command `alignloss`."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from .errors import UserError, need
+
 
 def main() -> None:
     """Entry point of the command: ends with 0, with 2 and one line where something is asked that cannot be done."""
-    _need("cli", "typer", "rich")
-    import typer
-
-    from .errors import UserError
-
     try:
+        need("cli", "typer", "rich")
         code = _app()(standalone_mode=False)
     except UserError as error:
         code = _failed(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        code = _failed("interrupted; the same command goes on", 130)
-    except typer.Exit as end:
-        code = end.exit_code
+    except KeyboardInterrupt:
+        code = _failed("interrupted", 130)
     except Exception as error:
         said = getattr(error, "format_message", None)  # of the parser: an unknown option, a missing one
         if said is None:
@@ -52,7 +47,7 @@ def _app() -> Any:
         out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-results"),
     ) -> None:
         """Train with DPO, IPO, KTO and CPO, through alignloss and through full logits, and compare the two."""
-        _need("demo", "transformers", "gguf", "accelerate", "matplotlib")
+        need("demo", "transformers", "gguf", "accelerate", "matplotlib")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.setdefault(name, "1")
         from .demo import run
@@ -73,7 +68,6 @@ def _app() -> Any:
         reserve: Annotated[float, typer.Option(min=0, help="GiB left to the CUDA context and fragments.")] = 1.5,
     ) -> None:
         """Estimate whether a training step fits a GPU: full and LoRA, with alignloss and with full logits."""
-        from .errors import UserError
         from .fit_report import report
 
         options = {
@@ -96,13 +90,6 @@ def _app() -> Any:
     app.command(help=training.HELP)(training.train)
     app.command()(scoring.score)
     return app
-
-
-def _need(extra: str, *packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        text = f"this needs {', '.join(missing)}; in the project's folder: pip install '.[{extra}]'"
-        sys.exit(_failed(text))
 
 
 if __name__ == "__main__":

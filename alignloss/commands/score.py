@@ -7,36 +7,27 @@ from typing import Annotated
 
 import typer
 
+from .arguments import BadRows, Cpu, Data, Dtype, Gguf, Model, file
 from .errors import UserError
+from .train import prepare
 
 
 def score(
-    model: Annotated[
-        str, typer.Option(help="The reference: folder, name on the Hub, or GGUF file.", show_default=False)
-    ],
-    data: Annotated[Path, typer.Option(help="JSONL of pairs, or of prompt and completion.", show_default=False)],
-    out: Annotated[
-        Path, typer.Option(help="JSONL to write: the rows with their log-probabilities.", show_default=False)
-    ],
+    model: Model,
+    data: Data,
+    out: Annotated[Path, file("JSONL to write: the rows with their log-probabilities.")],
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and completion that count.")] = 1024,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder in which what is computed is kept, for a later start.")
-    ] = None,
-    gguf: Annotated[str | None, typer.Option(help="GGUF file in the folder of the model.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")] = "auto",
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone.")] = False,
-    bad_rows: Annotated[str, typer.Option(help="skip, or stop at the first.")] = "skip",
+    cache: Annotated[Path | None, file("Folder in which what is computed is kept, for a later start.")] = None,
+    gguf: Gguf = None,
+    dtype: Dtype = "auto",
+    cpu: Cpu = False,
+    bad_rows: BadRows = "skip",
 ) -> None:
     """Log-probabilities, in nats, of the completions of a data set after their prompts.
 
     Rows get ref_chosen_logps and ref_rejected_logps, or ref_logps, which `alignloss train` takes where they are.
     """
-    if bad_rows not in ("skip", "stop"):
-        raise UserError(f"--bad-rows must be skip or stop, got {bad_rows!r}")
-    from .train import one_device, quiet
-
-    one_device()
-    quiet()
+    prepare()
     from rich.console import Console
 
     from .training.checkpoints import write_whole

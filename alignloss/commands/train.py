@@ -1,13 +1,14 @@
 """The command `alignloss train`."""
 
 import os
-import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import UserError
+from .arguments import BadRows, Cpu, Data, Dtype, Gguf, Model, file
+from .errors import UserError, need
 
 HELP = """Train a causal language model on preferences, on one device, without ever storing logits.
 
@@ -22,9 +23,6 @@ gradient_accumulation_steps=4, lr_scheduler_type=cosine). --config reads options
 
     alignloss train --model ./SmolLM2-135M-Instruct --data pairs.jsonl --eval-data held_out.jsonl --out run --lora 16
 """
-TRAINING = "What is trained"
-DEVICE = "How"
-FOLDER = "What is kept"
 
 
 def _from_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -39,75 +37,64 @@ def _from_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def _number(text: str, **limits: Any) -> Any:
+    """An option whose default depends on others."""
+    return typer.Option(help=text, show_default=False, **limits)
+
+
+Beta = Annotated[float | None, _number("Of the loss.  [default: 0.1; simpo: 2]")]
+Steps = Annotated[int | None, _number("Optimizer steps, instead of --epochs.", min=1)]
+Epochs = Annotated[float | None, _number("Passes over the data.  [default: 1]", min=0)]
+BatchSize = Annotated[int | None, _number("Pairs, or rows of an unpaired loss, of a step.  [default: 8]", min=1)]
+Rate = Annotated[float | None, _number("The peak.  [default: TRL's, 1e-6, sft: 2e-5; ten times that for LoRA]")]
+MaxLength = Annotated[int | None, _number("Tokens of prompt and completion.  [default: 1024]", min=2)]
+SaveEvery = Annotated[int | None, _number("Steps between checkpoints, and evaluations.  [default: 100]", min=1)]
+Seed = Annotated[int | None, _number("Of the order of the data, dropout and new adapters.  [default: 42]")]
+Report = Annotated[str | None, _number("tensorboard, trackio or wandb, beside log.jsonl.  [default: none]")]
+Loss = Annotated[str, typer.Option(help="dpo, ipo, kto, cpo, orpo, simpo, sft or any name of alignloss.losses.LOSSES.")]
+Lora = Annotated[int, typer.Option(min=0, help="Rank of LoRA adapters; 0 trains every parameter.")]
+Qlora = Annotated[
+    bool, typer.Option("--qlora", help="LoRA beside weights of 4 bits (bitsandbytes); rank 16 without --lora.")
+]
+Share = Annotated[bool, typer.Option("--share-prompts", help="Compute the prompt of a pair once.")]
+Config = Annotated[Path | None, typer.Option(help="YAML with options and fields.", callback=_from_file, is_eager=True)]
+Fields = Annotated[
+    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Of the loss or of TRL's configuration.")
+]
+
+
 def train(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Option(help="Folder of a transformers model, its name on the Hub, or a GGUF file.", show_default=False),
-    ],
-    data: Annotated[Path, typer.Option(help="JSONL to train on.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the run.", show_default=False)],
-    eval_data: Annotated[Path | None, typer.Option(help="JSONL held out, evaluated before, during and after.")] = None,
-    loss: Annotated[
-        str, typer.Option(help="dpo, ipo, kto, cpo, orpo, simpo, sft or any name of alignloss.losses.LOSSES.")
-    ] = "dpo",
-    beta: Annotated[
-        float | None, typer.Option(help="Of the loss.  [default: 0.1; simpo 2.0]", show_default=False)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
-    epochs: Annotated[
-        float | None, typer.Option(min=0, help="Passes over the data.  [default: 1]", show_default=False)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pairs (rows, if unpaired) of a step.  [default: 8]", show_default=False)
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="The peak.  [default: TRL's, 1e-6; ten times that for LoRA]", show_default=False),
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of prompt and completion.  [default: 1024]", show_default=False)
-    ] = None,
-    lora: Annotated[int, typer.Option(min=0, help="Rank of LoRA adapters; 0 trains every parameter.")] = 0,
-    qlora: Annotated[bool, typer.Option("--qlora", help="LoRA beside weights of 4 bits (bitsandbytes).")] = False,
-    share_prompts: Annotated[bool, typer.Option("--share-prompts", help="Compute the prompt of a pair once.")] = False,
-    gguf: Annotated[str | None, typer.Option(help="GGUF file in the folder of the model.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16. auto: bfloat16 for LoRA on a GPU.")
-    ] = "auto",
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone.")] = False,
-    save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints.  [default: 100]", show_default=False)
-    ] = None,
+    model: Model,
+    data: Data,
+    out: Annotated[Path, file("Folder of the run.")],
+    eval_data: Annotated[Path | None, file("JSONL held out, evaluated before, during and after.")] = None,
+    loss: Loss = "dpo",
+    beta: Beta = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: Rate = None,
+    max_length: MaxLength = None,
+    lora: Lora = 0,
+    qlora: Qlora = False,
+    share_prompts: Share = False,
+    gguf: Gguf = None,
+    dtype: Dtype = "auto",
+    cpu: Cpu = False,
+    save_every: SaveEvery = None,
     references: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of cached reference log-probabilities.  [default: OUT/references]", show_default=False
-        ),
+        Path | None, file("Folder of cached reference log-probabilities.  [default: OUT/references]")
     ] = None,
-    bad_rows: Annotated[str, typer.Option(help="skip, or stop at the first.")] = "skip",
-    report: Annotated[
-        str | None,
-        typer.Option(
-            help="tensorboard, trackio, wandb or none, beside log.jsonl.  [default: none]", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Of the order of the data and of new adapters.  [default: 42]", show_default=False),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML with options and fields.", callback=_from_file, is_eager=True)
-    ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Of the loss or of TRL's configuration.")
-    ] = None,
+    bad_rows: BadRows = "skip",
+    report: Report = None,
+    seed: Seed = None,
+    config: Config = None,
+    assignments: Fields = None,
 ) -> None:
     if steps is not None and epochs is not None:
         raise UserError("--steps and --epochs are both given; leave one out")
-    if bad_rows not in ("skip", "stop"):
-        raise UserError(f"--bad-rows must be skip or stop, got {bad_rows!r}")
-    one_device()
+    prepare()
     from .training.model import source
     from .training.settings import assignments as parsed
     from .training.settings import settle
@@ -121,7 +108,6 @@ def train(
     if share_prompts and settings.objective.kind != "paired":
         raise UserError(f"--share-prompts is for pairs, which --loss {loss} does not take")
     origin = source(model, gguf, dtype, cpu, lora, qlora)
-    quiet()
     from rich.console import Console
 
     from .training.run import train as run
@@ -133,20 +119,15 @@ def train(
     )  # fmt: skip
 
 
-def one_device() -> None:
+def prepare() -> None:
+    """Look for the packages, keep to one device, and quieten what the libraries beneath say of themselves."""
+    need("train", "transformers", "trl", "peft", "matplotlib")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this command trains in one process; in several, use the trainers of alignloss.trl in a script")
     # the Trainer would split a batch over every GPU that it sees, by DataParallel
-    if "," in os.environ.get("CUDA_VISIBLE_DEVICES", ",") and "torch" not in sys.modules:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-
-
-def quiet() -> None:
-    """What the libraries beneath say of themselves."""
-    import warnings
-
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"(trl|transformers|peft|torch|accelerate|datasets)\b")
     import datasets
     import transformers

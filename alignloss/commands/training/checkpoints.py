@@ -129,7 +129,7 @@ class WholeCheckpoints(_Base):
     def progress_state(self) -> dict[str, Any]:
         """What transformers does not keep."""
         shift = getattr(self, "shift", None)
-        state = {"tokens": self._total_train_tokens}
+        state = {"tokens": self._total_train_tokens, "ended": self.state.global_step >= self.state.max_steps}
         return state if shift is None else state | {"shift": shift.totals.tolist()}
 
     def take_progress(self, state: dict[str, Any]) -> None:

@@ -43,13 +43,10 @@ def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
     path = Path(model)
+    if gguf and not (path / gguf).is_file() and Path(gguf).is_file():
+        model, path, gguf = str(Path(gguf).parent), Path(gguf).parent, Path(gguf).name
     if path.suffix == ".gguf" and path.is_file():
         model, gguf, path = str(path.parent), path.name, path.parent
-    elif gguf == "":
-        files = sorted(file.name for file in path.glob("*.gguf"))
-        if len(files) != 1:
-            raise UserError(f"--gguf needs the name of the file in {model}; there are: {', '.join(files) or 'none'}")
-        gguf = files[0]
     if gguf is not None and importlib.util.find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install gguf")
     if path.is_dir():
@@ -115,9 +112,6 @@ def _unmark(model: Any) -> None:
     """Weights of a GGUF file have been unpacked; marked as quantized still, they would be refused for training."""
     model.hf_quantizer = None
     model.is_quantized = False
-    for name in ("quantization_method",):
-        if hasattr(model, name):
-            delattr(model, name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
 

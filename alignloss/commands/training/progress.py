@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from ..errors import UserError
 from .checkpoints import write_whole
 
 LOG = "log.jsonl"
@@ -74,6 +75,12 @@ class Log(TrainerCallback):
         # JSON has no NaN
         kept = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in kept.items()}
         entry = {"step": state.global_step, **kept}
+        if "loss" in logs and kept["loss"] is None:
+            self.bar.stop()
+            raise UserError(
+                f"the loss of step {state.global_step} is not a finite number ({logs['loss']}); nothing is saved since "
+                "the last checkpoint. A smaller --learning-rate, another --dtype or the data may be the way out"
+            )
         now = time.perf_counter()
         if "loss" in logs:
             tokens = logs.get("num_tokens", self.tokens)
@@ -100,7 +107,7 @@ def shown(entry: dict[str, Any]) -> str:
     """An entry of the log in a few words."""
     prefix = "eval_" if "eval_loss" in entry else ""
     loss = entry[f"{prefix}loss"]
-    parts = [f"{'held-out ' if prefix else ''}loss {'not a number' if loss is None else format(loss, '.4f')}"]
+    parts = [f"{'held-out ' if prefix else ''}loss {'is not finite' if loss is None else format(loss, '.4f')}"]
     accuracy = entry.get(f"{prefix}rewards/accuracies")
     if accuracy is not None:
         parts.append(f"accuracy {accuracy:.0%}")

@@ -69,6 +69,8 @@ def read_rows(
     Raises:
         UserError: where no row can be used, at the first bad one if so asked, or for a file that cannot be read.
     """
+    if policy not in ("skip", "stop"):
+        raise UserError(f"--bad-rows must be skip or stop, got {policy!r}")
     parsed = _lines(path)
     objects = [row for _, row in parsed if isinstance(row, dict)]
     names = {name for row in objects for name in row}

@@ -21,6 +21,7 @@ import torch
 from jinja2 import TemplateError
 from rich.console import Console
 
+from ...hf.score import score
 from ..errors import UserError
 from .checkpoints import WholeCheckpoints, alone, failure, newest, state_of, to_disk, write_whole
 from .model import Source, adapters, load_model, load_tokenizer
@@ -90,11 +91,12 @@ def read_data(
     return Data(train, rest)
 
 
-def dataset_of(rows: Rows, objective: Objective, seed: int, batch: int) -> Any:
+def dataset_of(rows: Rows, objective: Objective, seed: int) -> Any:
     """A data set for TRL's trainer, which shuffles pairs; completions of unpaired losses are shuffled here.
 
-    TRL takes KTO's mismatched completions from the next row of a batch, and so keeps the order of the rows. Pairs are
-    laid out so that a batch has as many chosen as rejected, each next to one of another prompt.
+    TRL takes KTO's mismatched completion from the row before in a batch, and so keeps the order of the rows. Pairs give
+    their chosen and their rejected completions in turn, in two rounds, so that a batch of any size has as many of both,
+    each next to one of another prompt. `pair` is then the number of the pair.
     """
     from datasets import Dataset
 
@@ -104,13 +106,12 @@ def dataset_of(rows: Rows, objective: Objective, seed: int, batch: int) -> Any:
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [whole[i] for i in order]
     if rows.kind == "paired":
-        half = max(1, batch // 2)
-        groups = [shuffled[i : i + half] for i in range(0, len(shuffled), half)]
+        sides = "chosen", "rejected"
         shuffled = [
-            {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
-            for group in groups
-            for side in ("chosen", "rejected")
-            for pair in group
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen", "pair": i}
+            for turn in range(2)
+            for i, row in enumerate(shuffled)
+            for side in [sides[(i + turn) % 2]]
         ]
     elif rows.kind == "unlabelled":
         shuffled = [row | {"label": False} for row in shuffled]
@@ -132,7 +133,13 @@ def configuration(settings: Settings, source: Source, out: Path, evaluates: bool
     if "max_steps" not in given and "num_train_epochs" not in given:
         fields["num_train_epochs"] = 1
     fields |= given
-    fields |= {"output_dir": str(out), "save_strategy": "steps", "logging_strategy": "steps", "disable_tqdm": True}
+    fields |= {
+        "output_dir": str(out),
+        "save_strategy": "steps",
+        "logging_strategy": "steps",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it logs a loss that is no number as 0
+    }
     if evaluates:
         fields = {"eval_strategy": "steps", "eval_steps": fields["save_steps"]} | fields
     if objective.loss is None:
@@ -152,6 +159,36 @@ def configuration(settings: Settings, source: Source, out: Path, evaluates: bool
             f"{config.save_steps:g} and {config.logging_steps:g}"
         )
     return config
+
+
+# a trainer of TRL stands behind it
+_Base: Any = object
+
+
+class PairAccuracy(_Base):
+    """Beside a trainer of unpaired losses: the share of held-out pairs whose chosen completion has the higher reward.
+
+    A reward is log pi - log pi_ref of the completion; a tie counts half.
+    """
+
+    args: Any
+    eval_dataset: Any
+    model: Any
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        data = self.eval_dataset
+        if "pair" in data.column_names and "ref_logps" in data.column_names:
+            bare = data.select_columns(["prompt_ids", "completion_ids"])
+            logps = score(self.model, bare, max_length=self.args.max_length, progress=False)["ref_logps"]
+            rewards: dict[bool, dict[int, float]] = {True: {}, False: {}}
+            labels = data["label"], data["pair"], logps, data["ref_logps"]
+            for label, pair, logp, ref_logp in zip(*labels, strict=True):
+                rewards[bool(label)][pair] = logp - ref_logp
+            both = rewards[True].keys() & rewards[False].keys()
+            hits = [1 + (rewards[True][i] > rewards[False][i]) - (rewards[True][i] < rewards[False][i]) for i in both]
+            output.metrics[f"{metric_key_prefix}_rewards/accuracies"] = sum(hits) / (2 * len(hits))
+        return output
 
 
 def make_trainer(
@@ -176,9 +213,8 @@ def make_trainer(
     model = load_model(source)
     if objective.needs_reference_model and not source.lora:
         more["ref_model"] = copy.deepcopy(model)
-    batch, seed = config.per_device_train_batch_size, config.seed
-    sets = [None if rows is None else dataset_of(rows, objective, seed, batch) for rows in data]
-    trainer_class = type(f"Whole{base.__name__}", (WholeCheckpoints, base), {})
+    sets = [None if rows is None else dataset_of(rows, objective, config.seed) for rows in data]
+    trainer_class = type(f"Whole{base.__name__}", (WholeCheckpoints, PairAccuracy, base), {})
     try:
         return trainer_class(
             model=model, args=config, train_dataset=sets[0], eval_dataset=sets[1], processing_class=tokenizer,
@@ -305,8 +341,12 @@ def _fit(trainer: Any, out: Path, console: Console) -> None:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Log(out, console, 0 if state is None else state["tokens"]))
-    set_seed(trainer.args.seed)  # whatever was drawn for references that an earlier start had computed
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if state is not None and state["ended"]:
+        # the Trainer would add a step
+        trainer._load_from_checkpoint(str(start))
+    else:
+        set_seed(trainer.args.seed)  # whatever was drawn for references that an earlier start had computed
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     draw(read_log(out / LOG), out / "curves.png", out.name)
 
 

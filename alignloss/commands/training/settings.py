@@ -51,6 +51,8 @@ DECIDED = {
     "save_only_model": "nothing: without an optimizer a run could not go on",
     "save_strategy": "--save-every",
     "logging_strategy": "logging_steps=...",
+    "logging_nan_inf_filter": "nothing: a run stops at a loss that is not finite",
+    "disable_tqdm": "nothing: there is a bar where there is a terminal",
 }
 
 
