@@ -51,6 +51,9 @@ def main() -> None:
     if arguments.command == "alone":
         print(json.dumps(alone(*arguments.what)))
         return
+    if arguments.command == "curves":
+        curves(arguments)
+        return
     check(arguments)
     if arguments.memory is None:
         total = total_memory(torch.device(arguments.device))
@@ -102,10 +105,27 @@ def parse() -> argparse.Namespace:
     blocks.add_argument("--tokens", nargs="+", type=int, default=[8192])
     blocks.set_defaults(pairs=4)
 
+    runs = commands.add_parser("curves", help="runs of `alignloss train` with SmolLM2-135M on the bundled pairs")
+    runs.add_argument("--losses", nargs="+", default=["dpo", "ipo", "kto", "cpo"])
+    runs.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    runs.add_argument("--steps", type=int, default=24)
+    runs.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    runs.add_argument("--name", default="latest", help="of the files in it")
+
     drawing = commands.add_parser("plot", help="draw a file that varies tokens, vocabulary or shapes")
     drawing.add_argument("files", nargs="+", type=Path)
     commands.add_parser("alone").add_argument("what", type=json.loads)  # a fresh process
     return parser.parse_args()
+
+
+def curves(arguments: argparse.Namespace) -> None:
+    from .curves import draw, measure_curves
+
+    result = measure_curves(arguments.losses, arguments.train, arguments.steps)
+    path = arguments.out / f"{arguments.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
 def check(arguments: argparse.Namespace) -> None:
