@@ -1,6 +1,6 @@
 """The README, docs/ and docstrings: their Python code runs, prints what they show, and their links lead somewhere.
 
-The code of docs/processes.md needs more than one process, and runs in test_processes.py.
+The code of docs/processes.md needs more than one process, and runs in test_processes.py; docs/train.md in test_train.py.
 """
 
 import copy
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.M)
-WITH_CODE = [name for name, text in TEXTS.items() if "```python\n" in text and name != "docs/processes.md"]
+ELSEWHERE = ("docs/processes.md", "docs/train.md")
+WITH_CODE = [name for name, text in TEXTS.items() if "```python\n" in text and name not in ELSEWHERE]
 B, T = 2, 6
 
 

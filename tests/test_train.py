@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -452,6 +454,29 @@ def test_a_full_disk_leaves_the_checkpoint_before(train, alignloss_command, toy,
     assert code == 0 and "going on from" in said
     train("--steps", "6", "--save-every", "2", out=tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_the_page_runs(alignloss_command, toy, tmp_path, monkeypatch):
+    """Every block of docs/train.md after the installation, with the small model in place of SmolLM2."""
+    text = (Path(__file__).parents[1] / "docs/train.md").read_text(encoding="utf-8")
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(toy / "model")
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
+        if language == "python":
+            exec(code, {})
+        elif language == "yaml":
+            (tmp_path / "kto.yaml").write_text(code)
+        elif not code.startswith("pip"):
+            name, *arguments = shlex.split(code.replace("\\\n", " "))[1:]
+            status, said = alignloss_command(name, *arguments, "--cpu")
+            assert status == 0, said
+            ran.append(name)
+    assert ran == ["train", "train", "train", "score"]
+    assert {"model", "log.jsonl", "curves.png", "checkpoint-12", "checkpoint-24", "references", "run.json"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    assert "undesirable_weight" in (tmp_path / "kto/run.json").read_text()
 
 
 def weights(folder):

@@ -1,7 +1,9 @@
 """The model of a run and its tokenizer: from a folder, a name or a GGUF file, with or without adapters."""
 
 import importlib.util
+import io
 import os
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,8 +101,11 @@ def load_model(source: Source) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
+    # the bar of the unpacking knows no switch
+    unpacking: Any = redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.model, **more)
+        with unpacking:
+            model = AutoModelForCausalLM.from_pretrained(source.model, **more)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"the model {source.model} cannot be loaded: {_one_line(error)}") from error
     if source.gguf:
