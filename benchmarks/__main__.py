@@ -23,6 +23,7 @@ from alignloss.ops.sizes import total_memory
 
 from .cases import Case, case
 from .kernels import measure_kernels
+from .limit import limit, measure_limit
 from .measure import (
     Row,
     alone,
@@ -49,7 +50,12 @@ def main() -> None:
                 print(f"{path}: nothing to draw, neither tokens, vocabulary nor shapes vary")
         return
     if arguments.command == "alone":
-        print(json.dumps(alone(*arguments.what)))
+        what, chosen, name, *options = arguments.what
+        if what == "limit":
+            way, *rest = options
+            print(json.dumps(limit(Case(*chosen), name, Run(*way), *rest)))
+        else:
+            print(json.dumps(alone(*arguments.what)))
         return
     if arguments.command == "curves":
         curves(arguments)
@@ -97,6 +103,10 @@ def parse() -> argparse.Namespace:
     steps.add_argument("--train", nargs="+", default=["full"], choices=["full", "lora"])
     steps.add_argument("--checkpointing", action="store_true", help="recompute each layer in the backward")
     steps.add_argument("--optimizer", action="store_true", help="with a step of AdamW")
+    steps.add_argument(
+        "--limit", nargs="+", choices=["length", "vocabulary"], default=[],
+        help="the largest that trains in a process that may grow by --memory, on a CPU in float32",
+    )  # fmt: skip
     steps.add_argument("--longest", action="store_true", help="the longest sequences that fit --memory, up to --most")
     steps.add_argument("--trainers", action="store_true", help="TRL's DPO trainer beside ours, whole")
     steps.add_argument("--prompts", nargs="+", type=float, default=[0.75], help="shares of a sequence, with --trainers")
@@ -135,6 +145,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; leave out --device cuda")
     trainers = getattr(arguments, "trainers", False)
+    if getattr(arguments, "limit", ()) and (arguments.device, arguments.dtype) != ("cpu", "float32"):
+        raise SystemExit("a limit is set for a process on a CPU, in float32: leave out --device and --dtype")
     if arguments.command in ("step", "references"):
         unknown = [shape for shape in arguments.shapes if shape not in MODELS]
         if unknown:
@@ -220,6 +232,10 @@ def step(arguments: argparse.Namespace) -> None:
 
             return measure_trainers(chosen, way, prompt, arguments.rounds)
         names = list(dict.fromkeys(name for name, _ in available(chosen, arguments.providers, ["DPO step"])))
+        if arguments.limit:
+            memory = int(arguments.memory * GIB)
+            found = [measure_limit(chosen, way, vary, names, memory, arguments.most) for vary in arguments.limit]
+            return [row for rows in found for row in rows]
         if arguments.longest:
             return measure_longest_steps(chosen, way, names, int(arguments.memory * GIB), arguments.most)
         return measure_steps(chosen, way, names, arguments.rounds)

@@ -331,10 +331,12 @@ def longest(case: Case, name: str, modes: list[str], memory: int, most: int) -> 
     return rows
 
 
-def search(needed: Callable[[int], int], memory: int, start: int, most: int, multiple: int) -> tuple[int, str]:
+def search(
+    needed: Callable[[int], int], memory: int, start: int, most: int, multiple: int, closing: int = 3
+) -> tuple[int, str]:
     """The largest size that needs at most `memory` bytes, and what stopped a larger one.
 
-    Sizes double from `start` up to `most`, and then close in on the last that ran in three steps, as multiples.
+    Sizes double from `start` up to `most`, and then close in on the last that ran in `closing` steps, as multiples.
     """
     low, high, stopped = 0, start, ""
 
@@ -354,7 +356,7 @@ def search(needed: Callable[[int], int], memory: int, start: int, most: int, mul
 
     while high <= most and fits(high):
         low, high = high, 2 * high
-    for _ in range(3 if stopped else 0):
+    for _ in range(closing if stopped else 0):
         middle = (low + high) // 2 // multiple * multiple
         if low < middle and fits(middle):
             low = middle

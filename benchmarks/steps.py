@@ -41,11 +41,12 @@ class Trained(NamedTuple):
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *tensors))
 
 
-def build(case: Case, run: Run) -> Trained:
-    """The model of the shape of a case, randomly initialised, and its optimizer."""
+def build(case: Case, run: Run, layers: int | None = None) -> Trained:
+    """The model of the shape and vocabulary of a case, randomly initialised, and its optimizer."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    settings = MODELS[case.shape]
+    settings = MODELS[case.shape] | {"vocab_size": case.vocabulary}
+    settings |= {} if layers is None else {"num_hidden_layers": layers}
     config = CONFIG_MAPPING[settings["model_type"]](**settings, use_cache=False)
     with torch.device(case.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))

@@ -254,11 +254,12 @@ def test_without_transformers_a_plain_decoder_is_read_and_the_rest_refused(tmp_p
         read_model(written(tmp_path, {"model_type": "llama", "hidden_size": 64}))
 
 
-def saved_bytes(family, layers, lora, mixed):
+def saved_bytes(family, layers, lora, precision):
     """Bytes that autograd saves in the decoder, parameters left out, for 4 padded sequences of 64 tokens."""
     settings = SMALL | MROPE if family in fit._SAME_LAYERS else SMALL
     config = config_of(settings | {"model_type": family, "num_hidden_layers": layers, "use_cache": False})
-    dtype = torch.float32 if mixed and not lora else torch.bfloat16
+    mixed = precision == "mixed"
+    dtype = torch.float32 if precision == "fp32" or (mixed and not lora) else torch.bfloat16
     if family == "gemma2" and not transformers.Gemma2Model._supports_sdpa:
         pytest.skip("transformers 5.24 computes Gemma 2 by eager or flex attention alone")
     model = transformers.AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -309,17 +310,17 @@ def test_a_frozen_tower_leaves_nothing_for_the_backward():
 
 # PEFT asks by a name that transformers 5.24 deprecates
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "mixed", "fp32"])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "qwen2_vl_text", "qwen2_5_vl_text"])
-def test_activations_of_a_layer_within_a_tenth(tmp_path, family, lora, mixed):
+def test_activations_of_a_layer_within_a_tenth(tmp_path, family, lora, precision):
     settings = SMALL | (MROPE if family in fit._SAME_LAYERS else {})
     settings |= {"model_type": fit._SAME_LAYERS.get(family, family), "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     model = read_model(str(tmp_path))
-    step = {"length": 64, "lora": lora, "rank": 8, "precision": "mixed" if mixed else "bf16"}
+    step = {"length": 64, "lora": lora, "rank": 8, "precision": precision}
     two, three = (estimate(model._replace(layers=n), 256, **step).activations for n in (2, 3))
-    measured = saved_bytes(family, 3, lora, mixed) - saved_bytes(family, 2, lora, mixed)
+    measured = saved_bytes(family, 3, lora, precision) - saved_bytes(family, 2, lora, precision)
     assert three - two == pytest.approx(measured, rel=0.1)
 
 
@@ -367,6 +368,7 @@ def test_the_command_prints_a_table():
     assert done.returncode == 0, done.stderr
     assert "1,236M parameters" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
+    assert command("--model", "llama-3-8b", "--gpu-memory", "8").returncode == 1
     (first,) = [row for row in rows if row[:2] == ["full", "alignloss"] and "14.4" in row]
     assert first[-3:] == ["23.8", "no", "6,144"]
     assert "…" not in done.stdout
@@ -378,13 +380,13 @@ def test_the_command_prints_a_table():
         (["--model", "gpt-5"], "'gpt-5' is neither a config.json nor one of smollm2-135m"),
         (["--model", "llama-3-8b", "--labelled", "0"], "labelled must lie in (0, 1]"),
         (["--model", "llama-3-8b", "--gpu-memory", "inf"], "gpu_memory must be a positive number, got inf"),
-        (["--model", "llama-3-8b", "--precision", "fp8"], "precision must be 'bf16' or 'mixed'"),
+        (["--model", "llama-3-8b", "--precision", "fp8"], "precision must be 'bf16', 'mixed' or 'fp32'"),
         (["--model", "llama-3-8b", "--optimizer", "lion"], "optimizer one of ['adamw'"),
     ],
 )
 def test_bad_input_is_explained(arguments, message):
     done = command(*arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert message in done.stderr
 
 

@@ -11,6 +11,9 @@ Hq = heads x head_dim, I the intermediate size and r the rank of an adapter, 16-
     linear      the inputs of those that train or carry an adapter: shared where they are one tensor, one copy for
                 each where autocast casts it; an adapter's r numbers
 
+In float32 (`precision="fp32"`) 16-bit numbers have 4 bytes, and a norm keeps its input without a copy. With shared
+prompts a pair is one sequence of its prompt and both completions.
+
 Gemma 2 counts as by fused attention too; by eager attention, which transformers 5.24 takes unless it is told
 "flex_attention", it needs more.
 
@@ -44,6 +47,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 # the decoder of a model that sees images, and the family whose layers it has
 _SAME_LAYERS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+QLORA = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 OPTIMIZER_STATES = {"adamw": 2, "adamw8bit": 2, "sgd": 0}
 
 
@@ -101,31 +105,33 @@ class Model(NamedTuple):
     def parameters(self) -> int:
         return self.decoder_parameters + self.beside_parameters
 
-    @property
-    def frozen_bytes(self) -> int:
-        """Of all weights where none trains."""
-        return 2 * self.parameters if self.quantized_bytes is None else self.quantized_bytes
+    def frozen_bytes(self, width: int) -> int:
+        """Of all weights where none trains, of `width` bytes each unless they are quantized."""
+        return width * self.parameters if self.quantized_bytes is None else self.quantized_bytes
 
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of LoRA on every linear layer but the head."""
         return self.layers * sum(rank * (i + o) for i, o in self.linears)
 
-    def layer_activations(self, length: int, lora: bool, rank: int, mixed: bool) -> int:
+    def layer_activations(self, length: int, lora: bool, rank: int, precision: str) -> int:
         """Bytes per token that autograd saves in one layer, for sequences of `length` tokens."""
         H, Q, I = self.hidden_size, self.query_size, self.intermediate_size  # noqa: E741
-        trained_norm = 0 if lora else 4 if mixed or self.family == "gemma2" else 2
-        total = 8 * Q + 4 * self.heads + 2 * length + 8 * I
+        mixed, wide = precision == "mixed", 4 if precision == "fp32" else 2
+        trained_norm = 0 if lora else 4 if mixed or self.family == "gemma2" else wide
+        total = 4 * wide * Q + 4 * self.heads + wide * length + 4 * wide * I
         total += self.norms * ((4 + trained_norm) * H + 4)
         if self.family == "qwen3":
-            total += (4 + (0 if lora else 2)) * (Q + self.kv_size) + 4 * (self.heads + self.kv_heads)
-        total += 2 * H * (5 if mixed else 2)
+            total += (4 + (0 if lora else wide)) * (Q + self.kv_size) + 4 * (self.heads + self.kv_heads)
+        total += wide * H * (5 if mixed else 2)
         if lora:
-            total += 2 * rank * len(self.linears) + 2 * Q * mixed
+            total += wide * rank * len(self.linears) + 2 * Q * mixed
         return total
 
 
-def read_model(name: str) -> Model:
+def read_model(name: str, *, qlora: bool = False) -> Model:
     """A built-in configuration, or that of a config.json or of a folder that holds one.
+
+    With `qlora` its linear layers are quantized as `alignloss train --qlora` does it: NF4, scales quantized too.
 
     Raises:
         ValueError: for an unknown name, a file that is no configuration, or an architecture that is not estimated.
@@ -146,7 +152,11 @@ def read_model(name: str) -> Model:
     try:
         if not isinstance(config.get("model_type", ""), str):
             raise ValueError(f"model_type must be a string, got {config['model_type']!r}")
-        if name.lower() not in MODELS and installed():
+        if qlora:
+            if quantization_of(config):
+                raise ValueError("it is quantized already: leave qlora out")
+            config = config | {"quantization_config": QLORA}
+        if (qlora or name.lower() not in MODELS) and installed():
             return _built(config)
         _check_plain(config)
         return _plain(config)
@@ -231,17 +241,26 @@ class Estimate(NamedTuple):
 
     weights: int
     gradients: int
+    head_gradient: int  # of those, the first that a backward makes
     optimizer: int
     activations: int  # saved from forward to backward
     recomputed: int  # in the backward of one layer: by checkpointing, and a quantized matrix in 16 bits
     loss_layer: Plan
     loss_bytes: int  # of alignloss's loss layer, above inputs and the gradient of the head
     full_logits_bytes: int  # the same of full logits
+    accumulates: bool
 
     def total(self, full_logits: bool = False) -> int:
-        """At the larger of two moments: the loss, with every activation alive, and a layer's backward."""
+        """At the larger of two moments: the loss, with every activation alive, and a layer's backward.
+
+        Where gradients are not held from a micro-batch before, the backward's moment is its first layer, with every
+        activation and the head's gradient, or its last, with every gradient.
+        """
         loss = self.full_logits_bytes if full_logits else self.loss_bytes
-        return self.weights + self.gradients + self.optimizer + self.activations + max(loss, self.recomputed)
+        early = self.activations + max(loss, self.recomputed)
+        if self.accumulates:
+            return self.weights + self.optimizer + self.gradients + early
+        return self.weights + self.optimizer + max(self.head_gradient + early, self.gradients + self.recomputed)
 
 
 def estimate(
@@ -257,10 +276,13 @@ def estimate(
     optimizer: str = "adamw",
     reference_model: bool = False,
     paired: bool = True,
+    share_prompts: bool = False,
+    accumulates: bool = True,
+    device: str = "cuda",
     gpu_memory: int = 80 << 30,
     workspace_bytes: int | None = None,
 ) -> Estimate:
-    """Bytes of a training step on one GPU.
+    """Bytes of a training step on one GPU, or on a CPU.
 
     Args:
         model: from `read_model`.
@@ -271,10 +293,14 @@ def estimate(
         checkpointing: keep the input of each layer alone, and recompute the layer in the backward.
         precision: "bf16": everything in bf16, adapters too (PEFT makes those beside weights quantized to 8 bits fp32,
             with a copy of their inputs, unless they are cast). "mixed": under bf16 autocast, with parameters, gradients
-            and states in fp32 (with LoRA those of the adapters; the base is in bf16).
+            and states in fp32 (with LoRA those of the adapters; the base is in bf16). "fp32": everything in fp32.
         optimizer: "adamw" (two states in the dtype of the parameter), "adamw8bit" (two of one byte) or "sgd" (none).
         reference_model: a frozen copy of the model beside it, in bf16 or quantized like it; without it, reference
             log-probabilities are cached or come from the same weights without adapters.
+        share_prompts: a pair is computed as one sequence, of its prompt and both completions.
+        accumulates: gradients are held from the micro-batch before; False: a step is one micro-batch, and gradients
+            are freed after it.
+        device: "cuda" or "cpu", whose loss layers have different workspaces.
         gpu_memory: total bytes, from which the default workspace follows.
         workspace_bytes: of the loss layer.
 
@@ -282,56 +308,64 @@ def estimate(
         ValueError: for a name or number out of range, and for quantized weights without `lora`.
     """
     _check_step(model, tokens, length, labelled, lora, rank, precision, optimizer)
+    if share_prompts and not paired:
+        raise ValueError("share_prompts is for pairs")
+    scored = max(1, round(tokens * labelled))
+    unit = max(1, round(length * labelled)) * (2 if paired else 1)
+    if share_prompts:  # of two sequences of prompt and completion, the one prompt less
+        tokens, length = round(tokens * (1 + labelled) / 2), round(length * (1 + labelled))
     mixed = precision == "mixed"
     trained = model.adapter_parameters(rank) if lora else model.decoder_parameters
-    wide = 4 if mixed else 2
-    weights = wide * trained + (model.frozen_bytes if lora else 2 * model.beside_parameters)
-    weights += model.frozen_bytes * reference_model
+    width = 4 if precision == "fp32" else 2  # of what is frozen
+    wide = 4 if mixed else width
+    weights = wide * trained + (model.frozen_bytes(width) if lora else width * model.beside_parameters)
+    weights += model.frozen_bytes(width) * reference_model
     # the backward unpacks one quantized matrix at a time
-    unpacked = 0 if model.quantized_bytes is None else 2 * max(i * o for i, o in model.linears)
+    unpacked = 0 if model.quantized_bytes is None else width * max(i * o for i, o in model.linears)
     states = OPTIMIZER_STATES[optimizer] * (1 if optimizer == "adamw8bit" else wide)
 
-    residual = 4 if mixed and not lora else 2
-    layer = tokens * model.layer_activations(length, lora, rank, mixed)
+    residual = 4 if mixed and not lora else width
+    layer = tokens * model.layer_activations(length, lora, rank, precision)
     # autocast keeps a 16-bit copy of each trained matrix for the backward
     copies = 2 * (trained // model.layers if lora else model.layer_parameters) * mixed
     layers = model.layers * (tokens * model.hidden_size * residual if checkpointing else layer + copies)
-    # the last norm, and the hidden states that the loss takes
-    activations = layers + tokens * model.hidden_size * ((4 if lora else 8 if mixed else 6) + residual)
+    # the last norm, and the hidden states that the loss takes, gathered where prompts are shared
+    norm = 4 if lora else 8 if mixed else 4 + width
+    activations = layers + (tokens * (norm + residual) + scored * residual * share_prompts) * model.hidden_size
 
-    scored = max(1, round(tokens * labelled))
-    unit = max(1, round(length * labelled)) * (2 if paired else 1)
     loss = plan(
         *(scored, model.hidden_size, model.vocabulary),
         train_head=not lora,
         pair_tokens=min(unit, scored),
-        positions=tokens,
+        positions=scored if share_prompts else tokens,
         softcap=model.softcap,
-        dtype=torch.bfloat16,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         weight_dtype=torch.float32 if residual == 4 else None,
-        device="cuda",
-        device_memory=gpu_memory,
+        device=device,
+        device_memory=gpu_memory if device == "cuda" else None,
         workspace_bytes=workspace_bytes,
     )
     head = model.vocabulary * model.hidden_size * wide * (not lora)
     return Estimate(
         weights,
         wide * trained,
+        head,
         states * trained,
         activations,
         (layer + copies) * checkpointing + unpacked,
         loss,
         loss.peak_bytes - head * (loss.regime > 2),
         loss.full_logits_bytes + tokens * model.hidden_size * residual,  # and dhidden
+        accumulates,
     )
 
 
 def _check_step(
     model: Model, tokens: int, length: int, labelled: float, lora: bool, rank: int, precision: str, optimizer: str
 ) -> None:
-    if precision not in ("bf16", "mixed") or optimizer not in OPTIMIZER_STATES:
+    if precision not in ("bf16", "mixed", "fp32") or optimizer not in OPTIMIZER_STATES:
         raise ValueError(
-            f"precision must be 'bf16' or 'mixed', optimizer one of {sorted(OPTIMIZER_STATES)}; "
+            f"precision must be 'bf16', 'mixed' or 'fp32', optimizer one of {sorted(OPTIMIZER_STATES)}; "
             f"got {precision!r}, {optimizer!r}"
         )
     if not 0 < labelled <= 1 or not 1 <= length <= tokens or rank < 1:

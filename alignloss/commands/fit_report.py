@@ -14,13 +14,33 @@ GIB = 1 << 30
 HEADERS = ("weights", "grads", "optim.", "activ.", "loss", "total", "fits", "most\ntokens")
 
 
-def report(name: str, tokens: int, *, gpu_memory: float, reserve: float, **options: Any) -> None:
-    """Print the table of a model; memory in GiB, other options as in `estimate`."""
+def report(
+    name: str,
+    tokens: int,
+    *,
+    gpu_memory: float,
+    reserve: float,
+    qlora: bool = False,
+    train: str | None = None,
+    checkpointing: bool | None = None,
+    **options: Any,
+) -> bool:
+    """Print the table of a model, and return whether a row of it fits with alignloss.
+
+    Args:
+        gpu_memory, reserve: in GiB.
+        qlora: as in `read_model`.
+        train: "full" or "lora" alone; None: both.
+        checkpointing: with or without alone; None: both.
+        options: as in `estimate`.
+    """
     check_number("gpu_memory", gpu_memory, positive=True)
     check_number("reserve", reserve)
     if gpu_memory > 1 << 20:
         raise ValueError(f"gpu_memory is in GiB, of one GPU; got {gpu_memory:g}")
-    model = read_model(name)
+    if train not in (None, "full", "lora"):
+        raise ValueError(f"train must be full or lora, got {train!r}")
+    model = read_model(name, qlora=qlora)
     memory = round(gpu_memory * GIB)
     options |= {"gpu_memory": memory}
     table = Table(
@@ -32,22 +52,27 @@ def report(name: str, tokens: int, *, gpu_memory: float, reserve: float, **optio
     for header in HEADERS:
         table.add_column(header, justify="right", no_wrap=True)
     plans: dict[str, str] = {}
-    ways = (False, True) if model.quantized_bytes is None else (True,)
-    for lora, checkpointing in product(ways, (False, True)):
-        options |= {"lora": lora, "checkpointing": checkpointing}
+    fits = False
+    ways = [lora for lora in (False, True) if train is None or lora == (train == "lora")]
+    if model.quantized_bytes is not None and train is None:
+        ways = [True]
+    for lora, recomputes in product(ways, (False, True) if checkpointing is None else (checkpointing,)):
+        options |= {"lora": lora, "checkpointing": recomputes}
         step = estimate(model, tokens, **options)
         room = memory - round(reserve * GIB)
         most = [most_tokens(model, room, full, **options) for full in (False, True)]
-        train = ("LoRA" if lora else "full") + ("\n+checkpoint" if checkpointing else "\n")
-        table.add_row(train, "alignloss\nfull logits", *_cells(step, room), "\n".join(f"{n:,}" for n in most))
+        fits = fits or step.total() <= room
+        way = ("LoRA" if lora else "full") + ("\n+checkpoint" if recomputes else "\n")
+        table.add_row(way, "alignloss\nfull logits", *_cells(step, room), "\n".join(f"{n:,}" for n in most))
         plans["LoRA" if lora else "full"] = _loss_line(step)
     console = Console()
     # in a narrow terminal lines wrap, where numbers would be cut
     console.width = max(console.width, Console(width=1000).measure(table).maximum)
     console.print(table)
-    for train, line in plans.items():
-        console.print(f"Loss layer, {train}: {line}", highlight=False)
+    for way, line in plans.items():
+        console.print(f"Loss layer, {way}: {line}", highlight=False)
     console.print(_notes(model, reserve, options), highlight=False)
+    return fits
 
 
 def _cells(step: Estimate, room: int) -> list[str]:
@@ -75,6 +100,10 @@ def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
     copy = "a frozen copy in bf16" if model.quantized_bytes is None else "a frozen copy, quantized too"
     reference = copy if options["reference_model"] else "cached, or the base without adapters"
     beside = quantized = ""
+    gradients = "Gradients count as held from the micro-batch before"
+    if not options.get("accumulates", True):
+        gradients = "A step is one micro-batch, after which gradients are freed"
+    shared = ", prompts shared by their pairs" if options.get("share_prompts") else ""
     if model.beside_parameters:
         beside = (
             f", {model.beside_parameters / 1e6:,.0f}M of them beside the decoder (vision tower, projector): frozen, in "
@@ -89,8 +118,8 @@ def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
         f"{model.parameters / 1e6:,.0f}M parameters{beside}; {quantized}{options['precision']}, "
         f"{options['optimizer']}, LoRA rank {options['rank']} on every linear layer of the decoder but the head; "
         f"reference: {reference}. Sequences of {options['length']:,} in pairs, {options['labelled']:.0%} labelled, "
-        f"padded, fused attention. Fits: total <= memory - {reserve:g} GiB. With checkpoints the backward recomputes a "
-        "layer, which counts where it exceeds the loss. Gradients count as held from the micro-batch before. An "
+        f"padded{shared}, fused attention. Fits: total <= memory - {reserve:g} GiB. With checkpoints the backward "
+        f"recomputes a layer, which counts where it exceeds the loss. {gradients}. An "
         "estimate: the loss layer is checked against measurement, activations against what autograd saves in "
         "transformers."
     )
