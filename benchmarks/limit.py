@@ -1,7 +1,8 @@
 """The longest sequence and the largest vocabulary that train within a limit that the kernel holds a process to.
 
-Each provider trains in a process of its own, whose data (RLIMIT_DATA: everything that it may write to) may grow by so many
-bytes beyond what it has after one step of a tiny model: weights, gradients, AdamW's states, activations and loss layer.
+Each provider trains in a process of its own, whose data (RLIMIT_DATA: everything that it may write to) may grow by so
+many bytes beyond what it has after one step of a tiny model: weights, gradients, AdamW's states, activations and the
+loss layer.
 """
 
 import json

@@ -1,6 +1,7 @@
 """The README, docs/ and docstrings: their Python code runs, prints what they show, and their links lead somewhere.
 
-The code of docs/processes.md needs more than one process, and runs in test_processes.py; docs/train.md in test_train.py.
+The code of docs/processes.md needs more than one process, and runs in test_processes.py; that of docs/train.md in
+test_train.py.
 """
 
 import copy

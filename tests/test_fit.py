@@ -347,6 +347,42 @@ def test_an_8b_model_in_16_bit_by_hand():
     assert lora.loss_layer.regime == 2
 
 
+def test_weights_of_4_bits_by_hand(tmp_path):
+    model = read_model("llama-3.2-1b", qlora=True)
+    linear = 16 * sum(i * o for i, o in model.linears)
+    # half a byte each, a byte for the scale of 64, and theirs; embeddings, which are the head, and norms in 16 bits
+    assert model.quantized_bytes == pytest.approx(linear * (1 / 2 + 1 / 64) + 2 * (model.parameters - linear), rel=1e-3)
+    step = {"length": 1024, "lora": True}
+    saved = estimate(read_model("llama-3.2-1b"), 8192, **step).weights - estimate(model, 8192, **step).weights
+    assert saved == 2 * model.parameters - model.quantized_bytes
+    with pytest.raises(ValueError, match="quantized already"):
+        read_model(written(tmp_path, quantized(load_in_4bit=True)), qlora=True)
+
+
+def test_shared_prompts_are_one_sequence_of_a_pair():
+    model = read_model("qwen2.5-0.5b")
+    step = {"labelled": 0.25, "checkpointing": True}
+    apart = estimate(model, 8 * 1024, length=1024, **step)
+    shared = estimate(model, 8 * 1024, length=1024, share_prompts=True, **step)
+    # 4 pairs of 768 + 2 * 256 positions; the layers' inputs, the last norm, and what the loss is given, gathered
+    assert shared.activations == 896 * (4 * 1280 * (24 * 2 + 8) + 2048 * 2)
+    assert apart.activations == 896 * 8192 * (24 * 2 + 8)
+    assert shared.recomputed == 4 * 1280 * model.layer_activations(1280, False, 16, "bf16")
+    assert shared.loss_bytes <= apart.loss_bytes
+    with pytest.raises(ValueError, match="for pairs"):
+        estimate(model, 8192, length=1024, share_prompts=True, paired=False)
+
+
+def test_gradients_that_are_freed_count_in_the_backward_alone():
+    model = read_model("smollm2-135m")
+    step = estimate(model, 512, length=256, accumulates=False, precision="fp32", device="cpu")
+    held = estimate(model, 512, length=256, precision="fp32", device="cpu")
+    assert step.weights == 4 * model.parameters and step.head_gradient == 4 * 49152 * 576
+    early = step.activations + max(step.loss_bytes, step.recomputed)
+    assert step.total() == step.weights + step.optimizer + max(step.head_gradient + early, step.gradients)
+    assert held.total() == step.weights + step.optimizer + step.gradients + early
+
+
 def test_the_most_tokens_are_the_most():
     model = read_model("qwen2.5-0.5b")
     for full_logits in (False, True):
@@ -369,6 +405,8 @@ def test_the_command_prints_a_table():
     assert "1,236M parameters" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
     assert command("--model", "llama-3-8b", "--gpu-memory", "8").returncode == 1
+    assert command("--model", "llama-3-8b", "--gpu-memory", "16", "--qlora", "--share-prompts").returncode == 0
+    assert command("--model", "llama-3.2-1b", "--train", "full", "--no-checkpointing").returncode == 1
     (first,) = [row for row in rows if row[:2] == ["full", "alignloss"] and "14.4" in row]
     assert first[-3:] == ["23.8", "no", "6,144"]
     assert "…" not in done.stdout

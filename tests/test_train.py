@@ -75,7 +75,7 @@ def toy(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0,
             bos_token_id=None,
         )
@@ -110,7 +110,8 @@ def train(alignloss_command, toy, tmp_path):
     """`alignloss train` of the toy: its log."""
 
     def call(*arguments, data=toy / "pairs.jsonl", out=tmp_path / "run"):
-        fixed = ["--model", toy / "model", "--data", data, "--out", out, "--cpu", "--learning-rate", "1e-3"]
+        fixed = ["--model", toy / "model", "--data", data, "--out", out, "--cpu"]
+        fixed += [] if "--learning-rate" in arguments else ["--learning-rate", "1e-3"]
         code, said = alignloss_command("train", *fixed, *arguments)
         assert code == 0, said
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -247,6 +248,13 @@ def test_adapters_shared_prompts_and_messages(train, toy, tmp_path):
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in plain], rel=1e-5)
     assert log[-1]["loss"] < log[0]["loss"]
     assert (tmp_path / "run/model/adapter_model.safetensors").exists()
+
+
+def test_adapters_beside_weights_of_4_bits(train, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    log = train("--qlora", "--steps", "12", "--learning-rate", "1e-2")
+    assert log[-1]["loss"] < 0.6 < 0.693 < log[0]["loss"] + 1e-3
+    assert json.loads((tmp_path / "run/model/adapter_config.json").read_text())["r"] == 16
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8])

@@ -75,6 +75,7 @@ def _app() -> Any:
         reference_model: Annotated[
             bool, typer.Option("--reference-model", help="A frozen copy of the model beside it; else precomputed.")
         ] = False,
+        accumulate: Annotated[bool, typer.Option(help="Gradients held from the micro-batch before, or freed.")] = True,
         cpu: Annotated[bool, typer.Option("--cpu", help="On a CPU.")] = False,
         reserve: Annotated[float, typer.Option(min=0, help="GiB left to the CUDA context and fragments.")] = 1.5,
     ) -> None:
