@@ -518,6 +518,75 @@ def test_mixed_precision(cls, config, also, tmp_path):
     assert abs(wide[0]["loss"] - mixed[0]["loss"]) <= 3e-2 * abs(wide[0]["loss"])
 
 
+def token_logps(made, ids):
+    with torch.no_grad():
+        return made.double().eval()(ids).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_tdpo_has_the_kl_of_its_tokens(adapters, tmp_path):
+    loss, base = alignloss.PreferenceLoss("tdpo2", beta=0.5, kl_weight=0.3), model(0)
+    extra = {"loss": lambda: loss, **(LORA if adapters else {"ref_model": lambda: model(1)})}
+    trained = trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, extra, per_device_train_batch_size=8)
+    if adapters:
+        with torch.no_grad():
+            for name, value in trained.model.named_parameters():
+                if "lora_B" in name:
+                    value.normal_(std=0.3)
+    batch = trained._prepare_inputs(next(iter(trained.get_train_dataloader())))
+    got = trained.compute_loss(trained.model, dict(batch))
+    got.backward()
+    ids, scored = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    policy = token_logps(copy.deepcopy(trained.model), ids)[:, :-1]
+    reference = token_logps(base if adapters else model(1), ids)[:, :-1]
+    kl = ((reference.exp() * (reference - policy)).sum(-1) * scored).sum(-1)
+    logps, ref_logps = (
+        (each.gather(-1, ids[:, 1:, None]).squeeze(-1) * scored).sum(-1) for each in (policy, reference)
+    )
+    expected, _, _ = alignloss.losses.tdpo2_loss(
+        *logps.chunk(2), *ref_logps.chunk(2), *kl.chunk(2), beta=0.5, kl_weight=0.3
+    )
+    assert kl.min() > 1e-3
+    assert got.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="no KL of tokens"):
+        trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, {**extra, "share_prompts": True})
+
+
+def test_bco_has_the_shift_of_the_steps_before(tmp_path):
+    extra = {"loss": lambda: alignloss.PreferenceLoss("bco", beta=0.5), **REFERENCE}
+    options = {"loss_type": "apo_zero_unpaired", "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trained = trainer(ours.KTOTrainer, trl.KTOConfig, UNPAIRED, tmp_path, extra, **options)
+    found = logs(trained)
+    rewards = {True: [], False: []}
+    for start in range(0, 16, 4):
+        batch = trained.data_collator([trained.train_dataset[i] for i in range(start, start + 4)])
+        ids, scored = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+        both = [
+            (token_logps(model(seed), ids)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1) * scored).sum(-1)
+            for seed in (0, 1)
+        ]
+        means = [sum(kind) / len(kind) for kind in rewards.values() if kind]
+        delta = torch.tensor(sum(means) / len(means) if means else 0.0, dtype=torch.float64)
+        desirable = batch["label"].bool()
+        losses, each = alignloss.losses.bco_loss(*both, desirable, delta, beta=0.5)
+        assert found[start // 4]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        for reward, good in zip(each.tolist(), desirable.tolist(), strict=True):
+            rewards[good].append(reward)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_references_are_scored_into_a_cache(adapters, tmp_path):
+    extra = LORA if adapters else {}
+    options = {"precompute_ref_log_probs": True}
+    expected = logs(trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, extra, **options))
+    for _ in range(2):
+        cached = {**extra, "reference_cache": tmp_path / "cache"}
+        trained = trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, cached, **options)
+        assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 1  # read the second time
+        for truth, got in zip(expected, logs(trained), strict=True):
+            assert got["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+
+
 def test_losses_that_do_not_fit_a_trainer(tmp_path):
     with pytest.raises(ValueError, match="CPOTrainer has no reference, which dpo_loss needs: give it to DPOTrainer"):
         trainer(ours.CPOTrainer, CPOConfig, PAIRS, tmp_path, {"loss": alignloss.DPOLoss}, max_length=32)
