@@ -487,6 +487,15 @@ def test_the_page_runs(alignloss_command, toy, tmp_path, monkeypatch):
     assert "undesirable_weight" in (tmp_path / "kto/run.json").read_text()
 
 
+def test_folders_that_cannot_be_written_to(alignloss_command, toy, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file/run", "/proc/run"):
+        code, said = alignloss_command(
+            "train", "--model", toy / "model", "--data", toy / "pairs.jsonl", "--cpu", "--steps", "1", "--out", out
+        )
+        assert code == 2 and str(out) in said and "Traceback" not in said
+
+
 def weights(folder):
     return (folder / "model/model.safetensors").read_bytes()
 

@@ -10,7 +10,7 @@ Model = Annotated[
 ]
 Gguf = Annotated[str | None, typer.Option(help="GGUF file in the folder of the model.", show_default=False)]
 Dtype = Annotated[
-    str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16. auto: bfloat16 if frozen on a GPU.")
+    str, typer.Option(help="Of the weights: auto, float32 or bfloat16. auto: bfloat16 if frozen on a GPU.")
 ]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone.")]
 BadRows = Annotated[str, typer.Option(help="skip: leave them out and count them; stop: at the first.")]

@@ -1,17 +1,68 @@
 """What `alignloss fit` shows."""
 
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..checks import check_number
+from .errors import UserError
 from .fit import Estimate, Model, estimate, most_tokens, read_model
 
 GIB = 1 << 30
 HEADERS = ("weights", "grads", "optim.", "activ.", "loss", "total", "fits", "most\ntokens")
+
+
+def fit(
+    model: Annotated[str, typer.Option(help="A built-in name, a config.json, or a folder that holds one.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Positions of a micro-batch, padding included.")] = 8192,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of the GPU, or with --cpu of the process.")] = 24.0,
+    length: Annotated[int, typer.Option(min=1, help="Positions of a sequence.")] = 1024,
+    labelled: Annotated[float, typer.Option(help="Fraction of the positions that are scored.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="bf16, fp32, or mixed: fp32 parameters under autocast.")] = "bf16",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd.")] = "adamw",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapters.")] = 16,
+    train: Annotated[str | None, typer.Option(help="full or lora alone.", show_default="both")] = None,
+    qlora: Annotated[bool, typer.Option("--qlora", help="LoRA beside weights of 4 bits, as in `train`.")] = False,
+    checkpointing: Annotated[
+        bool | None, typer.Option(help="With layers recomputed alone, or without.", show_default="both")
+    ] = None,
+    share_prompts: Annotated[bool, typer.Option("--share-prompts", help="A pair's prompt computed once.")] = False,
+    reference_model: Annotated[
+        bool, typer.Option("--reference-model", help="A frozen copy of the model beside it; else precomputed.")
+    ] = False,
+    accumulate: Annotated[bool, typer.Option(help="Gradients held from the micro-batch before, or freed.")] = True,
+    cpu: Annotated[bool, typer.Option("--cpu", help="On a CPU.")] = False,
+    reserve: Annotated[float, typer.Option(min=0, help="GiB left to the CUDA context and fragments.")] = 1.5,
+) -> None:
+    """Estimate whether a training step fits: full and LoRA, with alignloss and with full logits.
+
+    Ends with 0 where a line of the table fits with alignloss, with 1 where none does, with 2 for an error.
+    """
+
+    options: dict[str, Any] = {
+        "length": min(length, tokens),
+        "labelled": labelled,
+        "precision": precision,
+        "optimizer": optimizer,
+        "rank": rank,
+        "reference_model": reference_model,
+        "share_prompts": share_prompts,
+        "accumulates": accumulate,
+        "device": "cpu" if cpu else "cuda",
+        "qlora": qlora,
+        "train": train,
+        "checkpointing": checkpointing,
+    }
+    try:
+        fits = report(model, tokens, gpu_memory=gpu_memory, reserve=reserve, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not fits:
+        raise typer.Exit(1)
 
 
 def report(

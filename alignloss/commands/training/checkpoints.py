@@ -91,6 +91,13 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
+def way_on(out: Path) -> str:
+    """What is left of a run that could not write."""
+    kept = newest(out, lambda _: None)
+    there = f"{kept.name} is complete, and the same command goes on from there" if kept else "There is no checkpoint"
+    return f"{there}, once {out} can be written to"
+
+
 # a trainer of TRL stands behind it
 _Base: Any = object
 
@@ -102,6 +109,7 @@ class WholeCheckpoints(_Base):
     state: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        from safetensors import SafetensorError
         from transformers.trainer_utils import rotate_checkpoints
 
         limit, out = self.args.save_total_limit, Path(self.args.output_dir)
@@ -110,21 +118,11 @@ class WholeCheckpoints(_Base):
         try:
             super()._save_checkpoint(model, trial)
             seal(folder, self.progress_state())
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{folder.name} could not be saved: {failure(error)}. {self._way_on(out)}") from error
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] != "safetensors":
-                raise
-            raise UserError(f"{folder.name} could not be saved: {failure(error)}. {self._way_on(out)}") from error
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder.name} could not be saved: {failure(error)}. {way_on(out)}") from error
         finally:
             self.args.save_total_limit = limit
         rotate_checkpoints(output_dir=str(out), save_total_limit=limit, use_mtime=False)
-
-    @staticmethod
-    def _way_on(out: Path) -> str:
-        kept = newest(out, lambda _: None)
-        there = f"{kept.name} is complete, and the same command goes on from there" if kept else "There is none before"
-        return f"{there}, once there is room in {out}"
 
     def progress_state(self) -> dict[str, Any]:
         """What transformers does not keep."""

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from ...hf.score import score
 from ..errors import UserError
-from .checkpoints import WholeCheckpoints, alone, failure, newest, state_of, to_disk, write_whole
+from .checkpoints import WholeCheckpoints, alone, failure, newest, state_of, to_disk, way_on, write_whole
 from .model import Source, adapters, load_model, load_tokenizer
 from .objective import Objective
 from .rows import REFERENCES, Rows, column_names, read_rows
@@ -272,14 +272,12 @@ def _short(value: Any) -> str:
 def train(
     settings: Settings, source: Source, data: Path, out: Path, *,
     held_out: Path | None, share_prompts: bool, policy: str, references: Path | None, console: Console,
-) -> Path:  # fmt: skip
-    """Train, and return the folder of the trained model.
+) -> None:  # fmt: skip
+    """Train a model into the folder `out`.
 
     Raises:
         UserError: for what can be mended; nothing has been written where it concerns data or options.
     """
-    if not out.parent.exists() and not out.parent.parent.exists():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file")
     config = configuration(settings, source, out, held_out is not None)
@@ -292,17 +290,23 @@ def train(
     check_folder(out, run)
     if (out / "model").exists():
         console.print(f"this run has ended; the model is in {out / 'model'}", highlight=False, soft_wrap=True)
-        return out / "model"
-    out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
-        write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
-        trainer = make_trainer(
-            settings, source, config, rows, tokenizer, share_prompts, references or out / "references"
-        )
-        _fit(trainer, out, console)
-        _save(trainer, source, tokenizer, out)
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with alone(out):
+            write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
+            folder = references or out / "references"
+            trainer = make_trainer(settings, source, config, rows, tokenizer, share_prompts, folder)
+            _fit(trainer, out, console)
+            _save(trainer, source, tokenizer, out)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or failure(error)}. {way_on(out)}") from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        ways = "a smaller --batch-size or --max-length, --lora, --qlora and --share-prompts need less"
+        raise UserError(f"there is not enough memory: {ways}; `alignloss fit` estimates how much") from error
     console.print(f"the trained model is in {out / 'model'}", highlight=False, soft_wrap=True)
-    return out / "model"
 
 
 def scored(
