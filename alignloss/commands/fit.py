@@ -109,6 +109,11 @@ class Model(NamedTuple):
         """Of all weights where none trains, of `width` bytes each unless they are quantized."""
         return width * self.parameters if self.quantized_bytes is None else self.quantized_bytes
 
+    @property
+    def unpacked(self) -> int:
+        """Numbers of the largest quantized matrix, of which a backward unpacks one at a time."""
+        return 0 if self.quantized_bytes is None else max(i * o for i, o in self.linears)
+
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of LoRA on every linear layer but the head."""
         return self.layers * sum(rank * (i + o) for i, o in self.linears)
@@ -291,25 +296,21 @@ def estimate(
         labelled: the fraction of positions that are scored.
         lora: train adapters of `rank` on every linear layer but the head, instead of every parameter.
         checkpointing: keep the input of each layer alone, and recompute the layer in the backward.
-        precision: "bf16": everything in bf16, adapters too (PEFT makes those beside weights quantized to 8 bits fp32,
-            with a copy of their inputs, unless they are cast). "mixed": under bf16 autocast, with parameters, gradients
-            and states in fp32 (with LoRA those of the adapters; the base is in bf16). "fp32": everything in fp32.
+        precision: "bf16": everything, adapters too (PEFT makes those beside 8-bit weights fp32, with a copy of their
+            inputs, unless they are cast); "mixed": bf16 autocast, with what trains, its gradients and states in fp32
+            and what is frozen in bf16; "fp32": everything.
         optimizer: "adamw" (two states in the dtype of the parameter), "adamw8bit" (two of one byte) or "sgd" (none).
-        reference_model: a frozen copy of the model beside it, in bf16 or quantized like it; without it, reference
-            log-probabilities are cached or come from the same weights without adapters.
+        reference_model: a frozen copy beside the model, quantized like it; else references are cached, or the base.
         share_prompts: a pair is computed as one sequence, of its prompt and both completions.
-        accumulates: gradients are held from the micro-batch before; False: a step is one micro-batch, and gradients
-            are freed after it.
-        device: "cuda" or "cpu", whose loss layers have different workspaces.
-        gpu_memory: total bytes, from which the default workspace follows.
-        workspace_bytes: of the loss layer.
+        accumulates: gradients are held from the micro-batch before; False: they are freed after a step of one.
+        device, gpu_memory, workspace_bytes: "cuda" or "cpu", total bytes, bytes: from which the workspace follows.
 
     Raises:
         ValueError: for a name or number out of range, and for quantized weights without `lora`.
     """
-    _check_step(model, tokens, length, labelled, lora, rank, precision, optimizer)
     if share_prompts and not paired:
         raise ValueError("share_prompts is for pairs")
+    _check_step(model, tokens, length, labelled, lora, rank, precision, optimizer)
     scored = max(1, round(tokens * labelled))
     unit = max(1, round(length * labelled)) * (2 if paired else 1)
     if share_prompts:  # of two sequences of prompt and completion, the one prompt less
@@ -320,44 +321,39 @@ def estimate(
     wide = 4 if mixed else width
     weights = wide * trained + (model.frozen_bytes(width) if lora else width * model.beside_parameters)
     weights += model.frozen_bytes(width) * reference_model
-    # the backward unpacks one quantized matrix at a time
-    unpacked = 0 if model.quantized_bytes is None else width * max(i * o for i, o in model.linears)
     states = OPTIMIZER_STATES[optimizer] * (1 if optimizer == "adamw8bit" else wide)
-
     residual = 4 if mixed and not lora else width
     layer = tokens * model.layer_activations(length, lora, rank, precision)
     # autocast keeps a 16-bit copy of each trained matrix for the backward
-    copies = 2 * (trained // model.layers if lora else model.layer_parameters) * mixed
-    layers = model.layers * (tokens * model.hidden_size * residual if checkpointing else layer + copies)
+    layer += 2 * (trained // model.layers if lora else model.layer_parameters) * mixed
+    layers = model.layers * (tokens * model.hidden_size * residual if checkpointing else layer)
     # the last norm, and the hidden states that the loss takes, gathered where prompts are shared
     norm = 4 if lora else 8 if mixed else 4 + width
     activations = layers + (tokens * (norm + residual) + scored * residual * share_prompts) * model.hidden_size
-
     loss = plan(
-        *(scored, model.hidden_size, model.vocabulary),
-        train_head=not lora,
-        pair_tokens=min(unit, scored),
-        positions=scored if share_prompts else tokens,
-        softcap=model.softcap,
-        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-        weight_dtype=torch.float32 if residual == 4 else None,
-        device=device,
-        device_memory=gpu_memory if device == "cuda" else None,
-        workspace_bytes=workspace_bytes,
-    )
+        *(scored, model.hidden_size, model.vocabulary), train_head=not lora, pair_tokens=min(unit, scored),
+        positions=scored if share_prompts else tokens, softcap=model.softcap, workspace_bytes=workspace_bytes,
+        weight_dtype=torch.float32 if residual == 4 else None, **_machine(precision, device, gpu_memory),
+    )  # fmt: skip
     head = model.vocabulary * model.hidden_size * wide * (not lora)
     return Estimate(
-        weights,
-        wide * trained,
-        head,
-        states * trained,
-        activations,
-        (layer + copies) * checkpointing + unpacked,
-        loss,
-        loss.peak_bytes - head * (loss.regime > 2),
-        loss.full_logits_bytes + tokens * model.hidden_size * residual,  # and dhidden
-        accumulates,
+        weights=weights,
+        gradients=wide * trained,
+        head_gradient=head,
+        optimizer=states * trained,
+        activations=activations,
+        recomputed=layer * checkpointing + width * model.unpacked,
+        loss_layer=loss,
+        loss_bytes=loss.peak_bytes - head * (loss.regime > 2),
+        full_logits_bytes=loss.full_logits_bytes + tokens * model.hidden_size * residual,  # and dhidden
+        accumulates=accumulates,
     )
+
+
+def _machine(precision: str, device: str, gpu_memory: int) -> dict[str, Any]:
+    """Where the loss layer computes, as `plan` takes it."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return {"dtype": dtype, "device": device, "device_memory": gpu_memory if device == "cuda" else None}
 
 
 def _check_step(
