@@ -8,15 +8,18 @@ from typing import Annotated, Any
 from .errors import UserError, need
 
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
 def main() -> None:
     """Entry point of the command: ends with 0, with 2 and one line where something is asked that cannot be done."""
     try:
         need("cli", "typer", "rich")
         code = _app()(standalone_mode=False)
+        if code == INTERRUPTED:
+            _failed("interrupted; a run goes on by the same command")
     except UserError as error:
         code = _failed(str(error))
-    except KeyboardInterrupt:
-        code = _failed("interrupted", 130)
     except Exception as error:
         said = getattr(error, "format_message", None)  # of the parser: an unknown option, a missing one
         if said is None:
@@ -25,9 +28,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def _failed(text: str, code: int = 2) -> int:
+def _failed(text: str) -> int:
     print(f"alignloss: {' '.join(text.split())}", file=sys.stderr)
-    return code
+    return 2
 
 
 def _app() -> Any:

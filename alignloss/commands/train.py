@@ -1,5 +1,6 @@
 """The command `alignloss train`."""
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -133,5 +134,6 @@ def prepare() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
