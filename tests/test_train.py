@@ -314,6 +314,8 @@ def test_yaml_options_and_fields(train, tmp_path):
         (["loss_type=ipo"], "use --loss"),
         (["output_dir=x"], "use --out"),
         (["--steps", "1", "--epochs", "1"], "--steps and --epochs"),
+        (["max_steps=1", "--epochs", "1"], "--steps and --epochs"),
+        (["--learning-rate", "-1"], "--learning-rate must be a number from 0 on"),
         (["--steps", "none"], "--steps"),
         (["--save-every", "3", "logging_steps=2"], "multiple of logging_steps"),
         (["--bad-rows", "keep"], "skip or stop"),
@@ -328,6 +330,12 @@ def test_yaml_options_and_fields(train, tmp_path):
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line(refused, arguments, message):
     assert message in refused(*arguments)
+
+
+def test_the_command_line_goes_before_the_file(train, tmp_path):
+    (tmp_path / "run.yaml").write_text("max_steps: 9\nseed: 3\n")
+    assert len(train("--config", tmp_path / "run.yaml", "--epochs", "0.5")) == 3  # of 40 pairs, 8 a step
+    assert len(train("--config", tmp_path / "run.yaml", "max_steps=2", out=tmp_path / "b")) == 2
 
 
 def test_a_model_that_is_not_there(alignloss_command, toy, tmp_path):
@@ -431,12 +439,26 @@ def test_a_folder_is_a_checkpoint_when_all_of_it_is_there(tmp_path):
         (folder / "weights").write_bytes(b"x" * 100)
         if step < 3:
             checkpoints.seal(folder, {"tokens": step})
-    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-2" and "checkpoint-3" in said[0]
-    assert not (tmp_path / "checkpoint-3").exists()
+    assert [folder.name for folder in checkpoints.whole(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
+    checkpoints.remove_unfinished(tmp_path, said.append)
+    assert len(said) == 1 and "checkpoint-3" in said[0] and not (tmp_path / "checkpoint-3").exists()
     (tmp_path / "checkpoint-2/weights").write_bytes(b"x" * 99)
-    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-1"
+    assert [folder.name for folder in checkpoints.whole(tmp_path)] == ["checkpoint-1"]
     (tmp_path / "checkpoint-1/weights").unlink()
-    assert checkpoints.newest(tmp_path, said.append) is None
+    assert checkpoints.whole(tmp_path) == []
+
+
+def test_checkpoints_of_something_else_are_left_alone(refused, tmp_path):
+    (tmp_path / "run/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-5/model.safetensors").write_text("dear")
+    assert "checkpoint-5 of something else" in refused()
+
+
+def test_a_run_that_came_to_nothing_gives_way(alignloss_command, train, toy, tmp_path):
+    common = ["--model", toy / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"]
+    code, said = alignloss_command("train", *common, "--steps", "2", "--learning-rate", "1e30")
+    assert code == 2 and "not a finite number" in said
+    assert len(train("--steps", "2")) == 2
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from .errors import UserError, need
 
-
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 

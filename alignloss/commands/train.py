@@ -93,8 +93,6 @@ def train(
     config: Config = None,
     assignments: Fields = None,
 ) -> None:
-    if steps is not None and epochs is not None:
-        raise UserError("--steps and --epochs are both given; leave one out")
     prepare()
     from .training.model import source
     from .training.settings import assignments as parsed

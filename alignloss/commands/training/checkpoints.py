@@ -65,19 +65,22 @@ def state_of(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def newest(out: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint; folders that an interrupted save has left are removed."""
-    folders = [f for f in out.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit() and f.is_dir()]
-    for folder in sorted(folders, key=_step, reverse=True):
-        if state_of(folder) is not None:
-            return folder
-        warn(f"{folder.name} is not complete, left from an interrupted save; removed")
-        shutil.rmtree(folder)
-    return None
+def whole(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest first."""
+    return [folder for folder in _checkpoints(out) if state_of(folder) is not None]
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
+def remove_unfinished(out: Path, warn: Callable[[str], None]) -> None:
+    """Remove what interrupted saves of a run have left; for a folder with a run.json."""
+    for folder in _checkpoints(out):
+        if state_of(folder) is None:
+            warn(f"{folder.name} is not complete, left from an interrupted save; removed")
+            shutil.rmtree(folder)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    numbers = {folder: folder.name.removeprefix("checkpoint-") for folder in out.glob("checkpoint-*")}
+    return sorted((f for f, n in numbers.items() if n.isdigit()), key=lambda f: int(numbers[f]), reverse=True)
 
 
 @contextmanager
@@ -93,7 +96,8 @@ def alone(out: Path) -> Iterator[None]:
 
 def way_on(out: Path) -> str:
     """What is left of a run that could not write."""
-    kept = newest(out, lambda _: None)
+    remove_unfinished(out, lambda _: None)  # which makes room
+    kept = next(iter(whole(out)), None)
     there = f"{kept.name} is complete, and the same command goes on from there" if kept else "There is no checkpoint"
     return f"{there}, once {out} can be written to"
 

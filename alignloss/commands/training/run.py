@@ -11,6 +11,7 @@ out/model/          the trained model with its tokenizer, there when the run has
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -23,7 +24,17 @@ from rich.console import Console
 
 from ...hf.score import score
 from ..errors import UserError
-from .checkpoints import WholeCheckpoints, alone, failure, newest, state_of, to_disk, way_on, write_whole
+from .checkpoints import (
+    WholeCheckpoints,
+    alone,
+    failure,
+    remove_unfinished,
+    state_of,
+    to_disk,
+    way_on,
+    whole,
+    write_whole,
+)
 from .model import Source, adapters, load_model, load_tokenizer
 from .objective import Objective
 from .rows import REFERENCES, Rows, column_names, read_rows
@@ -153,6 +164,8 @@ def configuration(settings: Settings, source: Source, out: Path, evaluates: bool
     if "learning_rate" not in given and source.lora:
         fields["learning_rate"] = 10 * settings.config_class.__dataclass_fields__["learning_rate"].default
     config = configured(settings.config_class, fields)
+    if not 0 <= config.learning_rate < math.inf:
+        raise UserError(f"--learning-rate must be a number from 0 on, got {config.learning_rate}")
     if config.save_steps < 1 or config.save_steps % 1 or config.save_steps % config.logging_steps:
         raise UserError(
             f"--save-every must be a multiple of logging_steps, so that a run that goes on logs the same; got "
@@ -197,10 +210,11 @@ def make_trainer(
     """The trainer, its data tokenized and references scored.
 
     Raises:
-        UserError: for a model that alignloss refuses.
+        UserError: for a model that alignloss refuses, and what TRL refuses.
     """
+    from transformers import set_seed
+
     from ... import trl as trainers
-    from ...hf.check import UnsupportedModel
 
     objective = settings.objective
     base: Any = trainers.SFTTrainer
@@ -210,6 +224,7 @@ def make_trainer(
         more = {"loss": objective.loss, "reference_cache": references}
         if share_prompts:
             more["share_prompts"] = True
+    set_seed(config.seed)  # of new adapters
     model = load_model(source)
     if objective.needs_reference_model and not source.lora:
         more["ref_model"] = copy.deepcopy(model)
@@ -220,7 +235,7 @@ def make_trainer(
             model=model, args=config, train_dataset=sets[0], eval_dataset=sets[1], processing_class=tokenizer,
             peft_config=adapters(source), **more,
         )  # fmt: skip
-    except UnsupportedModel as error:
+    except (ValueError, ImportError) as error:  # a model that is not supported, fields that do not go together
         raise UserError(failure(error)) from error
 
 
@@ -239,28 +254,38 @@ def identity(settings: Settings, source: Source, config: Any, data: Data, share_
     }  # fmt: skip
 
 
-def check_folder(out: Path, run: dict[str, Any]) -> None:
-    """Whether a folder is free for a run, or holds the same one.
+def earlier_run(out: Path) -> dict[str, Any] | None:
+    """What the run in a folder is made of, None for a folder that is free.
 
     Raises:
-        UserError: for another run, or a folder that holds one without saying which.
+        UserError: for a folder that holds a run without saying which.
     """
     known = out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file")
     if not known.exists():
         taken = [path.name for path in (out / "model", *out.glob("checkpoint-*")) if path.exists()]
         if taken:
             raise UserError(f"{out} has {', '.join(taken)} of something else; give another --out")
-        return
+        return None
     try:
-        earlier = json.loads(known.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(known.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{known} cannot be read: {failure(error)}; give another --out") from error
+
+
+def check_same(out: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
+    """Whether a folder holds the same run, or another one that came to nothing.
+
+    Raises:
+        UserError: that says in what another run differs.
+    """
     different = [
         f"{name} ({_short(earlier.get(name))} there, {_short(value)} here)"
         for name, value in run.items()
         if earlier.get(name) != value
     ]
-    if different:
+    if different and (whole(out) or (out / "model").exists()):
         raise UserError(f"{out} holds another run, which differs in {'; '.join(different)}: give another --out")
 
 
@@ -278,8 +303,7 @@ def train(
     Raises:
         UserError: for what can be mended; nothing has been written where it concerns data or options.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file")
+    earlier = earlier_run(out)
     config = configuration(settings, source, out, held_out is not None)
     tokenizer = load_tokenizer(source)
     rows = read_data(settings.objective, data, held_out, policy, tokenizer, config.max_length)
@@ -287,16 +311,17 @@ def train(
         if part is not None:
             console.print(part.summary(), highlight=False, soft_wrap=True)
     run = identity(settings, source, config, rows, share_prompts)
-    check_folder(out, run)
+    if earlier is not None:
+        check_same(out, earlier, run)
     if (out / "model").exists():
         console.print(f"this run has ended; the model is in {out / 'model'}", highlight=False, soft_wrap=True)
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
         with alone(out):
-            write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
             folder = references or out / "references"
             trainer = make_trainer(settings, source, config, rows, tokenizer, share_prompts, folder)
+            write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
             _fit(trainer, out, console)
             _save(trainer, source, tokenizer, out)
     except OSError as error:
@@ -335,7 +360,8 @@ def _fit(trainer: Any, out: Path, console: Console) -> None:
 
     from .progress import LOG, Log, draw, read_log
 
-    start = newest(out, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    remove_unfinished(out, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    start = next(iter(whole(out)), None)
     state = None if start is None else state_of(start)
     if state is not None:
         console.print(f"going on from {start}", highlight=False, soft_wrap=True)

@@ -129,7 +129,7 @@ def settle(
         option = by_field.get(name, name)
         if option in explicit:
             raise UserError(f"{name}={given[name]} and --{option.replace('_', '-')} are both given; leave one out")
-    explicit_fields = {FIELDS[name] for name in explicit if name in FIELDS} | explicit
+    explicit_fields = {FIELDS[name] for name in explicit if name in FIELDS} | explicit | given.keys()
     more = {name: value for name, value in file.items() if name not in explicit_fields} | given
     of_loss = {name: more.pop(name) for name in known.keys() & more}
     if options.get("beta") is not None:
@@ -145,8 +145,14 @@ def settle(
         if name not in fields:
             everything = [*fields - DECIDED.keys(), *known, *(option.replace("_", "-") for option in FIELDS)]
             raise UserError(f"unknown option {name!r}{nearest(name, everything)}")
-    values = {field: options[name] for name, field in FIELDS.items() if options.get(name) is not None}
-    return Settings(made, config_class, values | more)
+    values = {field: options[name] for name, field in FIELDS.items() if options.get(name) is not None} | more
+    lengths = FIELDS["steps"], FIELDS["epochs"]
+    if len(values.keys() & lengths) == 2:
+        # the command line before the file
+        values = {name: value for name, value in values.items() if name not in lengths or name in explicit_fields}
+    if len(values.keys() & lengths) == 2:
+        raise UserError("--steps and --epochs are both given; leave one out")
+    return Settings(made, config_class, values)
 
 
 def configured(config_class: Any, fields: dict[str, Any]) -> Any:
