@@ -1,10 +1,11 @@
 """Runs of `alignloss train` that are killed, each in a process forked from this one, where everything is imported.
 
-    python killed_runs.py MODEL DATA HELD_OUT FOLDER KIND NUMBER...
+    python killed_runs.py MODEL DATA HELD_OUT FOLDER KIND NUMBER... -- OPTION...
 
 KIND "opens" kills a run at its NUMBER-th opening, renaming or deleting of a file, "times" after NUMBER milliseconds of
 training. Each run is killed in FOLDER/KIND-NUMBER, started again, killed after half of that, and then left to end.
-Prints a line of JSON for each number: how often it was killed, and what the folder held at the end.
+OPTIONs are those of each run. Prints a line of JSON for each number: how often it was killed, and what the folder held
+at the end.
 """
 
 import hashlib
@@ -81,10 +82,12 @@ def start(arguments: list[str], kind: str, number: float | None) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, data, held_out, where, kind, *numbers = sys.argv[1:]
+    model, data, held_out, where, kind, *rest = sys.argv[1:]
+    numbers, options = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     for number in map(int, numbers):
         folder = Path(where) / f"{kind}-{number}"
-        arguments = ["train", "--model", model, "--data", data, "--eval-data", held_out, "--out", str(folder), *FIXED]
+        files = ["--model", model, "--data", data, "--eval-data", held_out, "--out", str(folder)]
+        arguments = ["train", *files, *FIXED, *options]
         killed, point = 0, number
         while os.WIFSIGNALED(status := start(arguments, kind, point or None)):
             killed, point = killed + 1, point // 2
