@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from alignloss.commands.errors import UserError  # noqa: E402
@@ -202,15 +203,9 @@ def expected(name, toy, content):
         if made.loss is None:
             return (-logps.sum() / lengths.sum()).item()
         desirable = column("label").bool() if "label" in content[0] else None
-        # KTO's references are scored where those of mismatched completions are missing
-        ref = logps if name == "kto" else column("ref_logps")
-        known = {
-            "logps": logps,
-            "ref_logps": ref,
-            "desirable": desirable,
-            "kl": torch.tensor(0.0),
-            "delta": torch.tensor(0.0),
-        }
+        known = {"logps": logps, "ref_logps": column("ref_logps"), "desirable": desirable}
+        # mismatched completions are scored by the model itself, and no step has shifted anything
+        known |= {"kl": torch.tensor(0.0), "delta": torch.tensor(0.0)}
         nll = 0.0
     else:
         (chosen, chosen_lengths), (rejected, rejected_lengths) = scored("chosen"), scored("rejected")
@@ -287,6 +282,30 @@ def test_scores_are_written_and_taken(alignloss_command, train, toy, tmp_path):
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in train("--steps", "3", out=tmp_path / "b")])
 
 
+def test_scores_keep_the_other_columns(alignloss_command, train, toy, tmp_path):
+    content = [
+        {"completion": row["chosen"], "label": True, "prompt": row["prompt"], "id": number, "nested": {"a": [1]}}
+        for number, row in enumerate(pairs(6, 4))
+    ]
+    data = written(tmp_path / "data.jsonl", [*content[:3], {"prompt": "a"}, *content[3:]])
+    code, said = alignloss_command(
+        "score", "--model", toy / "model", "--data", data, "--out", tmp_path / "scored.jsonl", "--cpu"
+    )
+    assert code == 0, said
+    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in content[0]} for row in found] == content
+    log = train("--loss", "apo_zero_unpaired", "--steps", "1", data=tmp_path / "scored.jsonl")
+    assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6) and not (tmp_path / "run/references").exists()
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_references_of_pairs_are_taken_by_unpaired_losses(train, toy, tmp_path, loss):
+    content = [row | {"ref_chosen_logps": -900.0, "ref_rejected_logps": -900.0} for row in pairs(8, 4)]
+    log = train("--loss", loss, "--steps", "1", "--batch-size", "16", data=written(tmp_path / "data.jsonl", content))
+    # 0.1 (900 - 50) above the reference: as bad for the rejected as good for the chosen
+    assert log[0]["rewards/chosen"] > 80 and log[0]["rewards/rejected"] > 80
+
+
 def test_yaml_options_and_fields(train, tmp_path):
     (tmp_path / "run.yaml").write_text("steps: 3\nbatch-size: 4\nbeta: 0.2\nwarmup_steps: 1\nlearning_rate: 5e-4\n")
     log = train("--config", tmp_path / "run.yaml", "--steps", "2", "lr_scheduler_type=constant_with_warmup")
@@ -326,6 +345,15 @@ def test_yaml_options_and_fields(train, tmp_path):
         (["--loss", "odpo", "offset_weight=1"], "chosen_scores"),
         (["--loss", "sft"], "has no column completion"),
         (["--max-length", "2"], "has no usable row, of 40"),
+        (["eval_strategy=no"], "use --eval-data"),
+        (["eval_steps=3"], "eval_steps belongs to --eval-data"),
+        (["ignore_data_skip=true"], "skips what it has seen"),
+        (["lora=8"], "is an option of the command: --lora"),
+        (["logging_steps=null"], "logging_steps cannot be null"),
+        (["--seed", "-1"], "--seed must lie in"),
+        (["--epochs", "0"], "--epochs must be a positive number"),
+        (["--epochs", "inf"], "--epochs must be a positive number"),
+        (["gradient_accumulation_steps=0"], "must be at least 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line(refused, arguments, message):
@@ -336,6 +364,17 @@ def test_the_command_line_goes_before_the_file(train, tmp_path):
     (tmp_path / "run.yaml").write_text("max_steps: 9\nseed: 3\n")
     assert len(train("--config", tmp_path / "run.yaml", "--epochs", "0.5")) == 3  # of 40 pairs, 8 a step
     assert len(train("--config", tmp_path / "run.yaml", "max_steps=2", out=tmp_path / "b")) == 2
+    (tmp_path / "run.yaml").write_text("epochs: 1\n")
+    assert len(train("--config", tmp_path / "run.yaml", "--steps", "2", out=tmp_path / "c")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("seed: 1\nseed: 2\n", "has 'seed' twice"), ("steps: 2\nmax_steps: 3\n", "both steps and max_steps")],
+)
+def test_a_file_that_says_two_things(refused, tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    assert message in refused("--config", tmp_path / "run.yaml")
 
 
 def test_a_model_that_is_not_there(alignloss_command, toy, tmp_path):
@@ -357,6 +396,7 @@ BAD = {
     "wrong type: text and messages": {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"},
     "wrong type: chosen has a message without role": {"prompt": "a", "chosen": [{"content": "b"}], "rejected": "c"},
     "chosen = rejected": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "chosen = rejected: in their first 30 tokens": {"prompt": "a", "chosen": "b" * 40, "rejected": "b" * 41},
     "over-long prompt: 30 tokens, max_length is 30": {"prompt": "a" * 30, "chosen": "b", "rejected": "c"},
     "wrong type: prompt has a half of a surrogate pair": '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
 }
@@ -391,11 +431,12 @@ def test_no_usable_row(refused, tmp_path, reason):
         ({"label": "true"}, "label must be true or false"),
         ({"label": 2}, "label must be true or false"),
         ({"completion": ""}, "empty completion"),
+        ({"ref_logps": 10**400}, "ref_logps must be a finite number"),
     ],
 )
 def test_bad_rows_of_an_unpaired_loss(tmp_path, row, reason):
-    good = {"prompt": "a", "completion": "b", "label": True}
-    found = rows.read_rows(written(tmp_path / "d.jsonl", [good, good | row]), "unpaired")
+    good = {"prompt": "a", "completion": "b", "label": True, "ref_logps": 2**70}
+    found = rows.read_rows(written(tmp_path / "d.jsonl", [good, good | row]), "unpaired", references=True)
     assert [number for number, _ in found.bad] == [2] and reason in found.bad[0].reason
 
 
@@ -427,8 +468,15 @@ def test_another_run_in_the_same_folder_is_refused(train, alignloss_command, toy
 
 
 def test_one_process_at_a_time(tmp_path):
-    with checkpoints.alone(tmp_path), pytest.raises(UserError, match="another process"), checkpoints.alone(tmp_path):
-        pass
+    with checkpoints.alone(tmp_path):
+        child = os.fork()
+        if not child:
+            try:
+                with checkpoints.alone(tmp_path):
+                    os._exit(0)
+            except UserError as error:
+                os._exit(3 if "another process" in str(error) else 4)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
 def test_a_folder_is_a_checkpoint_when_all_of_it_is_there(tmp_path):
@@ -452,6 +500,50 @@ def test_checkpoints_of_something_else_are_left_alone(refused, tmp_path):
     (tmp_path / "run/checkpoint-5").mkdir(parents=True)
     (tmp_path / "run/checkpoint-5/model.safetensors").write_text("dear")
     assert "checkpoint-5 of something else" in refused()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "tdpo1", "--share-prompts"], "no kl of tokens"),
+        (["--loss", "kto", "--batch-size", "1"], "batch size"),
+        (["--report", "tensorboard"], "tensorboard"),
+        (["--report", "foo"], "foo"),
+        (["optim=adamw_torch_8bit"], "torchao"),
+    ],
+)
+def test_what_trl_refuses_leaves_the_folder_free(alignloss_command, train, toy, tmp_path, arguments, message):
+    common = ["--model", toy / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"]
+    code, said = alignloss_command("train", *common, "--steps", "2", *arguments)
+    assert code == 2 and message in said.lower() and "Traceback" not in said, said
+    assert len(train("--steps", "2")) == 2
+
+
+def test_weights_that_are_missing(alignloss_command, toy, tmp_path):
+    shutil.copytree(toy / "model", tmp_path / "model")
+    values = load_file(tmp_path / "model/model.safetensors")
+    save_file(
+        {name: value for name, value in values.items() if "layers.1." not in name},
+        tmp_path / "model/model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    code, said = alignloss_command(
+        "train", "--model", tmp_path / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"
+    )
+    assert code == 2 and "lack 9 weights of a LlamaForCausalLM" in said
+
+
+def test_a_run_shorter_than_its_log(train, tmp_path):
+    assert train("--steps", "2", "logging_steps=5", "--save-every", "5") == []
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_held_out_means_count_each_pair_once(train, toy, tmp_path):
+    held_out = written(tmp_path / "held_out.jsonl", pairs(9, 1))
+    log = train("--eval-data", held_out, "--steps", "3", "--batch-size", "8")
+    whole = train("--eval-data", held_out, "--steps", "3", "--batch-size", "8", "per_device_eval_batch_size=9",
+                  out=tmp_path / "whole")  # fmt: skip
+    for name in ("eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/chosen"):
+        assert log[-1][name] == pytest.approx(whole[-1][name], rel=1e-4), name
 
 
 def test_a_run_that_came_to_nothing_gives_way(alignloss_command, train, toy, tmp_path):

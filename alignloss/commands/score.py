@@ -1,7 +1,6 @@
 """The command `alignloss score`."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -30,22 +29,15 @@ def score(
     prepare()
     from rich.console import Console
 
-    from .training.checkpoints import write_whole
-    from .training.model import load_tokenizer, source
-    from .training.rows import REFERENCES
+    from .training.checkpoints import explained, write_whole
+    from .training.model import source
     from .training.run import scored
 
     origin = source(model, gguf, dtype, cpu, 0, False)
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
-    tokenizer = load_tokenizer(origin)
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out} must be a file in a folder that is there")
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        rows, columns = scored(origin, data, bad_rows, tokenizer, max_length, Path(scratch), cache, console)
-    names = REFERENCES[rows.kind]
-    lines = [
-        json.dumps({n: v for n, v in row.items() if n != "line"} | dict(zip(names, values, strict=True)))
-        for row, *values in zip(rows.rows, *(columns[name] for name in names), strict=True)
-    ]
-    write_whole(out, "".join(line + "\n" for line in lines))
-    console.print(f"{len(lines):,} rows in {out}", highlight=False, soft_wrap=True)
+    with explained(out):
+        rows = scored(origin, data, bad_rows, max_length, cache, console)
+        write_whole(out, "".join(json.dumps(row) + "\n" for row in rows))
+    console.print(f"{len(rows):,} rows in {out}", highlight=False, soft_wrap=True)

@@ -103,7 +103,8 @@ def train(
         "max_length": max_length, "save_every": save_every, "report": report, "seed": seed, "cpu": cpu or None,
     }  # fmt: skip
     explicit = {n for n in options if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
-    settings = settle(loss, options, explicit, context.obj or {}, parsed(assignments or []))
+    names = [parameter.name for parameter in context.command.params if parameter.name]
+    settings = settle(loss, options, explicit, context.obj or {}, parsed(assignments or []), names)
     if share_prompts and settings.objective.kind != "paired":
         raise UserError(f"--share-prompts is for pairs, which --loss {loss} does not take")
     origin = source(model, gguf, dtype, cpu, lora, qlora)

@@ -154,15 +154,19 @@ class AlignlossTrainer(_Base):
         """A data set with log-probabilities of the reference, from the cache as far as they are there."""
         if self.accelerator.num_processes > 1:
             raise ValueError("reference_cache is for one process: leave it out, or score the data set before")
-        there = [name for name in REFERENCE_COLUMNS.values() if name in dataset.column_names]
+        lacking = {k: v for k, v in REFERENCE_COLUMNS.items() if k in dataset.column_names}
+        lacking = {tokens: made for tokens, made in lacking.items() if made not in dataset.column_names}
         with self._reference_alone():
-            return score(
+            found = score(
                 self.ref_model or self.model,
-                dataset.remove_columns(there),
+                dataset.select_columns(["prompt_ids", *lacking]),
                 cache_dir=self._reference_cache,
                 max_length=self.args.max_length,
                 progress=not self.args.disable_tqdm,
             )
+        for made in lacking.values():
+            dataset = dataset.add_column(made, list(found[made]))
+        return dataset
 
     @contextmanager
     def _reference_alone(self) -> Iterator[None]:
@@ -286,8 +290,10 @@ class AlignlossTrainer(_Base):
         out = self._output(model, inputs, ref_logps, **data)
         if self.shift is not None and mode == "train":
             self.shift.update(out.rewards.detach(), data["desirable"])
+        # TRL averages over batches, of which the last one of an evaluation may be smaller
+        count = len(out.losses) if mode == "eval" else 1
         for name, value in self._logged(out.metrics()).items():
-            self._metrics[mode][name].append(value)
+            self._metrics[mode][name] += [value] * count
         if mode == "train":
             tokens = self.accelerator.gather_for_metrics(attended).sum().item()
             self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)

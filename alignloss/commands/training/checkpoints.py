@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError
 
 WHOLE = "whole.json"
@@ -88,7 +90,7 @@ def alone(out: Path) -> Iterator[None]:
     """One process at a time in a folder; the lock goes with the process, however it ends."""
     with open(out / "lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers that load data do not inherit
         except OSError as error:
             raise UserError(f"another process is at work in {out}; wait for it, or give another --out") from error
         yield
@@ -98,8 +100,33 @@ def way_on(out: Path) -> str:
     """What is left of a run that could not write."""
     remove_unfinished(out, lambda _: None)  # which makes room
     kept = next(iter(whole(out)), None)
-    there = f"{kept.name} is complete, and the same command goes on from there" if kept else "There is no checkpoint"
-    return f"{there}, once {out} can be written to"
+    there = (
+        f"{kept.name} is complete, and the same command goes on from there" if kept else "There is no checkpoint yet"
+    )
+    return f"{there}; {out} has to be there and have room"
+
+
+def failure(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Files that cannot be written or read, and a lack of memory, as what the user can mend."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        named = getattr(error, "filename", None) or out
+        said = getattr(error, "strerror", None) or failure(error)
+        left = way_on(out) if (out / "run.json").exists() else "nothing was trained"
+        raise UserError(f"{named}: {said}. {left}") from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        ways = "a smaller --batch-size or --max-length, --lora, --qlora and --share-prompts need less"
+        raise UserError(f"there is not enough memory: {ways}; `alignloss fit` estimates how much") from error
 
 
 # a trainer of TRL stands behind it
@@ -135,12 +162,6 @@ class WholeCheckpoints(_Base):
         return state if shift is None else state | {"shift": shift.totals.tolist()}
 
     def take_progress(self, state: dict[str, Any]) -> None:
-        import torch
-
         self._total_train_tokens = state["tokens"]
         if "shift" in state:
             self.shift.totals = torch.tensor(state["shift"], dtype=torch.float64)
-
-
-def failure(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -57,7 +57,9 @@ def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora
             raise UserError(
                 f"{model} has no {wanted}: give the folder of a model as save_pretrained writes it, or --gguf"
             )
-    elif path.exists() or "/" in model.strip("/").replace("/", "", 1) or model.startswith(("/", ".", "~")):
+    elif path.is_file():
+        raise UserError(f"{model} is a file: give the folder that it lies in, or a file that ends in .gguf")
+    elif "/" in model.strip("/").replace("/", "", 1) or model.startswith(("/", ".", "~")):
         raise UserError(f"there is no folder {model}")
     elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise UserError(f"there is no folder {model}, and HF_HUB_OFFLINE is set")
@@ -86,6 +88,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load_model(source: Source) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     more: dict[str, Any] = {"dtype": source.torch_dtype}
@@ -105,9 +108,15 @@ def load_model(source: Source) -> Any:
     unpacking: Any = redirect_stderr(io.StringIO()) if source.gguf else nullcontext()
     try:
         with unpacking:
-            model = AutoModelForCausalLM.from_pretrained(source.model, **more)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            model, found = AutoModelForCausalLM.from_pretrained(source.model, output_loading_info=True, **more)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model {source.model} cannot be loaded: {_one_line(error)}") from error
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        raise UserError(
+            f"the files of {source.model} lack {len(lacking)} weights of a {type(model).__name__}, which would be "
+            f"random: {lacking[0]}"
+        )
     if source.gguf:
         _unmark(model)
     return model

@@ -37,10 +37,10 @@ def read_log(path: Path, until: float = float("inf")) -> list[dict[str, Any]]:
         for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                if entry["step"] <= until:
+                    entries.append(entry)
+            except (ValueError, KeyError, TypeError):
                 continue
-            if entry["step"] <= until:
-                entries.append(entry)
     return entries
 
 
@@ -126,6 +126,8 @@ def draw(entries: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     panels = {name: label for name, label in PANELS.items() if any(name in entry for entry in entries)}
+    if not panels:  # fewer steps than logging_steps
+        return
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

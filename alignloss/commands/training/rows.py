@@ -35,6 +35,7 @@ class Rows(NamedTuple):
     rows: list[dict[str, Any]]
     bad: list[Bad]
     unused: list[str]  # columns that nothing reads
+    originals: dict[int, dict[str, Any]]  # by line
 
     def summary(self) -> str:
         text = f"{self.path}: {len(self.rows):,} rows"
@@ -51,9 +52,10 @@ class Rows(NamedTuple):
 
 def read_rows(
     path: Path,
-    kind: str,
+    kind: str | None,
     *,
     numbers: Sequence[str] = (),
+    references: bool = False,
     policy: str = "skip",
     token_fault: Callable[[dict[str, Any]], str | None] = lambda row: None,
 ) -> Rows:
@@ -61,8 +63,10 @@ def read_rows(
 
     Args:
         path: UTF-8; empty lines are passed over.
-        kind: of COLUMNS. Pairs serve an unpaired loss too: the chosen is desirable, the rejected is not.
+        kind: of COLUMNS. Pairs serve an unpaired loss too: the chosen is desirable, the rejected is not. None: pairs,
+            or prompts and completions, as the file has them.
         numbers: columns of the loss beside those of its kind.
+        references: read log-probabilities of the reference where the file has them.
         policy: "skip" leaves bad rows out, "stop" is an error at the first.
         token_fault: what is wrong with the tokens of a row, or None.
 
@@ -74,9 +78,10 @@ def read_rows(
     parsed = _lines(path)
     objects = [row for _, row in parsed if isinstance(row, dict)]
     names = {name for row in objects for name in row}
+    if kind is None:
+        kind = "paired" if {"chosen", "rejected"} <= names else "unlabelled"
     if kind == "unpaired" and "completion" not in names and {"chosen", "rejected"} <= names:
         kind = "paired"
-        numbers = [n for n in numbers if n != "label"]
     needed = COLUMNS[kind]
     lacking = [name for name in needed if objects and name not in names]
     if lacking:
@@ -84,30 +89,31 @@ def read_rows(
             f"{path} has no column {', '.join(lacking)}: this loss needs {', '.join(needed)}, and the file has "
             f"{', '.join(sorted(names)) or 'none'}"
         )
-    references = [name for name in REFERENCES[kind] if name in names]
-    numbers = [*numbers, *(references if len(references) == len(REFERENCES[kind]) else ())]
+    if references and names.issuperset(REFERENCES[kind]):
+        numbers = [*numbers, *REFERENCES[kind]]
     rows: list[dict[str, Any]] = []
     bad: list[Bad] = []
+    originals: dict[int, dict[str, Any]] = {}
     for number, row in parsed:
         reason = row if isinstance(row, str) else _fault(row, needed, numbers, rows[0] if rows else None)
         reason = reason or token_fault(row)
         if reason is None:
-            rows.append({name: row[name] for name in (*needed, *numbers)} | {"line": number})
+            rows.append(
+                {name: bool(row[name]) if name == "label" else row[name] for name in needed}
+                | {name: float(row[name]) for name in numbers}
+                | {"line": number}
+            )
+            originals[number] = row
             continue
         bad.append(Bad(number, reason))
         if policy == "stop":
             raise UserError(f"{path}, line {number}: {reason} (--bad-rows skip leaves such rows out)")
     unused = sorted(names - {*needed, *numbers})
-    result = Rows(path, kind, rows, bad, unused)
+    result = Rows(path, kind, rows, bad, unused, originals)
     if not rows:
         first = f"; line {bad[0].line}: {bad[0].reason}" if bad else ": it is empty"
         raise UserError(f"{path} has no usable row, of {len(parsed):,}{first}")
     return result
-
-
-def column_names(path: Path) -> set[str]:
-    """Of all rows of a file."""
-    return {name for _, row in _lines(path) if isinstance(row, dict) for name in row}
 
 
 def _lines(path: Path) -> list[tuple[int, Any]]:
@@ -150,11 +156,18 @@ def _fault(
         return f"wrong type: label must be true or false, got {row['label']!r}"
     for name in numbers:
         value = row[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_finite(value):
             return f"wrong type: {name} must be a finite number, got {value!r}"
     if "chosen" in needed and row["chosen"] == row["rejected"]:
         return "chosen = rejected"
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _text_fault(value: Any, may_be_empty: bool) -> str | None:

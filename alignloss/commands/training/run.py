@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,22 +28,24 @@ from ..errors import UserError
 from .checkpoints import (
     WholeCheckpoints,
     alone,
+    explained,
     failure,
     remove_unfinished,
     state_of,
     to_disk,
-    way_on,
     whole,
     write_whole,
 )
 from .model import Source, adapters, load_model, load_tokenizer
 from .objective import Objective
-from .rows import REFERENCES, Rows, column_names, read_rows
+from .rows import REFERENCES, Rows, read_rows
 from .settings import Settings, configured, settle
 
 # fields that may change from one start of a run to the next
 CHANGEABLE = {"save_steps", "save_total_limit", "report_to", "disable_tqdm", "run_name"}
 DEFAULT_BATCH = 8
+# a model that is not supported, fields that do not go together, a package that is not there
+REFUSALS = (ValueError, TypeError, ImportError, IndexError, NotImplementedError)
 
 
 class Data(NamedTuple):
@@ -65,19 +68,22 @@ def token_fault(tokenizer: Any, max_length: int | None) -> Callable[[dict[str, A
         return list(tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])
 
     def fault(row: dict[str, Any]) -> str | None:
-        prompt = row["prompt"]
+        prompt, whole = row["prompt"], {}
+        names = [name for name in ("chosen", "rejected", "completion") if name in row]
         if isinstance(prompt, str):
             tokens = len(tokenizer(prompt)["input_ids"])
+            if max_length is not None and any(len(prompt + row[name]) >= max_length for name in names):
+                whole = {name: tokenizer(prompt + row[name])["input_ids"] for name in names}
         else:
             try:
                 tokens = len(template(prompt, add_generation_prompt=True))
-                for name in ("chosen", "rejected", "completion"):
-                    if name in row:
-                        template(prompt + row[name])
+                whole = {name: template(prompt + row[name]) for name in names}
             except (ValueError, TypeError, TemplateError) as error:  # what a template makes of roles
                 return f"chat template: {failure(error)}"
         if max_length is not None and tokens >= max_length:
             return f"over-long prompt: {tokens:,} tokens, max_length is {max_length:,}"
+        if "chosen" in whole and whole["chosen"][:max_length] == whole["rejected"][:max_length]:
+            return f"chosen = rejected: in their first {max_length:,} tokens"
         return None
 
     return fault
@@ -91,6 +97,7 @@ def read_data(
             path,
             objective.kind,
             numbers=objective.numbers,
+            references=objective.needs_reference and not objective.needs_reference_model,
             policy=policy,
             token_fault=token_fault(tokenizer, max_length),
         )
@@ -111,7 +118,7 @@ def dataset_of(rows: Rows, objective: Objective, seed: int) -> Any:
     """
     from datasets import Dataset
 
-    whole = [{name: value for name, value in row.items() if name != "line"} for row in rows.rows]
+    whole = rows.rows
     if objective.loss is None or objective.loss.paired:
         return Dataset.from_list(whole)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -120,6 +127,7 @@ def dataset_of(rows: Rows, objective: Objective, seed: int) -> Any:
         sides = "chosen", "rejected"
         shuffled = [
             {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen", "pair": i}
+            | ({"ref_logps": row[f"ref_{side}_logps"]} if f"ref_{side}_logps" in row else {})
             for turn in range(2)
             for i, row in enumerate(shuffled)
             for side in [sides[(i + turn) % 2]]
@@ -166,6 +174,15 @@ def configuration(settings: Settings, source: Source, out: Path, evaluates: bool
     config = configured(settings.config_class, fields)
     if not 0 <= config.learning_rate < math.inf:
         raise UserError(f"--learning-rate must be a number from 0 on, got {config.learning_rate}")
+    if not 0 < config.num_train_epochs < math.inf:
+        raise UserError(f"--epochs must be a positive number, got {config.num_train_epochs}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not 0 <= config.seed < 1 << 32:
+        raise UserError(f"--seed must lie in [0, 2^32), got {config.seed}")
+    if not evaluates and "eval_steps" in given:
+        raise UserError("eval_steps belongs to --eval-data")
     if config.save_steps < 1 or config.save_steps % 1 or config.save_steps % config.logging_steps:
         raise UserError(
             f"--save-every must be a multiple of logging_steps, so that a run that goes on logs the same; got "
@@ -231,12 +248,19 @@ def make_trainer(
     sets = [None if rows is None else dataset_of(rows, objective, config.seed) for rows in data]
     trainer_class = type(f"Whole{base.__name__}", (WholeCheckpoints, PairAccuracy, base), {})
     try:
-        return trainer_class(
+        trainer = trainer_class(
             model=model, args=config, train_dataset=sets[0], eval_dataset=sets[1], processing_class=tokenizer,
             peft_config=adapters(source), **more,
         )  # fmt: skip
-    except (ValueError, ImportError) as error:  # a model that is not supported, fields that do not go together
+    except torch.OutOfMemoryError:
+        raise
+    except (*REFUSALS, RuntimeError) as error:
         raise UserError(failure(error)) from error
+    if source.lora:  # as a checkpoint brings them back
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
 
 
 def identity(settings: Settings, source: Source, config: Any, data: Data, share_prompts: bool) -> dict[str, Any]:
@@ -264,7 +288,8 @@ def earlier_run(out: Path) -> dict[str, Any] | None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file")
     if not known.exists():
-        taken = [path.name for path in (out / "model", *out.glob("checkpoint-*")) if path.exists()]
+        ours = [out / name for name in ("model", "log.jsonl", "curves.png", "README.md")]
+        taken = [path.name for path in (*ours, *out.glob("checkpoint-*")) if path.exists()]
         if taken:
             raise UserError(f"{out} has {', '.join(taken)} of something else; give another --out")
         return None
@@ -316,43 +341,36 @@ def train(
     if (out / "model").exists():
         console.print(f"this run has ended; the model is in {out / 'model'}", highlight=False, soft_wrap=True)
         return
-    try:
+    with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         with alone(out):
             folder = references or out / "references"
             trainer = make_trainer(settings, source, config, rows, tokenizer, share_prompts, folder)
             write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
-            _fit(trainer, out, console)
+            try:
+                _fit(trainer, out, console)
+            except REFUSALS as error:
+                raise UserError(failure(error)) from error
             _save(trainer, source, tokenizer, out)
-    except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or failure(error)}. {way_on(out)}") from error
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        ways = "a smaller --batch-size or --max-length, --lora, --qlora and --share-prompts need less"
-        raise UserError(f"there is not enough memory: {ways}; `alignloss fit` estimates how much") from error
     console.print(f"the trained model is in {out / 'model'}", highlight=False, soft_wrap=True)
 
 
 def scored(
-    source: Source, data: Path, policy: str, tokenizer: Any, max_length: int, scratch: Path, cache: Path | None,
-    console: Console,
-) -> tuple[Rows, dict[str, list[float]]]:  # fmt: skip
-    """Rows and, by column, the log-probabilities of their completions."""
-    columns = column_names(data)
-    name = "dpo" if {"chosen", "rejected"} <= columns else "npo"
-    settings = settle(name, {}, set(), {}, {"max_length": max_length})
-    config = configuration(settings, source, scratch, False)
-    rows = read_data(settings.objective, data, None, policy, tokenizer, max_length).train
+    source: Source, data: Path, policy: str, max_length: int, cache: Path | None, console: Console
+) -> list[dict[str, Any]]:
+    """The rows of a file as they stand there, with the log-probabilities of their completions."""
+    tokenizer = load_tokenizer(source)
+    rows = read_rows(data, None, policy=policy, token_fault=token_fault(tokenizer, max_length))
     console.print(rows.summary(), highlight=False, soft_wrap=True)
-    for row in rows.rows:
-        for known in REFERENCES[rows.kind]:
-            row.pop(known, None)
-    config.disable_tqdm = not console.is_terminal
-    trainer = make_trainer(
-        settings, source, config, Data(rows, None), tokenizer, False, cache or scratch / "references"
-    )
-    return rows, {name: trainer.train_dataset[name] for name in REFERENCES[rows.kind]}
+    paired, names = rows.kind == "paired", REFERENCES[rows.kind]
+    settings = settle("dpo" if paired else "npo", {}, set(), {}, {"max_length": max_length})
+    with tempfile.TemporaryDirectory() as scratch:
+        config = configuration(settings, source, Path(scratch), False)
+        config.disable_tqdm = not console.is_terminal
+        folder = cache or Path(scratch) / "references"
+        trainer = make_trainer(settings, source, config, Data(rows, None), tokenizer, False, folder)
+    found = trainer.train_dataset.select_columns([*names, "line"])
+    return [rows.originals[row["line"]] | {name: row[name] for name in names} for row in found.sort("line")]
 
 
 def _fit(trainer: Any, out: Path, console: Console) -> None:

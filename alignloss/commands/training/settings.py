@@ -50,6 +50,13 @@ DECIDED = {
     "load_best_model_at_end": "the checkpoint that you choose",
     "save_only_model": "nothing: without an optimizer a run could not go on",
     "save_strategy": "--save-every",
+    "eval_strategy": "--eval-data and eval_steps=...",
+    "eval_on_start": "--eval-data, which is evaluated at the start",
+    "eval_delay": "eval_steps=...",
+    "do_eval": "--eval-data",
+    "do_train": "nothing",
+    "do_predict": "a script of your own",
+    "ignore_data_skip": "nothing: a run that goes on skips what it has seen",
     "logging_strategy": "logging_steps=...",
     "logging_nan_inf_filter": "nothing: a run stops at a loss that is not finite",
     "disable_tqdm": "nothing: there is a bar where there is a terminal",
@@ -89,8 +96,18 @@ def assignments(arguments: Iterable[str]) -> dict[str, Any]:
 def read_yaml(text: str, where: str) -> Any:
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """A loader that takes each entry once, where YAML's takes the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise UserError(f"{where} has {twice[0]!r} twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Once)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
 
@@ -112,7 +129,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def settle(
-    loss: str, options: dict[str, Any], explicit: set[str], file: dict[str, Any], given: dict[str, Any]
+    loss: str,
+    options: dict[str, Any],
+    explicit: set[str],
+    file: dict[str, Any],
+    given: dict[str, Any],
+    commands: Iterable[str] = (),
 ) -> Settings:
     """Sort options and fields into a loss and a configuration.
 
@@ -122,6 +144,7 @@ def settle(
         explicit: those that the command line named.
         file: entries of the YAML file that are no options of the command.
         given: `field=value`, which win over the file.
+        commands: the names of all options of the command.
     """
     known = known_options(loss)
     by_field = {field: name for name, field in FIELDS.items()}
@@ -130,6 +153,9 @@ def settle(
         if option in explicit:
             raise UserError(f"{name}={given[name]} and --{option.replace('_', '-')} are both given; leave one out")
     explicit_fields = {FIELDS[name] for name in explicit if name in FIELDS} | explicit | given.keys()
+    for name, option in by_field.items():
+        if name in file and name != option and options.get(option) is not None and option not in explicit:
+            raise UserError(f"the file has both {option} and {name}")
     more = {name: value for name, value in file.items() if name not in explicit_fields} | given
     of_loss = {name: more.pop(name) for name in known.keys() & more}
     if options.get("beta") is not None:
@@ -143,8 +169,9 @@ def settle(
         if name in DECIDED:
             raise UserError(f"{name} is not set here; use {DECIDED[name]}")
         if name not in fields:
-            everything = [*fields - DECIDED.keys(), *known, *(option.replace("_", "-") for option in FIELDS)]
-            raise UserError(f"unknown option {name!r}{nearest(name, everything)}")
+            if name.replace("-", "_") in commands:
+                raise UserError(f"{name} is an option of the command: --{name.replace('_', '-')}")
+            raise UserError(f"unknown option {name!r}{nearest(name, [*fields - DECIDED.keys(), *known, *commands])}")
     values = {field: options[name] for name, field in FIELDS.items() if options.get(name) is not None} | more
     lengths = FIELDS["steps"], FIELDS["epochs"]
     if len(values.keys() & lengths) == 2:
@@ -170,6 +197,8 @@ def configured(config_class: Any, fields: dict[str, Any]) -> Any:
     arguments: list[str] = []
     for name, value in fields.items():
         if value is None:
+            if config_class.__dataclass_fields__[name].default is not None:
+                raise UserError(f"{name} cannot be null")
             continue
         if isinstance(value, (list, tuple)):
             arguments += [f"--{name}", *map(str, value)]
@@ -181,7 +210,4 @@ def configured(config_class: Any, fields: dict[str, Any]) -> Any:
         (config,) = Parser(config_class, allow_abbrev=False).parse_args_into_dataclasses(arguments)
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    for name, value in fields.items():
-        if value is None:
-            setattr(config, name, None)
     return config
