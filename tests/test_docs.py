@@ -191,6 +191,18 @@ def test_the_numbers_of_a_gpu_are_those_of_the_result_file():
     assert re.search(rf"commit\s`{found['commit']}", TEXTS["docs/gpu.md"])
 
 
+def test_the_shares_of_four_losses_are_those_of_the_result_file():
+    result = json.loads((ROOT / "benchmarks/results/cpu-float32-smollm2-135m-curves.json").read_text())
+    rows = re.findall(r"^\| (DPO|IPO|KTO|CPO) \| (.*) \| (.*) \|$", TEXTS["docs/train.md"], re.M)
+    assert len(rows) == 4 and result["environment"]["commit"] in TEXTS["docs/train.md"]
+    for loss, *cells in rows:
+        for way, cell in zip(("lora", "full"), cells, strict=True):
+            log = result["runs"][f"{loss.lower()}, {way}"]["log"]
+            shares = [entry["eval_rewards/accuracies"] for entry in log if "eval_loss" in entry]
+            assert cell == " → ".join(f"{share:.0%}" for share in shares)
+            assert shares[-1] > shares[0]
+
+
 def anchors(text):
     """Of its headings, as GitHub and MyST make them."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
