@@ -380,6 +380,9 @@ def test_gradients_that_are_freed_count_in_the_backward_alone():
     assert step.weights == 4 * model.parameters and step.head_gradient == 4 * 49152 * 576
     early = step.activations + max(step.loss_bytes, step.recomputed)
     assert step.total() == step.weights + step.optimizer + max(step.head_gradient + early, step.gradients)
+    # its gradient comes when one of three tensors of logits is left
+    logits = max(step.full_logits_bytes, step.full_logits_bytes // 3 + step.head_gradient)
+    assert step.total(full_logits=True) == step.weights + step.optimizer + step.activations + logits
     assert held.total() == step.weights + step.optimizer + step.gradients + early
 
 

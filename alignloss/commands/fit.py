@@ -259,13 +259,19 @@ class Estimate(NamedTuple):
         """At the larger of two moments: the loss, with every activation alive, and a layer's backward.
 
         Where gradients are not held from a micro-batch before, the backward's moment is its first layer, with every
-        activation and the head's gradient, or its last, with every gradient.
+        activation and the head's gradient, or its last, with every gradient. alignloss makes the head's gradient in the
+        loss layer; full logits make it when two of their three tensors of logits are gone.
         """
+        held = self.weights + self.optimizer
         loss = self.full_logits_bytes if full_logits else self.loss_bytes
-        early = self.activations + max(loss, self.recomputed)
         if self.accumulates:
-            return self.weights + self.optimizer + self.gradients + early
-        return self.weights + self.optimizer + max(self.head_gradient + early, self.gradients + self.recomputed)
+            return held + self.gradients + self.activations + max(loss, self.recomputed)
+        if full_logits:
+            loss = max(loss, loss // 3 + self.head_gradient)
+        else:
+            loss += self.head_gradient
+        early = self.activations + max(loss, self.head_gradient + self.recomputed)
+        return held + max(early, self.gradients + self.recomputed)
 
 
 def estimate(
