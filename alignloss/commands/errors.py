@@ -16,3 +16,8 @@ def need(extra: str, *packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"this needs {', '.join(missing)}; in the project's folder: pip install '.[{extra}]'")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or what it is."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

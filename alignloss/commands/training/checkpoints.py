@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 WHOLE = "whole.json"
 
@@ -106,10 +106,6 @@ def way_on(out: Path) -> str:
     return f"{there}; {out} has to be there and have room"
 
 
-def failure(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 @contextmanager
 def explained(out: Path) -> Iterator[None]:
     """Files that cannot be written or read, and a lack of memory, as what the user can mend."""
@@ -119,7 +115,7 @@ def explained(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         named = getattr(error, "filename", None) or out
-        said = getattr(error, "strerror", None) or failure(error)
+        said = getattr(error, "strerror", None) or one_line(error)
         left = way_on(out) if (out / "run.json").exists() else "nothing was trained"
         raise UserError(f"{named}: {said}. {left}") from error
     except RuntimeError as error:
@@ -150,7 +146,7 @@ class WholeCheckpoints(_Base):
             super()._save_checkpoint(model, trial)
             seal(folder, self.progress_state())
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder.name} could not be saved: {failure(error)}. {way_on(out)}") from error
+            raise UserError(f"{folder.name} could not be saved: {one_line(error)}. {way_on(out)}") from error
         finally:
             self.args.save_total_limit = limit
         rotate_checkpoints(output_dir=str(out), save_total_limit=limit, use_mtime=False)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,7 +79,7 @@ def load_tokenizer(source: Source) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.model, **more)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"the tokenizer of {source.model} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"the tokenizer of {source.model} cannot be loaded: {one_line(error)}") from error
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of {source.model} has no eos_token, with which a completion ends")
     if tokenizer.pad_token is None:
@@ -110,7 +110,7 @@ def load_model(source: Source) -> Any:
         with unpacking:
             model, found = AutoModelForCausalLM.from_pretrained(source.model, output_loading_info=True, **more)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model {source.model} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"the model {source.model} cannot be loaded: {one_line(error)}") from error
     lacking = sorted(found["missing_keys"])
     if lacking:
         raise UserError(
@@ -137,7 +137,3 @@ def adapters(source: Source) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=source.lora, lora_alpha=2 * source.lora, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]

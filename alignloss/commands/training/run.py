@@ -24,12 +24,11 @@ from jinja2 import TemplateError
 from rich.console import Console
 
 from ...hf.score import score
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .checkpoints import (
     WholeCheckpoints,
     alone,
     explained,
-    failure,
     remove_unfinished,
     state_of,
     to_disk,
@@ -79,7 +78,7 @@ def token_fault(tokenizer: Any, max_length: int | None) -> Callable[[dict[str, A
                 tokens = len(template(prompt, add_generation_prompt=True))
                 whole = {name: template(prompt + row[name]) for name in names}
             except (ValueError, TypeError, TemplateError) as error:  # what a template makes of roles
-                return f"chat template: {failure(error)}"
+                return f"chat template: {one_line(error)}"
         if max_length is not None and tokens >= max_length:
             return f"over-long prompt: {tokens:,} tokens, max_length is {max_length:,}"
         if "chosen" in whole and whole["chosen"][:max_length] == whole["rejected"][:max_length]:
@@ -255,7 +254,7 @@ def make_trainer(
     except torch.OutOfMemoryError:
         raise
     except (*REFUSALS, RuntimeError) as error:
-        raise UserError(failure(error)) from error
+        raise UserError(one_line(error)) from error
     if source.lora:  # as a checkpoint brings them back
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -296,7 +295,7 @@ def earlier_run(out: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(known.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{known} cannot be read: {failure(error)}; give another --out") from error
+        raise UserError(f"{known} cannot be read: {one_line(error)}; give another --out") from error
 
 
 def check_same(out: Path, earlier: dict[str, Any], run: dict[str, Any]) -> None:
@@ -350,7 +349,7 @@ def train(
             try:
                 _fit(trainer, out, console)
             except REFUSALS as error:
-                raise UserError(failure(error)) from error
+                raise UserError(one_line(error)) from error
             _save(trainer, source, tokenizer, out)
     console.print(f"the trained model is in {out / 'model'}", highlight=False, soft_wrap=True)
 

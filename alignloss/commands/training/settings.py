@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .objective import Objective, known_options, nearest, objective
 
 # options of the command, and the field of TRL's configuration that each one sets
@@ -109,7 +109,7 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Once)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where}: not YAML: {one_line(error)}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -209,5 +209,5 @@ def configured(config_class: Any, fields: dict[str, Any]) -> Any:
     try:
         (config,) = Parser(config_class, allow_abbrev=False).parse_args_into_dataclasses(arguments)
     except (ValueError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     return config
