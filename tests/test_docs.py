@@ -203,6 +203,25 @@ def test_the_shares_of_four_losses_are_those_of_the_result_file():
             assert shares[-1] > shares[0]
 
 
+def test_what_trains_within_a_limit_is_that_of_the_result_files():
+    (section,) = re.findall(r"^## What trains within a limit\n(.*?)^## ", TEXTS["docs/measured.md"], re.M | re.S)
+    rows = re.findall(r"^\| (alignloss|full logits|TRL 1.16) \| (.*) \|$", section, re.M)
+    found = {}
+    for name in ("limit", "limit-lora"):
+        result = json.loads((ROOT / f"benchmarks/results/cpu-float32-smollm2-135m-{name}.json").read_text())
+        assert result["commit"] in TEXTS["docs/measured.md"]
+        for row in result["rows"]:
+            size = next(key for key in ("most_length", "most_vocabulary") if key in row)
+            found[row["provider"], row["mode"].split(",")[0], size] = row[size], row.get(f"estimated_{size}")
+    columns = ("full", "most_length"), ("full", "most_vocabulary"), ("lora", "most_length")
+    assert len(rows) == 3 and len(found) == 9
+    for label, cells in rows:
+        for column, cell in zip(columns, cells.split(" | "), strict=True):
+            measured, expected = found[(label.removesuffix(" 1.16"), *column)]
+            assert cell == f"{measured:,}" + (f" ({expected:,}, {expected / measured:.2f})" if expected else "")
+            assert expected is None or abs(expected / measured - 1) <= 0.1
+
+
 def anchors(text):
     """Of its headings, as GitHub and MyST make them."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
