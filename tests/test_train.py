@@ -666,7 +666,6 @@ WAYS = {
     "LoRA and shared prompts": ["--lora", "4", "--share-prompts", "gradient_accumulation_steps=2"],
     "BCO, whose shift runs": ["--loss", "bco"],
     "KTO": ["--loss", "kto", "logging_steps=2"],
-    "QLoRA": ["--qlora"],
 }
 
 
