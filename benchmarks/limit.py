@@ -13,11 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alignloss.commands.fit import estimate, read_model
-
 from .cases import Case
-from .measure import Row, search
-from .steps import RANK, Run, Trained, build, make_labels, take_step
+from .measure import Row, last_line, search
+from .steps import Run, Trained, build, expected_bytes, make_labels, take_step
 
 ESTIMATED = ("alignloss", "full logits")
 CLOSING = 5  # halvings of the last doubling
@@ -41,7 +39,7 @@ def measure_limit(case: Case, run: Run, vary: str, names: list[str], memory: int
         row: Row = {"provider": name, "mode": str(run), "memory_bytes": memory}
         rows.append(row)
         if found.returncode:
-            row["failed"] = (found.stderr.strip().splitlines() or ["no output"])[-1]
+            row["failed"] = last_line(found.stderr)
             continue
         row |= json.loads(found.stdout.splitlines()[-1])
         if name in ESTIMATED:
@@ -65,21 +63,7 @@ def sized(case: Case, vary: str, size: int) -> Case:
 
 def expected(case: Case, run: Run, name: str) -> int:
     """Bytes that `alignloss fit` expects of a step in float32 on a CPU."""
-    step = estimate(
-        read_model(case.shape)._replace(vocabulary=case.vocabulary),
-        case.tokens,
-        length=case.tokens // case.sequences,
-        labelled=case.labelled / case.tokens,
-        lora=run.train == "lora",
-        rank=RANK,
-        checkpointing=run.checkpointing,
-        precision="fp32",
-        optimizer="adamw" if run.optimizer else "sgd",
-        accumulates=False,
-        device="cpu",
-        workspace_bytes=case.workspace_bytes,
-    )
-    return step.total(name == "full logits")
+    return expected_bytes(case, run, name, precision="fp32", accumulates=False, device="cpu")
 
 
 def limit(case: Case, name: str, run: Run, vary: str, memory: int, most: int) -> Row:

@@ -267,13 +267,13 @@ def _in_fresh_processes(what: str, case: Case, pairs: list[tuple[str, str]], *op
         command = [sys.executable, "-m", "benchmarks", "alone", json.dumps([what, case, name, modes, *options])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            rows += [{"provider": name, "mode": mode, "failed": _last_line(done.stderr)} for mode in modes]
+            rows += [{"provider": name, "mode": mode, "failed": last_line(done.stderr)} for mode in modes]
         else:
             rows += json.loads(done.stdout.splitlines()[-1])
     return rows
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no output"])[-1]
 
 

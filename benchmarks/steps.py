@@ -154,8 +154,14 @@ def _estimated(case: Case, run: Run, name: str) -> dict[str, Any]:
     """What `alignloss fit` expects, where it estimates such a step."""
     if case.dtype != "bfloat16" or name not in ("alignloss", "full logits"):
         return {}
-    expected = estimate(
-        read_model(case.shape),
+    memory = torch.cuda.get_device_properties(0).total_memory if case.device == "cuda" else 80 << 30
+    return {"estimated_bytes": expected_bytes(case, run, name, gpu_memory=memory)}
+
+
+def expected_bytes(case: Case, run: Run, name: str, **machine: Any) -> int:
+    """Bytes that `alignloss fit` expects of a step; `machine` and its precision as in `estimate`."""
+    step = estimate(
+        read_model(case.shape)._replace(vocabulary=case.vocabulary),
         case.tokens,
         length=case.tokens // case.sequences,
         labelled=case.labelled / case.tokens,
@@ -163,7 +169,7 @@ def _estimated(case: Case, run: Run, name: str) -> dict[str, Any]:
         rank=RANK,
         checkpointing=run.checkpointing,
         optimizer="adamw" if run.optimizer else "sgd",
-        gpu_memory=torch.cuda.get_device_properties(0).total_memory if case.device == "cuda" else 80 << 30,
         workspace_bytes=case.workspace_bytes,
+        **machine,
     )
-    return {"estimated_bytes": expected.total(name == "full logits")}
+    return step.total(name == "full logits")

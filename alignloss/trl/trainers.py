@@ -145,10 +145,17 @@ class AlignlossTrainer(_Base):
             more = [name for name in self._loss.data if name not in self._signature_columns]
             self._signature_columns = [*self._signature_columns, *more]
 
-    def _lacks_references(self, dataset: Any, columns: set[str]) -> bool:
-        """Whether log-probabilities of the reference are to be computed for a data set."""
-        needed = self._loss is None or self._loss.needs_reference
-        return needed and not columns <= set(dataset.column_names or ())
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        needed = self._reference_columns() if self._loss is None or self._loss.needs_reference else set()
+        if needed <= set(dataset.column_names or ()):
+            return dataset
+        if self._reference_cache is not None:
+            return self._scored(dataset)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _reference_columns(self) -> set[str]:
+        """Of the data set, for a trainer with a reference."""
+        raise NotImplementedError
 
     def _scored(self, dataset: Any) -> Any:
         """A data set with log-probabilities of the reference, from the cache as far as they are there."""
@@ -322,12 +329,8 @@ class DPOTrainer(AlignlossTrainer, _DPOTrainer):
     paired = True
     shares_prompts = True
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if not self._lacks_references(dataset, {"ref_chosen_logps", "ref_rejected_logps"}):
-            return dataset
-        if self._reference_cache is not None:
-            return self._scored(dataset)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+    def _reference_columns(self) -> set[str]:
+        return {"ref_chosen_logps", "ref_rejected_logps"}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         own, inputs = self._loss, dict(inputs)
@@ -404,12 +407,8 @@ class KTOTrainer(AlignlossTrainer, _KTOTrainer):
 
     paired = False
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if not self._lacks_references(dataset, {"ref_logps"} | ({"ref_KL_logps"} if self.calculate_KL else set())):
-            return dataset
-        if self._reference_cache is not None:
-            return self._scored(dataset)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+    def _reference_columns(self) -> set[str]:
+        return {"ref_logps"} | ({"ref_KL_logps"} if self.calculate_KL else set())
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         own = self._loss

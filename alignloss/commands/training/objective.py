@@ -28,8 +28,6 @@ DIVERGENCES: dict[str, Any] = {
     "alpha": divergences.alpha_divergence,
 }
 DEFAULT_BETA = 0.1
-# what the trainers give to a loss themselves
-FROM_TRAINER = {"desirable", "kl", "delta", "chosen_seq_kl", "rejected_seq_kl"}
 
 
 class Objective(NamedTuple):
@@ -43,6 +41,8 @@ class Objective(NamedTuple):
     @property
     def numbers(self) -> list[str]:
         """Columns of the data set that are the loss's own."""
+        from ...trl.trainers import FROM_TRAINER
+
         return [] if self.loss is None else [name for name in self.loss.data if name not in FROM_TRAINER]
 
     @property
