@@ -198,14 +198,18 @@ def test_linear_layers_are_quantized_and_the_rest_is_not(tmp_path):
     rest = 2 * 400 * H + 5 * H  # embeddings, head, norms
     for options in ({"load_in_4bit": True}, {"load_in_8bit": True}):
         model = read_model(written(tmp_path, quantized(**options)))
-        assert model.quantized_bytes == 2 * rest + 2 * sum(_linear_bytes(*size, options) for size in linears)
+        quantized_bytes = 2 * sum(_linear_bytes(*size, options) for size in linears)
+        assert (model.frozen_bytes(2), model.frozen_bytes(4)) == (
+            2 * rest + quantized_bytes,
+            4 * rest + quantized_bytes,
+        )
     # as in transformers: where modules are named, those alone, which are then not the head
     skipping = {"load_in_8bit": True, "llm_int8_skip_modules": ["down_proj"]}
     model = read_model(written(tmp_path, quantized(**skipping)))
     expected = 2 * sum(_linear_bytes(*size, skipping) for size in linears[:-1]) + _linear_bytes(400, H, skipping)
-    assert model.quantized_bytes == 2 * (rest - 400 * H + 2 * H * I) + expected
+    assert model.frozen_bytes(2) == 2 * (rest - 400 * H + 2 * H * I) + expected
     step = estimate(model, 64, length=32, lora=True)
-    assert step.weights == model.quantized_bytes + step.gradients
+    assert step.weights == model.frozen_bytes(2) + step.gradients
     assert step.recomputed == 2 * H * I  # a matrix in 16 bits
     with pytest.raises(ValueError, match="quantized weights do not train: lora=True"):
         estimate(model, 64, length=32)
@@ -230,7 +234,7 @@ def test_a_quantized_tower_and_the_command(tmp_path):
     whole = read_model(written(tmp_path, {k: v for k, v in settings.items() if k != "quantization_config"}))
     assert whole.beside_parameters == model.beside_parameters
     # the tower's linear layers: 0.5 bytes and a scale each 64
-    assert model.quantized_bytes < 2 * model.parameters - 2 * (4 * 64 * 64 + 2 * 64 * 96) * 1.4
+    assert model.frozen_bytes(2) < 2 * model.parameters - 2 * (4 * 64 * 64 + 2 * 64 * 96) * 1.4
     written(tmp_path, settings)
     done = command("--model", path, "--tokens", "128", "--length", "64")
     assert done.returncode == 0, done.stderr
@@ -351,10 +355,11 @@ def test_weights_of_4_bits_by_hand(tmp_path):
     model = read_model("llama-3.2-1b", qlora=True)
     linear = 16 * sum(i * o for i, o in model.linears)
     # half a byte each, a byte for the scale of 64, and theirs; embeddings, which are the head, and norms in 16 bits
-    assert model.quantized_bytes == pytest.approx(linear * (1 / 2 + 1 / 64) + 2 * (model.parameters - linear), rel=1e-3)
+    assert model.quantized_bytes == pytest.approx(linear * (1 / 2 + 1 / 64), rel=1e-3)
+    assert model.quantized_parameters == linear
     step = {"length": 1024, "lora": True}
     saved = estimate(read_model("llama-3.2-1b"), 8192, **step).weights - estimate(model, 8192, **step).weights
-    assert saved == 2 * model.parameters - model.quantized_bytes
+    assert saved == 2 * linear - model.quantized_bytes
     with pytest.raises(ValueError, match="quantized already"):
         read_model(written(tmp_path, quantized(load_in_4bit=True)), qlora=True)
 

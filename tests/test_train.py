@@ -342,7 +342,7 @@ def test_yaml_options_and_fields(train, tmp_path):
         (["--loss", "kto", "--share-prompts"], "--share-prompts is for pairs"),
         (["--config", "absent.yaml"], "cannot read absent.yaml"),
         (["--eval-data", "absent.jsonl"], "cannot read absent.jsonl"),
-        (["--gguf", "absent.gguf"], "has no absent.gguf"),
+        (["--gguf", "absent.gguf"], "has no absent.gguf" if importlib.util.find_spec("gguf") else "pip install gguf"),
         (["--loss", "odpo", "offset_weight=1"], "chosen_scores"),
         (["--loss", "sft"], "has no column completion"),
         (["--max-length", "2"], "has no usable row, of 40"),
@@ -666,6 +666,7 @@ WAYS = {
     "LoRA and shared prompts": ["--lora", "4", "--share-prompts", "gradient_accumulation_steps=2"],
     "BCO, whose shift runs": ["--loss", "bco"],
     "KTO": ["--loss", "kto", "logging_steps=2"],
+    "QLoRA": ["--qlora"],
 }
 
 

@@ -68,7 +68,8 @@ class Model(NamedTuple):
     mlp_bias: bool
     softcap: float | None
     beside_parameters: int = 0  # of a vision tower and its projector
-    quantized_bytes: int | None = None  # of all weights; None where they have 16 bits
+    quantized_parameters: int = 0
+    quantized_bytes: int = 0  # of those
 
     @property
     def query_size(self) -> int:
@@ -107,12 +108,12 @@ class Model(NamedTuple):
 
     def frozen_bytes(self, width: int) -> int:
         """Of all weights where none trains, of `width` bytes each unless they are quantized."""
-        return width * self.parameters if self.quantized_bytes is None else self.quantized_bytes
+        return width * (self.parameters - self.quantized_parameters) + self.quantized_bytes
 
     @property
     def unpacked(self) -> int:
         """Numbers of the largest quantized matrix, of which a backward unpacks one at a time."""
-        return 0 if self.quantized_bytes is None else max(i * o for i, o in self.linears)
+        return max(i * o for i, o in self.linears) if self.quantized_parameters else 0
 
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of LoRA on every linear layer but the head."""
@@ -186,7 +187,11 @@ def _built(config: dict[str, Any]) -> Model:
             "that is not estimated"
         )
     beside = counted.parameters - counted.decoder_parameters
-    return model._replace(beside_parameters=beside, quantized_bytes=counted.quantized_bytes)
+    return model._replace(
+        beside_parameters=beside,
+        quantized_parameters=counted.quantized_parameters,
+        quantized_bytes=counted.quantized_bytes,
+    )
 
 
 def _has(config: dict[str, Any], key: str) -> bool:
@@ -375,7 +380,7 @@ def _check_step(
             "labelled must lie in (0, 1], length in [1, tokens], rank be positive; "
             f"got {labelled}, {length} of {tokens}, {rank}"
         )
-    if model.quantized_bytes is not None and not lora:
+    if model.quantized_parameters and not lora:
         raise ValueError(
             "quantized weights do not train: lora=True trains adapters beside them; to train every parameter, give the "
             "config.json without quantization_config"

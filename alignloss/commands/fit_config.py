@@ -18,7 +18,8 @@ class Counted(NamedTuple):
     decoder_parameters: int  # with embeddings and head
     parameters: int
     vocabulary: int
-    quantized_bytes: int | None  # of all weights; None without quantization_config
+    quantized_parameters: int
+    quantized_bytes: int  # of those
 
 
 def installed() -> bool:
@@ -105,23 +106,24 @@ def count(config: dict[str, Any], families: Any) -> Counted:
         sum(p.numel() for p in parts),
         sum(p.numel() for p in model.parameters()),
         len(head.weight),
-        _quantized_bytes(model, quantization) if quantization else None,
+        *(_quantized(model, quantization) if quantization else (0, 0)),
     )
 
 
-def _quantized_bytes(model: torch.nn.Module, quantization: dict[str, Any]) -> int:
-    """Bytes of all weights, those that transformers does not quantize in 16 bits."""
+def _quantized(model: torch.nn.Module, quantization: dict[str, Any]) -> tuple[int, int]:
+    """How many weights transformers quantizes, and their bytes."""
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = HfQuantizer.get_modules_to_not_convert(
         model, quantization.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
     )
-    total = 2 * sum(p.numel() for p in model.parameters())
-    for name, module in model.named_modules():
-        if type(module) is torch.nn.Linear and should_convert_module(name, kept):
-            total += _linear_bytes(module.out_features, module.in_features, quantization) - 2 * module.weight.numel()
-    return total
+    sizes = [
+        (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and should_convert_module(name, kept)
+    ]
+    return sum(i * o for i, o in sizes), sum(_linear_bytes(*size, quantization) for size in sizes)
 
 
 def _linear_bytes(outputs: int, inputs: int, quantization: dict[str, Any]) -> int:

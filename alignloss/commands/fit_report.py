@@ -105,7 +105,7 @@ def report(
     plans: dict[str, str] = {}
     fits = False
     ways = [lora for lora in (False, True) if train is None or lora == (train == "lora")]
-    if model.quantized_bytes is not None and train is None:
+    if model.quantized_parameters and train is None:
         ways = [True]
     for lora, recomputes in product(ways, (False, True) if checkpointing is None else (checkpointing,)):
         options |= {"lora": lora, "checkpointing": recomputes}
@@ -148,7 +148,8 @@ def _loss_line(step: Estimate) -> str:
 
 
 def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
-    copy = "a frozen copy in bf16" if model.quantized_bytes is None else "a frozen copy, quantized too"
+    bits = 32 if options["precision"] == "fp32" else 16  # of what is frozen
+    copy = "a frozen copy, " + ("quantized too" if model.quantized_parameters else f"in {bits} bits")
     reference = copy if options["reference_model"] else "cached, or the base without adapters"
     beside = quantized = ""
     gradients = "Gradients count as held from the micro-batch before"
@@ -160,10 +161,11 @@ def _notes(model: Model, reserve: float, options: dict[str, Any]) -> str:
             f", {model.beside_parameters / 1e6:,.0f}M of them beside the decoder (vision tower, projector): frozen, in "
             "weights alone; positions of images count as tokens"
         )
-    if model.quantized_bytes is not None:
+    if model.quantized_parameters:
         quantized = (
-            f"quantized by bitsandbytes to {model.quantized_bytes / GIB:.2f} GiB, what it leaves out in 16 bits "
-            "(PEFT's prepare_model_for_kbit_training makes that 32): LoRA alone, adapters as the precision says; "
+            f"{model.quantized_parameters / 1e6:,.0f}M quantized by bitsandbytes to "
+            f"{model.quantized_bytes / GIB:.2f} GiB, the others in {bits} bits (PEFT's prepare_model_for_kbit_training "
+            "makes those 32): LoRA alone, adapters as the precision says; "
         )
     return (
         f"{model.parameters / 1e6:,.0f}M parameters{beside}; {quantized}{options['precision']}, "

@@ -34,6 +34,7 @@ PROBE = (1e-3, -1e-3, 0.5, -0.5, 2.0, -3.0, 10.0, -17.0, 60.0, -90.0, 400.0, -10
 # by dtype of the logits, relative to the largest
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 TOLERANCE_16_BIT = 2e-2
+PACKS = "support_avx512bf16_for_cpu"  # of a Linear4bit of bitsandbytes
 
 _checked: "WeakKeyDictionary[nn.Module, tuple[str, tuple[float, float | None]]]" = WeakKeyDictionary()
 
@@ -200,10 +201,28 @@ def state_of(base: nn.Module, head: nn.Module) -> str:
     return json.dumps([id(head), layers, shapes, sorted(others.items()), config], default=str)
 
 
+def keep_unpacked(model: nn.Module) -> list[Any]:
+    """Tell layers of 4 bits that their weights stay as they are; those that have been told.
+
+    In an evaluation on a CPU with AVX512-BF16 bitsandbytes 0.50 packs such a weight, for good: its products are then in
+    bfloat16, and pass no gradient to their input, in training either.
+    """
+    layers = [module for module in model.modules() if getattr(module, PACKS, False)]
+    for layer in layers:
+        setattr(layer, PACKS, False)
+    return layers
+
+
+def packed_weights(model: nn.Module) -> list[str]:
+    """Names of the weights to which that has happened."""
+    states = {name: getattr(parameter, "quant_state", None) for name, parameter in model.named_parameters()}
+    return [name for name, state in states.items() if getattr(state, "packing_format_for_cpu", False)]
+
+
 @contextmanager
 def left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """In evaluation; modes and random states as they were afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    """In evaluation; modes, quantized weights and random states as they were afterwards."""
+    modes, packing = [(module, module.training) for module in model.modules()], keep_unpacked(model)
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices):
         model.eval()
@@ -212,6 +231,8 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+            for layer in packing:
+                setattr(layer, PACKS, True)
 
 
 def _tokens(model: nn.Module, count: int = 8) -> dict[str, Any]:

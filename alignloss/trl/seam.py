@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_keywords
-from ..hf.check import check_model
+from ..hf.check import UnsupportedModel, check_model, keep_unpacked, packed_weights
 from ..hf.head import Head, run_in_head
 from ..logprob import LogprobStats, linear_logprob_stats
 from ..modules.own_loss import one_pass_loss
@@ -98,7 +98,8 @@ def add_fused_lm_head(
     The forward of the model runs whole, its output projection by `head_call`: its softcap and factor are measured, and
     router losses, images and adapters are those of any forward. A model that is called so also takes `loss_fn`, a
     function of the `FusedCausalLMOutput` to a 0-d loss, which is made in the projection, with 3 GEMMs where hidden
-    states and head train; and `units`, both as in `one_pass_loss`.
+    states and head train; and `units`, both as in `one_pass_loss`. Weights of 4 bits pass gradients after an evaluation
+    too, where bitsandbytes would pack them on some CPUs.
 
     Args:
         model: a model of transformers, inside of PEFT, if any.
@@ -107,9 +108,17 @@ def add_fused_lm_head(
         head_options: backend, workspace_bytes, validate, as in `linear_logprob`.
 
     Raises:
-        UnsupportedModel: as `check_model`.
+        UnsupportedModel: as `check_model`, and for a model that trains beside packed weights.
     """
     check_keywords("add_fused_lm_head takes the options", HEAD_OPTIONS, head_options)
+    packed = packed_weights(model)
+    if packed and any(parameter.requires_grad for parameter in model.parameters()):
+        raise UnsupportedModel(
+            f"{len(packed)} weights of 4 bits, {packed[0]} the first, have been packed by bitsandbytes in an "
+            "evaluation on this CPU, after which they pass no gradients: load the model anew, and evaluate it in the "
+            "trainer"
+        )
+    keep_unpacked(model)
     transform, before = check_model(model), model.forward
     function = getattr(before, "__func__", None)
     stats = tuple(name for name in outputs if name != "log_probs")
