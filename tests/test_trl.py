@@ -230,6 +230,25 @@ def test_router_losses(kind, tmp_path):
     assert "aux_loss" in next(entry for entry in trained.state.log_history if "loss" in entry)
 
 
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "CPO"])
+def test_router_losses_beside_a_loss_of_ours(kind, tmp_path):
+    """They weigh as in TRL's trainer of the same loss; CPO's reads the coefficient from the model."""
+    own, data = getattr(alignloss, f"{kind}Loss")(beta=0.1), UNPAIRED if kind == "KTO" else PAIRS
+    more = {"router_aux_loss_coef": 0.1} if kind in ("DPO", "KTO") else {}
+    extra = {"ref_model": moe} if more else {}
+    theirs, config = (
+        getattr(trl if more else sys.modules[__name__], f"{kind}{name}") for name in ("Trainer", "Config")
+    )
+    make = lambda: model(0, "Mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)
+    expected = logs(trainer(theirs, config, data, tmp_path, extra, make=make, **more))
+    extra |= {"loss": lambda: own}
+    got = logs(trainer(getattr(ours, f"{kind}Trainer"), config, data, tmp_path, extra, make=make, **more))
+    for truth, mine in zip(expected, got, strict=True):
+        assert "aux_loss" in mine
+        for name in {"loss", "grad_norm", "aux_loss"} & truth.keys():
+            assert abs(mine[name] - truth[name]) <= METRICS * max(1, abs(truth[name])), name
+
+
 ADAPTERS = {
     "LoRA": lambda: peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
     "the head saved": lambda: peft.LoraConfig(

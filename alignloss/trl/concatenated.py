@@ -31,7 +31,9 @@ class _Concatenated(AlignlossTrainer):
     nll_of_prompts = False
 
     def get_batch_loss_metrics(self, model: Any, batch: dict[str, Any], train_eval: str = "train") -> Any:
-        if self.is_encoder_decoder or self.aux_loss_enabled:
+        if self.is_encoder_decoder and self._loss is not None:
+            raise ValueError("a loss of ours needs a decoder: leave out `loss`, or give it to a loop of your own")
+        if self.is_encoder_decoder or (self.aux_loss_enabled and self._loss is None):
             return super().get_batch_loss_metrics(model, batch, train_eval)
         both = self.concatenated_inputs(
             batch,
@@ -43,9 +45,9 @@ class _Concatenated(AlignlossTrainer):
         if self._loss is not None:
             inputs = {"input_ids": ids, "attention_mask": mask, "labels": both["concatenated_labels"]}
             known = {name: batch[name].to(ids.device) for name in self._loss.data.keys() & batch.keys()}
-            out = self._output(model, inputs, **known)
+            _, loss, found = self._output(model, inputs, **known)
             prefix = "eval_" if train_eval == "eval" else ""
-            return out.loss, {f"{prefix}{name}": value for name, value in self._logged(out.metrics()).items()}
+            return loss, {f"{prefix}{name}": value for name, value in self._logged(found).items()}
         scored, pairs = aligned(both["concatenated_labels"]), len(ids) // 2
         nll = (aligned(ids.masked_fill(mask == 0, -100)) if self.nll_of_prompts else scored)[:pairs]
         target = scored.clone()

@@ -86,6 +86,7 @@ class AlignlossTrainer(_Base):
     # of TRL
     accelerator: Any
     aux_loss_enabled: Any
+    aux_loss_coef: Any  # of CPO and ORPO; the others have router_aux_loss_coef
     data_collator: Any
     model: Any
     precompute_ref_logps: Any
@@ -247,8 +248,11 @@ class AlignlossTrainer(_Base):
         ref_logps: Tensor | None = None,
         prompts: SharedPrompts | None = None,
         **data: Any,
-    ) -> Any:
-        """The result of the loss that takes TRL's place, of inputs whose labels are not shifted, or shared prompts."""
+    ) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Result, loss with that of the routers, and metrics of the loss that takes TRL's place.
+
+        Labels of the inputs are not shifted, or are those of shared prompts.
+        """
         own = self._loss
         assert own is not None
         loss = copy.copy(own)
@@ -270,14 +274,21 @@ class AlignlossTrainer(_Base):
 
         if prompts is not None:
             data |= prompts.layout
-            return prompts.head_call(model, lambda head: evaluated(head, prompts.labels))[0]
+            out = prompts.head_call(model, lambda head: evaluated(head, prompts.labels))[0]
+            return out, out.loss, out.metrics()
         labels = aligned(inputs.pop("labels"))
 
         def run(head: Head) -> Any:
             virtual = head.hidden.shape[1] - labels.shape[1]
             return evaluated(head, torch.nn.functional.pad(labels, (virtual, 0), value=-100).to(head.hidden.device))
 
-        return head_call(model, run, **inputs, use_cache=False)[0]
+        if not self.aux_loss_enabled:
+            out, _ = head_call(model, run, **inputs, use_cache=False)
+            return out, out.loss, out.metrics()
+        out, outputs = head_call(model, run, **inputs, output_router_logits=True, use_cache=False)
+        weight = getattr(self, "router_aux_loss_coef", None)
+        weight = self.aux_loss_coef if weight is None else weight
+        return out, out.loss + weight * outputs.aux_loss, out.metrics() | {"aux_loss": outputs.aux_loss.detach()}
 
     def _reference_head(self, model: Any, inputs: dict[str, Any]) -> Head:
         """What the head of the reference computes from, for losses of more than its log-probabilities."""
@@ -294,18 +305,18 @@ class AlignlossTrainer(_Base):
         mode, attended = "train" if self.model.training else "eval", inputs["attention_mask"].sum()
         if self.shift is not None:
             data["delta"] = self.shift.delta
-        out = self._output(model, inputs, ref_logps, **data)
+        out, loss, metrics = self._output(model, inputs, ref_logps, **data)
         if self.shift is not None and mode == "train":
             self.shift.update(out.rewards.detach(), data["desirable"])
         # TRL averages over batches, of which the last one of an evaluation may be smaller
         count = len(out.losses) if mode == "eval" else 1
-        for name, value in self._logged(out.metrics()).items():
+        for name, value in self._logged(metrics).items():
             self._metrics[mode][name] += [value] * count
         if mode == "train":
             tokens = self.accelerator.gather_for_metrics(attended).sum().item()
             self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        return out.loss
+        return loss
 
 
 class _WithColumns:
