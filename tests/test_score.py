@@ -150,12 +150,34 @@ def test_files_that_are_not_whole_are_not_there(scored_rows, tmp_path):
     options = {"cache_dir": tmp_path, "progress": False}
     expected = score(made, data, **options)
     (path,) = tmp_path.rglob("*.safetensors")
-    path.with_suffix(".unfinished").write_bytes(path.read_bytes()[:10])
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.warns(UserWarning, match="cannot be read, and is computed again"):
-        got = score(made, data, **options)
-    assert got.to_dict() == expected.to_dict()
-    assert len(scored_rows) == 4 * len(data)
+    written = path.read_bytes()
+    path.with_suffix(".unfinished").write_bytes(written[:10])
+    # cut off; an index and a log-probability of which a byte is another
+    for position in (None, -16 * len(data) - 30, -1):
+        (path,) = tmp_path.rglob("*.safetensors")
+        path.write_bytes(written[:50] if position is None else damaged(written, position))
+        with pytest.warns(UserWarning, match="cannot be read, and is computed again"):
+            got = score(made, data, **options)
+        assert got.to_dict() == expected.to_dict()
+        path.unlink()
+    assert len(scored_rows) == 2 * 4 * len(data)
+
+
+def damaged(content, position):
+    changed = bytearray(content)
+    changed[position] ^= 0x55
+    return bytes(changed)
+
+
+def test_batches_of_a_trainer_are_no_larger_than_its_steps(tmp_path, monkeypatch):
+    sizes, original = [], module._scored
+    monkeypatch.setattr(module, "_scored", lambda *args: (sizes.append(len(args[1])), original(*args))[1])
+    options = {"precompute_ref_log_probs": True, "per_device_train_batch_size": 2}
+    trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, {"reference_cache": tmp_path / "cache"}, **options)
+    assert sum(sizes) == 2 * len(PAIRS) and sizes[0] >= 4 and max(sizes) < 2 * len(PAIRS)
+    options["truncation_mode"] = "keep_end"
+    with pytest.raises(ValueError, match="cuts rows at their end"):
+        trainer(ours.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, {"reference_cache": tmp_path / "cache"}, **options)
 
 
 def test_the_trainers_take_what_was_scored(tmp_path):

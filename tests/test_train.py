@@ -224,13 +224,22 @@ def expected(name, toy, content):
     return made.loss.function.fn(*arguments, **made.loss.function.options)[0].mean().item() + nll
 
 
-def test_a_loss_that_is_no_number_stops_the_run(alignloss_command, toy, tmp_path):
-    content = [row | {"chosen_scores": 0.0, "rejected_scores": 1.0} for row in pairs(8, 2)]  # log of a negative number
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning-rate", "1e30", "--steps", "3"], "the loss of step 2 is not a finite number (nan)"),
+        (["--learning-rate", "1e30", "--steps", "3", "--save-every", "1"], "held-out loss of step 1 is not a finite"),
+        (["--learning-rate", "1e30", "--steps", "1"], "held-out loss of step 1 is not a finite number"),
+        (["weight_decay=nan", "--steps", "1"], "after step 1 the weight"),
+    ],
+)
+def test_what_is_no_number_is_not_saved(alignloss_command, toy, tmp_path, options, message):
+    held_out = [] if "after" in message else ["--eval-data", toy / "held_out.jsonl"]
     code, said = alignloss_command(
-        "train", "--model", toy / "model", "--data", written(tmp_path / "data.jsonl", content), "--out",
-        tmp_path / "run", "--cpu", "--loss", "odpo", "offset_weight=1", "--steps", "3",
+        "train", "--model", toy / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu",
+        *held_out, *options,
     )  # fmt: skip
-    assert code == 2 and "the loss of step 1 is not a finite number" in said
+    assert code == 2 and message in said, said
     assert not list(tmp_path.glob("run/checkpoint-*")) and not (tmp_path / "run/model").exists()
 
 
@@ -281,6 +290,35 @@ def test_scores_are_written_and_taken(alignloss_command, train, toy, tmp_path):
     log = train("--steps", "3", data=tmp_path / "scored.jsonl")
     assert not (tmp_path / "run/references").exists()
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in train("--steps", "3", out=tmp_path / "b")])
+
+
+def test_references_of_other_tokens_are_bad_rows(alignloss_command, toy, tmp_path):
+    long = {"prompt": "a" * 20, "chosen": "yes", "rejected": "no"}
+    fixed = ["--model", toy / "model", "--cpu", "--data"]
+    data = written(tmp_path / "data.jsonl", [PAIR, long])
+    code, said = alignloss_command("score", *fixed, data, "--out", tmp_path / "scored.jsonl", "--max-length", "30")
+    assert code == 0, said
+    arguments = [*fixed, tmp_path / "scored.jsonl", "--steps", "1", "--out", tmp_path / "run", "--max-length"]
+    code, said = alignloss_command("train", *arguments, "23")  # 20, three letters, the end
+    assert code == 0 and "line 2: other references: of the first 30 tokens, where this run counts 23" in said
+    assert "references are those of the file" in said
+    for length in (25, 40):  # which cut nothing
+        code, said = alignloss_command(
+            "train", *arguments[:-3], "--out", tmp_path / str(length), "--max-length", length
+        )
+        assert code == 0 and "2 rows; references are those of the file\n" in said
+        first = json.loads((tmp_path / str(length) / "log.jsonl").read_text().splitlines()[0])
+        assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_rows_of_which_a_loss_is_no_number(tmp_path):
+    made = objective.objective("odpo", {"offset_weight": 1})
+    content = [PAIR | {"chosen_scores": score, "rejected_scores": 2.0} for score in (3, 2, 1.0)]
+    found = rows.read_rows(
+        written(tmp_path / "d.jsonl", content), "paired", numbers=made.numbers, fault=made.data_fault
+    )
+    assert [bad.line for bad in found.bad] == [3]
+    assert found.bad[0].reason == "wrong data: odpo has no finite loss of chosen_scores 1, rejected_scores 2"
 
 
 def test_scores_keep_the_other_columns(alignloss_command, train, toy, tmp_path):
@@ -349,6 +387,9 @@ def test_yaml_options_and_fields(train, tmp_path):
         (["eval_strategy=no"], "use --eval-data"),
         (["eval_steps=3"], "eval_steps belongs to --eval-data"),
         (["ignore_data_skip=true"], "skips what it has seen"),
+        (["truncation_mode=keep_end"], "cut at its end"),
+        (["dataloader_drop_last=true"], "every row counts"),
+        (["trust_remote_code=true"], "code that comes with a model is not run"),
         (["lora=8"], "is an option of the command: --lora"),
         (["logging_steps=null"], "logging_steps cannot be null"),
         (["--seed", "-1"], "--seed must lie in"),
@@ -367,13 +408,28 @@ def test_the_command_line_goes_before_the_file(train, tmp_path):
     assert len(train("--config", tmp_path / "run.yaml", "max_steps=2", out=tmp_path / "b")) == 2
     (tmp_path / "run.yaml").write_text("epochs: 1\n")
     assert len(train("--config", tmp_path / "run.yaml", "--steps", "2", out=tmp_path / "c")) == 2
+    (tmp_path / "run.yaml").write_text("steps: 3\nepochs: 1\n")
+    assert len(train("--config", tmp_path / "run.yaml", "--steps", "2", out=tmp_path / "d")) == 2
+    (tmp_path / "run.yaml").write_text("<<: {steps: 3, seed: 4}\nsteps: 1\n")  # of YAML: those that are not there
+    assert len(train("--config", tmp_path / "run.yaml", out=tmp_path / "e")) == 1
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("seed: 1\nseed: 2\n", "has 'seed' twice"), ("steps: 2\nmax_steps: 3\n", "both steps and max_steps")],
+    [
+        ("seed: 1\nseed: 2\n", "has 'seed' twice"),
+        ("steps: 2\nmax_steps: 3\n", "both steps and max_steps"),
+        ("steps: 2\nepochs: 3\n", "--steps and --epochs are both given"),
+        ("max_steps: 2\nnum_train_epochs: 3\n", "--steps and --epochs are both given"),
+        ("lora: true\n", "lora cannot be true"),
+        ("learning_rate: yes\n", "learning_rate cannot be true"),
+        ("seed: false\n", "seed cannot be false"),
+        ("loss: simpo\ngamma: true\n", "gamma of --loss simpo must be a number, got True"),
+        ("warmup_steps: true\n", "warmup_steps"),
+        ("lora: [4]\n", "lora"),
+    ],
 )
-def test_a_file_that_says_two_things(refused, tmp_path, text, message):
+def test_a_file_that_says_two_things_or_something_else(refused, tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     assert message in refused("--config", tmp_path / "run.yaml")
 
@@ -388,6 +444,7 @@ def test_a_model_that_is_not_there(alignloss_command, toy, tmp_path):
 BAD = {
     "not JSON": '{"prompt": "a", ',
     "not an object": '["a"]',
+    "given twice: chosen": '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}',
     "not UTF-8": b'{"prompt": "\xff"}',
     "missing column: rejected": {"prompt": "a", "chosen": "b"},
     "missing column: chosen": {"prompt": "a", "chosen": None, "rejected": "c"},
@@ -398,6 +455,7 @@ BAD = {
     "wrong type: chosen has a message without role": {"prompt": "a", "chosen": [{"content": "b"}], "rejected": "c"},
     "chosen = rejected": {"prompt": "a", "chosen": "b", "rejected": "b"},
     "chosen = rejected: in their first 30 tokens": {"prompt": "a", "chosen": "b" * 40, "rejected": "b" * 41},
+    "chosen = rejected: in tokens": {"prompt": "a", "chosen": "b\u00e4", "rejected": "b\u00f6"},
     "over-long prompt: 30 tokens, max_length is 30": {"prompt": "a" * 30, "chosen": "b", "rejected": "c"},
     "wrong type: prompt has a half of a surrogate pair": '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
 }
@@ -446,9 +504,7 @@ def test_a_template_that_refuses_a_row(toy, tmp_path):
     row = {"prompt": user} | {n: [{"role": "assistant", "content": text}] for n, text in answers.items()}
     other = row | {"prompt": [{"role": "system", "content": "x"}, *user]}
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "model")
-    found = rows.read_rows(
-        written(tmp_path / "d.jsonl", [row, other]), "paired", token_fault=run.token_fault(tokenizer, 100)
-    )
+    found = rows.read_rows(written(tmp_path / "d.jsonl", [row, other]), "paired", fault=run.token_fault(tokenizer, 100))
     assert len(found.rows) == 1 and found.bad == [(2, "chat template: no system")]
 
 

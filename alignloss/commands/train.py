@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -33,6 +33,9 @@ def _from_file(context: typer.Context, path: Path | None) -> Path | None:
 
         entries = read_config(path)
         known = {parameter.name for parameter in context.command.params} - {"config", "assignments"}
+        for name, kind in get_type_hints(train).items():  # true would be 1 where a number is read
+            if isinstance(entries.get(name), bool) and kind is not bool:
+                raise UserError(f"{path}: {name} cannot be {str(entries[name]).lower()}")
         context.default_map = {name: value for name, value in entries.items() if name in known}
         context.obj = {name: value for name, value in entries.items() if name not in known}
     return path

@@ -159,13 +159,15 @@ class _Cache:
         self.flushed = time.monotonic()
         if folder is None:
             return
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.safetensors")):
             try:
-                part = load_file(path)
+                with safe_open(path, "pt") as file:
+                    part, said = {name: file.get_tensor(name) for name in ("index", "logps")}, file.metadata()
+                if _digest(part) != (said or {}).get("digest"):
+                    raise ValueError("its content is not what was written")
                 self.known.update(zip(part["index"].tolist(), part["logps"].tolist(), strict=True))
             except (OSError, KeyError, ValueError, SafetensorError) as error:
                 warnings.warn(f"{path} cannot be read, and is computed again: {error}", stacklevel=4)
@@ -188,9 +190,13 @@ class _Cache:
             "logps": torch.tensor(list(self.fresh.values()), dtype=torch.float64),
         }
         unfinished = path.with_suffix(".unfinished")
-        save_file(whole, unfinished)
+        save_file(whole, unfinished, {"digest": _digest(whole)})
         os.replace(unfinished, path)
         self.fresh.clear()
+
+
+def _digest(part: dict[str, Tensor]) -> str:
+    return hashlib.blake2b(b"".join(part[name].numpy().tobytes() for name in ("index", "logps"))).hexdigest()
 
 
 def _bar(rows: list[Row], cache: _Cache, progress: bool) -> Any:

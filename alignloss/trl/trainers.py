@@ -162,13 +162,20 @@ class AlignlossTrainer(_Base):
         """A data set with log-probabilities of the reference, from the cache as far as they are there."""
         if self.accelerator.num_processes > 1:
             raise ValueError("reference_cache is for one process: leave it out, or score the data set before")
+        if getattr(self.args, "truncation_mode", "keep_start") != "keep_start":
+            raise ValueError("reference_cache cuts rows at their end: leave it or truncation_mode out")
         lacking = {k: v for k, v in REFERENCE_COLUMNS.items() if k in dataset.column_names}
         lacking = {tokens: made for tokens, made in lacking.items() if made not in dataset.column_names}
+        columns = [dataset["prompt_ids"], *(dataset[name] for name in lacking)]
+        longest = max((len(row[0]) + max(map(len, row[1:])) for row in zip(*columns, strict=True)), default=1)
+        longest = min(longest, self.args.max_length or longest)
         with self._reference_alone():
             found = score(
                 self.ref_model or self.model,
                 dataset.select_columns(["prompt_ids", *lacking]),
                 cache_dir=self._reference_cache,
+                # no more memory than a step, which keeps activations beside
+                batch_tokens=min(16384, longest * self.args.per_device_train_batch_size * (2 if self.paired else 1)),
                 max_length=self.args.max_length,
                 progress=not self.args.disable_tqdm,
             )

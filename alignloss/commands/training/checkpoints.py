@@ -125,6 +125,14 @@ def explained(out: Path) -> Iterator[None]:
         raise UserError(f"there is not enough memory: {ways}; `alignloss fit` estimates how much") from error
 
 
+def diverged(what: str, value: str = "") -> UserError:
+    """Of a run that is not worth going on with."""
+    return UserError(
+        f"{what} is not a finite number{value}; nothing is saved since the last checkpoint. A smaller --learning-rate, "
+        "another --dtype or the data may be the way out"
+    )
+
+
 # a trainer of TRL stands behind it
 _Base: Any = object
 
@@ -139,6 +147,9 @@ class WholeCheckpoints(_Base):
         from safetensors import SafetensorError
         from transformers.trainer_utils import rotate_checkpoints
 
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise diverged(f"after step {self.state.global_step} the weight {name}")
         limit, out = self.args.save_total_limit, Path(self.args.output_dir)
         folder = out / f"checkpoint-{self.state.global_step}"
         self.args.save_total_limit = None

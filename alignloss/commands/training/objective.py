@@ -5,6 +5,8 @@ import functools
 import inspect
 from typing import Any, NamedTuple
 
+import torch
+
 from ...losses import LOSSES, divergences
 from ...losses.divergences import Divergence
 from ...modules.named import CPOLoss, DPOLoss, IPOLoss, KTOLoss, ORPOLoss, SimPOLoss
@@ -54,6 +56,19 @@ class Objective(NamedTuple):
         """Whether log-probabilities of the reference are not enough."""
         return self.loss is not None and "chosen_seq_kl" in self.loss.data
 
+    def data_fault(self, row: dict[str, Any]) -> str | None:
+        """What is wrong with the loss's own columns of a pair: the loss is no number at any log-probabilities."""
+        if self.loss is None or not self.loss.paired or not self.numbers:
+            return None
+        values = {name: row[name] for name in self.numbers}
+        data = {name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()}
+        zeros = torch.zeros(2, 1, 1, dtype=torch.float64)
+        references = {"ref_logps": zeros.flatten()} if self.needs_reference else {}
+        loss = self.loss(zeros, zeros[:, 0], torch.zeros(2, 1, dtype=torch.int64), **references, **data).loss
+        if loss.isfinite():
+            return None
+        return f"wrong data: {self.name} has no finite loss of " + ", ".join(f"{n} {v:g}" for n, v in values.items())
+
 
 def known_options(name: str) -> dict[str, bool]:
     """The options of a loss, and whether each must be given."""
@@ -102,6 +117,8 @@ def _value(name: str, option: str, value: Any) -> Any:
     if option == "divergence":
         return value
     try:
+        if isinstance(value, bool):  # which is a number in Python
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise UserError(f"{option} of --loss {name} must be a number, got {value!r}") from None

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from ..errors import UserError
-from .checkpoints import write_whole
+from .checkpoints import diverged, write_whole
 
 LOG = "log.jsonl"
 # what differs from run to run
@@ -75,12 +74,10 @@ class Log(TrainerCallback):
         # JSON has no NaN
         kept = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in kept.items()}
         entry = {"step": state.global_step, **kept}
-        if "loss" in logs and kept["loss"] is None:
-            self.bar.stop()
-            raise UserError(
-                f"the loss of step {state.global_step} is not a finite number ({logs['loss']}); nothing is saved since "
-                "the last checkpoint. A smaller --learning-rate, another --dtype or the data may be the way out"
-            )
+        for name, text in (("loss", "the loss"), ("eval_loss", "the held-out loss")):
+            if name in logs and kept[name] is None:
+                self.bar.stop()
+                raise diverged(f"{text} of step {state.global_step}", f" ({logs[name]})")
         now = time.perf_counter()
         if "loss" in logs:
             tokens = logs.get("num_tokens", self.tokens)

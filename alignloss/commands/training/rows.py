@@ -19,6 +19,7 @@ REFERENCES = {
     "unpaired": ("ref_logps",),
     "unlabelled": ("ref_logps",),
 }
+SCORED_LENGTH = "ref_max_length"  # tokens that the references of a row count, beside them
 SHOWN = 10
 
 
@@ -36,6 +37,7 @@ class Rows(NamedTuple):
     bad: list[Bad]
     unused: list[str]  # columns that nothing reads
     originals: dict[int, dict[str, Any]]  # by line
+    scored: bool  # references are those of the file
 
     def summary(self) -> str:
         text = f"{self.path}: {len(self.rows):,} rows"
@@ -45,6 +47,8 @@ class Rows(NamedTuple):
             counts = Counter(reason.split(":")[0] for _, reason in self.bad)
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
             text += f", {len(self.bad):,} bad ones left out ({kinds}): {shown}{more}"
+        if self.scored:
+            text += "; references are those of the file"
         if self.unused:
             text += f"; not read: {', '.join(self.unused)}"
         return text
@@ -57,7 +61,7 @@ def read_rows(
     numbers: Sequence[str] = (),
     references: bool = False,
     policy: str = "skip",
-    token_fault: Callable[[dict[str, Any]], str | None] = lambda row: None,
+    fault: Callable[[dict[str, Any]], str | None] = lambda row: None,
 ) -> Rows:
     """Read a file of one JSON object per line.
 
@@ -68,7 +72,7 @@ def read_rows(
         numbers: columns of the loss beside those of its kind.
         references: read log-probabilities of the reference where the file has them.
         policy: "skip" leaves bad rows out, "stop" is an error at the first.
-        token_fault: what is wrong with the tokens of a row, or None.
+        fault: what else is wrong with a row, or None.
 
     Raises:
         UserError: where no row can be used, at the first bad one if so asked, or for a file that cannot be read.
@@ -89,14 +93,15 @@ def read_rows(
             f"{path} has no column {', '.join(lacking)}: this loss needs {', '.join(needed)}, and the file has "
             f"{', '.join(sorted(names)) or 'none'}"
         )
-    if references and names.issuperset(REFERENCES[kind]):
+    references = references and names.issuperset(REFERENCES[kind])
+    if references:
         numbers = [*numbers, *REFERENCES[kind]]
     rows: list[dict[str, Any]] = []
     bad: list[Bad] = []
     originals: dict[int, dict[str, Any]] = {}
     for number, row in parsed:
         reason = row if isinstance(row, str) else _fault(row, needed, numbers, rows[0] if rows else None)
-        reason = reason or token_fault(row)
+        reason = reason or fault(row)
         if reason is None:
             rows.append(
                 {name: bool(row[name]) if name == "label" else row[name] for name in needed}
@@ -108,8 +113,8 @@ def read_rows(
         bad.append(Bad(number, reason))
         if policy == "stop":
             raise UserError(f"{path}, line {number}: {reason} (--bad-rows skip leaves such rows out)")
-    unused = sorted(names - {*needed, *numbers})
-    result = Rows(path, kind, rows, bad, unused, originals)
+    unused = sorted(names - {*needed, *numbers} - ({SCORED_LENGTH} if references else set()))
+    result = Rows(path, kind, rows, bad, unused, originals, references)
     if not rows:
         first = f"; line {bad[0].line}: {bad[0].reason}" if bad else ": it is empty"
         raise UserError(f"{path} has no usable row, of {len(parsed):,}{first}")
@@ -128,12 +133,26 @@ def _lines(path: Path) -> list[tuple[int, Any]]:
 def _parsed(line: bytes) -> Any:
     """The object of a line, or a string that says why there is none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError:
         return "not UTF-8"
+    except _Twice as error:
+        return f"given twice: {error}"
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     return row if isinstance(row, dict) else f"not an object: {type(row).__name__}"
+
+
+class _Twice(ValueError):
+    """A name of which an object has several entries."""
+
+
+def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; JSON's parser would keep the last of several entries of one name."""
+    names = Counter(name for name, _ in entries)
+    if len(names) < len(entries):
+        raise _Twice(names.most_common(1)[0][0])
+    return dict(entries)
 
 
 def _fault(

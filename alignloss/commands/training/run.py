@@ -37,7 +37,7 @@ from .checkpoints import (
 )
 from .model import Source, adapters, load_model, load_tokenizer
 from .objective import Objective
-from .rows import REFERENCES, Rows, read_rows
+from .rows import REFERENCES, SCORED_LENGTH, Rows, read_rows
 from .settings import Settings, configured, settle
 
 # fields that may change from one start of a run to the next
@@ -60,29 +60,35 @@ class Data(NamedTuple):
         return digest.hexdigest()
 
 
-def token_fault(tokenizer: Any, max_length: int | None) -> Callable[[dict[str, Any]], str | None]:
-    """What is wrong with the tokens of a row, as TRL makes them of text or messages."""
+def token_fault(
+    tokenizer: Any, max_length: int | None, references: bool = False
+) -> Callable[[dict[str, Any]], str | None]:
+    """What is wrong with the tokens of a row, as TRL makes them of text or messages, and where it has been scored."""
 
     def template(messages: list[Any], **options: Any) -> list[int]:
         return list(tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])
 
     def fault(row: dict[str, Any]) -> str | None:
-        prompt, whole = row["prompt"], {}
+        prompt = row["prompt"]
         names = [name for name in ("chosen", "rejected", "completion") if name in row]
         if isinstance(prompt, str):
-            tokens = len(tokenizer(prompt)["input_ids"])
-            if max_length is not None and any(len(prompt + row[name]) >= max_length for name in names):
-                whole = {name: tokenizer(prompt + row[name])["input_ids"] for name in names}
+            first, *rest = tokenizer([prompt, *(prompt + row[name] for name in names)])["input_ids"]
         else:
             try:
-                tokens = len(template(prompt, add_generation_prompt=True))
-                whole = {name: template(prompt + row[name]) for name in names}
+                first = template(prompt, add_generation_prompt=True)
+                rest = [template(prompt + row[name]) for name in names]
             except (ValueError, TypeError, TemplateError) as error:  # what a template makes of roles
                 return f"chat template: {one_line(error)}"
-        if max_length is not None and tokens >= max_length:
-            return f"over-long prompt: {tokens:,} tokens, max_length is {max_length:,}"
+        whole, longest = dict(zip(names, rest, strict=True)), max(map(len, rest))
+        if max_length is not None and len(first) >= max_length:
+            return f"over-long prompt: {len(first):,} tokens, max_length is {max_length:,}"
         if "chosen" in whole and whole["chosen"][:max_length] == whole["rejected"][:max_length]:
-            return f"chosen = rejected: in their first {max_length:,} tokens"
+            cut = max_length is not None and longest > max_length
+            return f"chosen = rejected: in their first {max_length:,} tokens" if cut else "chosen = rejected: in tokens"
+        counted = row.get(SCORED_LENGTH) if references else None
+        # with the token that ends a text
+        if isinstance(counted, int) and counted != max_length and longest >= min(counted, max_length or counted):
+            return f"other references: of the first {counted:,} tokens, where this run counts {max_length or longest:,}"
         return None
 
     return fault
@@ -91,14 +97,17 @@ def token_fault(tokenizer: Any, max_length: int | None) -> Callable[[dict[str, A
 def read_data(
     objective: Objective, data: Path, held_out: Path | None, policy: str, tokenizer: Any, max_length: int | None
 ) -> Data:
+    references = objective.needs_reference and not objective.needs_reference_model
+    of_tokens = token_fault(tokenizer, max_length, references)
+
     def read(path: Path) -> Rows:
         return read_rows(
             path,
             objective.kind,
             numbers=objective.numbers,
-            references=objective.needs_reference and not objective.needs_reference_model,
+            references=references,
             policy=policy,
-            token_fault=token_fault(tokenizer, max_length),
+            fault=lambda row: of_tokens(row) or objective.data_fault(row),
         )
 
     train = read(data)
@@ -359,7 +368,7 @@ def scored(
 ) -> list[dict[str, Any]]:
     """The rows of a file as they stand there, with the log-probabilities of their completions."""
     tokenizer = load_tokenizer(source)
-    rows = read_rows(data, None, policy=policy, token_fault=token_fault(tokenizer, max_length))
+    rows = read_rows(data, None, policy=policy, fault=token_fault(tokenizer, max_length))
     console.print(rows.summary(), highlight=False, soft_wrap=True)
     paired, names = rows.kind == "paired", REFERENCES[rows.kind]
     settings = settle("dpo" if paired else "npo", {}, set(), {}, {"max_length": max_length})
@@ -369,7 +378,10 @@ def scored(
         folder = cache or Path(scratch) / "references"
         trainer = make_trainer(settings, source, config, Data(rows, None), tokenizer, False, folder)
     found = trainer.train_dataset.select_columns([*names, "line"])
-    return [rows.originals[row["line"]] | {name: row[name] for name in names} for row in found.sort("line")]
+    return [
+        rows.originals[row["line"]] | {name: row[name] for name in names} | {SCORED_LENGTH: max_length}
+        for row in found.sort("line")
+    ]
 
 
 def _fit(trainer: Any, out: Path, console: Console) -> None:

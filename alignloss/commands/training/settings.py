@@ -43,7 +43,10 @@ DECIDED = {
     "undesirable_weight": "--loss kto",
     "label_smoothing_factor": "another loss",
     "model_init_kwargs": "--dtype, --qlora or a script of your own",
+    "trust_remote_code": "a script of your own: code that comes with a model is not run",
     "push_to_hub": "the hub's own command, with the folder model/",
+    "truncation_mode": "nothing: a completion is cut at its end, in the references too",
+    "dataloader_drop_last": "nothing: every row counts",
     "packing": "a script of your own",
     "padding_free": "a script of your own",
     "remove_unused_columns": "nothing",
@@ -100,7 +103,8 @@ def read_yaml(text: str, where: str) -> Any:
         """A loader that takes each entry once, where YAML's takes the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            merged = "tag:yaml.org,2002:merge"  # `<<`, whose entries those of the mapping replace
+            names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merged]
             twice = [name for name in names if names.count(name) > 1]
             if twice:
                 raise UserError(f"{where} has {twice[0]!r} twice")
@@ -173,12 +177,12 @@ def settle(
                 raise UserError(f"{name} is an option of the command: --{name.replace('_', '-')}")
             raise UserError(f"unknown option {name!r}{nearest(name, [*fields - DECIDED.keys(), *known, *commands])}")
     values = {field: options[name] for name, field in FIELDS.items() if options.get(name) is not None} | more
-    lengths = FIELDS["steps"], FIELDS["epochs"]
-    if len(values.keys() & lengths) == 2:
-        # the command line before the file
-        values = {name: value for name, value in values.items() if name not in lengths or name in explicit_fields}
-    if len(values.keys() & lengths) == 2:
-        raise UserError("--steps and --epochs are both given; leave one out")
+    lengths = {FIELDS["steps"], FIELDS["epochs"]}
+    if lengths <= values.keys():
+        named = lengths & explicit_fields  # the command line goes before the file
+        if len(named) != 1:
+            raise UserError("--steps and --epochs are both given; leave one out")
+        values = {name: value for name, value in values.items() if name not in lengths or name in named}
     return Settings(made, config_class, values)
 
 
