@@ -355,6 +355,13 @@ def test_yaml_options_and_fields(train, tmp_path):
     assert known["fields"]["per_device_train_batch_size"] == 4 and known["fields"]["warmup_steps"] == 1
 
 
+def test_what_says_the_same_is_the_same_run(train, tmp_path):
+    log = train("--steps", "2")
+    shutil.rmtree(tmp_path / "run/model")
+    same = ["--batch-size", "8", "--beta", "0.1", "--seed", "42", "logging_steps=1", "label_smoothing=0"]
+    assert train("--steps", "2", *same) == log
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -586,12 +593,20 @@ def test_checkpoints_of_something_else_are_left_alone(refused, tmp_path):
         (["--report", "tensorboard"], "tensorboard"),
         (["--report", "foo"], "foo"),
         (["optim=adamw_torch_8bit"], "torchao"),
+        (["warmup_steps=nan"], "nan"),
+        (["adam_beta1=2"], "beta"),
+        (["pad_token=zzz"], "zzz"),
+        (["router_aux_loss_coef=1"], "router_aux_loss_coef"),
+        (["pad_to_multiple_of=0"], "zerodivisionerror"),
+        (["activation_offloading=true"], "with activation_offloading, max_steps"),
     ],
 )
 def test_what_trl_refuses_leaves_the_folder_free(alignloss_command, train, toy, tmp_path, arguments, message):
     common = ["--model", toy / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"]
     code, said = alignloss_command("train", *common, "--steps", "2", *arguments)
     assert code == 2 and message in said.lower() and "Traceback" not in said, said
+    left = {path.name for path in (tmp_path / "run").glob("*")}  # scores serve another start
+    assert not left or "references" in left
     assert len(train("--steps", "2")) == 2
 
 
@@ -606,6 +621,76 @@ def test_weights_that_are_missing(alignloss_command, toy, tmp_path):
         "train", "--model", tmp_path / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"
     )
     assert code == 2 and "lack 9 weights of a LlamaForCausalLM" in said
+
+
+def saved(toy, folder, kind, **sizes):
+    """A model of another kind with the tokenizer of the toy."""
+    shutil.copytree(toy / "model", folder, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(LETTERS) + 2, pad_token_id=0, **sizes)
+    names = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}
+    getattr(transformers, names.get(kind, f"{kind}ForCausalLM"))(config).save_pretrained(folder)
+    return folder
+
+
+BERT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+KINDS = {  # and what is said of them, or that nothing is
+    "encoder": ("Bert", BERT, "sees the tokens after the one that it predicts"),
+    "decoder of this kind": ("Bert", BERT | {"is_decoder": True}, ""),
+    "few positions": (
+        "GPT2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}, "beyond the embeddings of the model",
+    ),
+    "experts": ("Mixtral", BERT | {"num_key_value_heads": 1, "num_local_experts": 4}, ""),
+    "recurrent": ("Mamba", {"hidden_size": 16, "num_hidden_layers": 1}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_do_not_predict_what_follows(alignloss_command, toy, tmp_path, kind):
+    name, sizes, message = KINDS[kind]
+    code, said = alignloss_command(
+        "train", "--model", saved(toy, tmp_path / "model", name, **sizes), "--data", toy / "pairs.jsonl", "--out",
+        tmp_path / "run", "--cpu", "--steps", "1",
+    )  # fmt: skip
+    assert (code, message in said) == (2 if message else 0, True), said
+
+
+def test_adapters_are_trained_further(train, alignloss_command, toy, tmp_path):
+    content = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(16, 3)]
+    first = tmp_path / "first"
+    train("--loss", "sft", "--lora", "4", "--steps", "4", data=written(tmp_path / "sft.jsonl", content), out=first)
+    log = train("--model", first / "model", "--lora", "4", "--steps", "4")
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # the reference is the base with the first adapters
+    whole = train("--model", first / "model", "--steps", "1", out=tmp_path / "whole")
+    assert whole[0]["logps/chosen"] == pytest.approx(log[0]["logps/chosen"], rel=1e-5)
+    assert whole[0]["logps/chosen"] != pytest.approx(train("--steps", "1", out=tmp_path / "c")[0]["logps/chosen"], 1e-3)
+    # merged: with adapters alone, nothing would say what they stand beside
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert not hasattr(model, "peft_config") and (tmp_path / "run/model/model.safetensors").exists()
+    code, said = alignloss_command(
+        "score", "--model", first / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "s.jsonl", "--cpu"
+    )
+    assert code == 0, said
+    arguments = ["--data", toy / "pairs.jsonl", "--out", tmp_path / "x", "--cpu", "--qlora"]
+    code, said = alignloss_command("train", "--model", first / "model", *arguments)
+    assert code == 2 and "do not merge into weights of 4 bits" in said
+
+
+def test_another_model_in_the_same_place(alignloss_command, toy, tmp_path):
+    shutil.copytree(toy / "model", tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"]
+    arguments += ["--steps", "2"]
+    assert alignloss_command("train", *arguments)[0] == 0
+    shutil.rmtree(tmp_path / "run/model")
+    assert alignloss_command("train", *arguments)[0] == 0
+    for name, change in (
+        ("chat_template.jinja", lambda content: content.replace(b"a:", b"b:")),
+        ("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    ):
+        kept = (tmp_path / "model" / name).read_bytes()
+        (tmp_path / "model" / name).write_bytes(change(kept))
+        code, said = alignloss_command("train", *arguments)
+        assert code == 2 and "differs in model_files" in said
+        (tmp_path / "model" / name).write_bytes(kept)
 
 
 def test_a_run_shorter_than_its_log(train, tmp_path):

@@ -216,6 +216,9 @@ def _plain(config: dict[str, Any]) -> Model:
         raise ValueError(f"the model type {family!r} is not estimated; those are: {', '.join(_FAMILIES)}")
     config = _FAMILIES[family] | config
     hidden_size, intermediate_size, layers, heads, vocabulary = (_size(config, key) for key in _SIZES)
+    kv_heads = _size(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise ValueError(f"tie_word_embeddings must be true or false, got {tied!r}")
@@ -226,7 +229,7 @@ def _plain(config: dict[str, Any]) -> Model:
         intermediate_size,
         layers,
         heads,
-        _size(config, "num_key_value_heads", heads),
+        kv_heads,
         _size(config, "head_dim", max(hidden_size // heads, 1)),
         vocabulary,
         tied,

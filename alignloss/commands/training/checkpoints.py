@@ -106,6 +106,10 @@ def way_on(out: Path) -> str:
     return f"{there}; {out} has to be there and have room"
 
 
+def lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 @contextmanager
 def explained(out: Path) -> Iterator[None]:
     """Files that cannot be written or read, and a lack of memory, as what the user can mend."""
@@ -119,7 +123,7 @@ def explained(out: Path) -> Iterator[None]:
         left = way_on(out) if (out / "run.json").exists() else "nothing was trained"
         raise UserError(f"{named}: {said}. {left}") from error
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not lacks_memory(error):
             raise
         ways = "a smaller --batch-size or --max-length, --lora, --qlora and --share-prompts need less"
         raise UserError(f"there is not enough memory: {ways}; `alignloss fit` estimates how much") from error

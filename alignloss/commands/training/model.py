@@ -1,7 +1,9 @@
 """The model of a run and its tokenizer: from a folder, a name or a GGUF file, with or without adapters."""
 
+import hashlib
 import importlib.util
 import io
+import json
 import os
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -9,9 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...hf.check import left_as_it_is
 from ..errors import UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTERS = "adapter_config.json"
+# what a model and its tokenizer are read from, and how much of a file is looked at
+FILES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja"}
+SAMPLES, SAMPLE = 256, 1 << 14
 
 
 class Source(NamedTuple):
@@ -23,6 +30,12 @@ class Source(NamedTuple):
     cpu: bool = False
     lora: int = 0  # rank; 0: every parameter trains
     qlora: bool = False
+    adapters: str | None = None  # folder of adapters that are merged into `model`
+
+    @property
+    def saved_whole(self) -> bool:
+        """Whether adapters are merged when they are saved, since no folder or name holds what they stand beside."""
+        return bool(self.lora and (self.gguf or self.adapters))
 
     @property
     def on_cpu(self) -> bool:
@@ -51,9 +64,12 @@ def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora
         model, gguf, path = str(path.parent), path.name, path.parent
     if gguf is not None and importlib.util.find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install gguf")
+    earlier = None
     if path.is_dir():
         wanted = gguf or "config.json"
-        if not (path / wanted).is_file():
+        if gguf is None and not (path / wanted).exists() and (path / ADAPTERS).exists():
+            earlier, model = model, _base_of(path)
+        elif not (path / wanted).is_file():
             raise UserError(
                 f"{model} has no {wanted}: give the folder of a model as save_pretrained writes it, or --gguf"
             )
@@ -67,9 +83,45 @@ def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora
         raise UserError("--qlora needs the package bitsandbytes: pip install bitsandbytes")
     if qlora and gguf is not None:
         raise UserError("--qlora quantizes a model itself: give it without --gguf")
-    if (lora or qlora) and importlib.util.find_spec("peft") is None:
+    if qlora and earlier is not None:
+        raise UserError(
+            f"{earlier} holds adapters, which do not merge into weights of 4 bits: give the folder of the merged model "
+            "(PEFT's merge_and_unload, save_pretrained)"
+        )
+    if (lora or qlora or earlier) and importlib.util.find_spec("peft") is None:
         raise UserError("--lora needs the package peft: pip install peft")
-    return Source(model, gguf, dtype, cpu, lora or (16 if qlora else 0), qlora)
+    return Source(model, gguf, dtype, cpu, lora or (16 if qlora else 0), qlora, earlier)
+
+
+def _base_of(folder: Path) -> str:
+    """The model that the adapters in a folder stand beside."""
+    try:
+        base = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / ADAPTERS} names no base model: {one_line(error)}") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / ADAPTERS} names no base model, but {base!r}")
+    if base.startswith(("/", ".")) and not (Path(base) / "config.json").is_file():
+        raise UserError(f"the adapters in {folder} belong to {base}, which is no folder of a model")
+    return base
+
+
+def fingerprint(source: Source) -> str:
+    """Of the files that a model and its tokenizer are read from: their names and sizes, and samples of each.
+
+    A name on the Hub stands for itself.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for folder in map(Path, filter(None, (source.model, source.adapters))):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix in FILES and path.is_file():
+                size = path.stat().st_size
+                digest.update(f"{path.name} {size} ".encode())
+                with open(path, "rb") as file:
+                    for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                        file.seek(start)
+                        digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -77,9 +129,9 @@ def load_tokenizer(source: Source) -> Any:
 
     more = {"gguf_file": source.gguf} if source.gguf else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.model, **more)
+        tokenizer = AutoTokenizer.from_pretrained(source.adapters or source.model, **more)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"the tokenizer of {source.model} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"the tokenizer of {_named(source)} cannot be loaded: {one_line(error)}") from error
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of {source.model} has no eos_token, with which a completion ends")
     if tokenizer.pad_token is None:
@@ -110,7 +162,7 @@ def load_model(source: Source) -> Any:
         with unpacking:
             model, found = AutoModelForCausalLM.from_pretrained(source.model, output_loading_info=True, **more)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model {source.model} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"the model {_named(source)} cannot be loaded: {one_line(error)}") from error
     lacking = sorted(found["missing_keys"])
     if lacking:
         raise UserError(
@@ -119,7 +171,44 @@ def load_model(source: Source) -> Any:
         )
     if source.gguf:
         _unmark(model)
+    if source.adapters:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, source.adapters).merge_and_unload()
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
+            raise UserError(f"the adapters in {source.adapters} cannot be merged: {one_line(error)}") from error
+    _check_causal(model)
     return model
+
+
+def _named(source: Source) -> str:
+    model = source.model
+    return model if Path(model).exists() else f"{model} (there is no folder of this name, so one on the Hub)"
+
+
+def _check_causal(model: Any) -> None:
+    """Whether a token is predicted from those before it alone: the gradient of its logits reaches no later one.
+
+    Raises:
+        UserError: for an encoder, which would be given what it is to predict.
+    """
+    count = min(8, model.get_input_embeddings().weight.shape[0])
+    tokens = torch.arange(count, device=model.get_input_embeddings().weight.device)[None]
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    with left_as_it_is(model), torch.enable_grad():
+        try:
+            logits = model(inputs_embeds=embedded).logits[0, count // 2]
+        except (TypeError, ValueError, NotImplementedError, RuntimeError):
+            return  # a model that takes tokens alone
+        directions = torch.linspace(-1, 1, len(logits), device=logits.device, dtype=logits.dtype)
+        (gradient,) = torch.autograd.grad((logits * directions).sum(), embedded)
+    reached = gradient.abs().amax((0, 2))
+    if reached[count // 2 + 1 :].max() > 1e-6 * reached.max():
+        raise UserError(
+            f"a {type(model).__name__} sees the tokens after the one that it predicts, so that there is nothing to "
+            "learn from; an encoder of transformers trains as a decoder with is_decoder=true in its config.json"
+        )
 
 
 def _unmark(model: Any) -> None:

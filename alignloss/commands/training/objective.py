@@ -38,7 +38,7 @@ class Objective(NamedTuple):
     name: str
     kind: str  # of `rows.COLUMNS`
     loss: PreferenceLoss | None  # None: the NLL of TRL's SFTTrainer
-    options: dict[str, Any]
+    options: dict[str, Any]  # that are not as without them
 
     @property
     def numbers(self) -> list[str]:
@@ -100,9 +100,13 @@ def objective(name: str, given: dict[str, Any]) -> Objective:
     options = {option: _value(name, option, value) for option, value in given.items()}
     if name == "sft":
         return Objective(name, "unlabelled", None, options)
+    parameters = inspect.signature(MODULES.get(name, LOSSES[name])).parameters
+    defaults = {option: parameters[option].default for option in known.keys() & parameters.keys()}
     made = dict(options)
     if "beta" in known and name not in MODULES:
+        defaults["beta"] = DEFAULT_BETA
         made.setdefault("beta", DEFAULT_BETA)
+    options = {option: value for option, value in options.items() if value != defaults.get(option)}
     if name == "f_dpo":
         made["divergence"] = _divergence(made["divergence"], made.pop("divergence_alpha", None))
     try:

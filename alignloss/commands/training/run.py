@@ -15,13 +15,15 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from rich.console import Console
+from safetensors import SafetensorError
 
 from ...hf.score import score
 from ..errors import UserError, one_line
@@ -29,13 +31,14 @@ from .checkpoints import (
     WholeCheckpoints,
     alone,
     explained,
+    lacks_memory,
     remove_unfinished,
     state_of,
     to_disk,
     whole,
     write_whole,
 )
-from .model import Source, adapters, load_model, load_tokenizer
+from .model import Source, adapters, fingerprint, load_model, load_tokenizer
 from .objective import Objective
 from .rows import REFERENCES, SCORED_LENGTH, Rows, read_rows
 from .settings import Settings, configured, settle
@@ -44,7 +47,29 @@ from .settings import Settings, configured, settle
 CHANGEABLE = {"save_steps", "save_total_limit", "report_to", "disable_tqdm", "run_name"}
 DEFAULT_BATCH = 8
 # a model that is not supported, fields that do not go together, a package that is not there
-REFUSALS = (ValueError, TypeError, ImportError, IndexError, NotImplementedError)
+REFUSALS = (ValueError, TypeError, ImportError, IndexError, NotImplementedError, RuntimeError)
+
+
+class Refused(UserError):
+    """What the libraries beneath make of a model and of fields."""
+
+
+@contextmanager
+def refusing(fields: dict[str, Any]) -> Iterator[None]:
+    """What TRL and transformers do not take, in one line; any error of theirs where fields of theirs are given."""
+    try:
+        yield
+    except (UserError, OSError, SafetensorError):
+        raise
+    except Exception as error:
+        if lacks_memory(error) or not (fields or isinstance(error, REFUSALS)):
+            raise
+        said = one_line(error)
+        if not isinstance(error, REFUSALS):
+            said = f"{type(error).__name__}: {said} (with {', '.join(sorted(fields))})"
+        elif "index out of range in self" in said:  # of an embedding
+            said = "a token or a position is beyond the embeddings of the model: its tokenizer, or --max-length"
+        raise Refused(said) from error
 
 
 class Data(NamedTuple):
@@ -255,15 +280,11 @@ def make_trainer(
         more["ref_model"] = copy.deepcopy(model)
     sets = [None if rows is None else dataset_of(rows, objective, config.seed) for rows in data]
     trainer_class = type(f"Whole{base.__name__}", (WholeCheckpoints, PairAccuracy, base), {})
-    try:
+    with refusing(settings.fields):
         trainer = trainer_class(
             model=model, args=config, train_dataset=sets[0], eval_dataset=sets[1], processing_class=tokenizer,
             peft_config=adapters(source), **more,
         )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except (*REFUSALS, RuntimeError) as error:
-        raise UserError(one_line(error)) from error
     if source.lora:  # as a checkpoint brings them back
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -271,13 +292,24 @@ def make_trainer(
     return trainer
 
 
-def identity(settings: Settings, source: Source, config: Any, data: Data, share_prompts: bool) -> dict[str, Any]:
-    """What a run is known by: another one does not go on from its checkpoints."""
+def identity(
+    settings: Settings, source: Source, config: Any, plain: Any, data: Data, share_prompts: bool
+) -> dict[str, Any]:
+    """What a run is known by: another one does not go on from its checkpoints.
+
+    `plain` is the configuration where no field is given: to say what it says anyway makes no other run.
+    """
     objective = settings.objective
-    fields = {name: value for name, value in settings.fields.items() if name not in CHANGEABLE}
-    model = os.path.realpath(source.model) if Path(source.model).exists() else source.model
+    given = {name: getattr(config, name) for name in settings.fields if name not in CHANGEABLE}
+    fields = {name: value for name, value in given.items() if value != getattr(plain, name)}
+    paths = {
+        name: os.path.realpath(path)
+        for name, path in (("model", source.model), ("adapters", source.adapters))
+        if path is not None and Path(path).exists()
+    }
     return {
-        "model": source._asdict() | {"model": model},
+        "model": source._asdict() | paths,
+        "model_files": fingerprint(source),
         "data": data.digest(),
         "loss": {"name": objective.name, **{k: str(v) for k, v in objective.options.items()}},
         "share_prompts": share_prompts,
@@ -343,23 +375,29 @@ def train(
     for part in rows:
         if part is not None:
             console.print(part.summary(), highlight=False, soft_wrap=True)
-    run = identity(settings, source, config, rows, share_prompts)
+    plain = configuration(settings._replace(fields={}), source, out, held_out is not None)
+    run = identity(settings, source, config, plain, rows, share_prompts)
     if earlier is not None:
         check_same(out, earlier, run)
     if (out / "model").exists():
         console.print(f"this run has ended; the model is in {out / 'model'}", highlight=False, soft_wrap=True)
         return
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with alone(out):
-            folder = references or out / "references"
-            trainer = make_trainer(settings, source, config, rows, tokenizer, share_prompts, folder)
-            write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
-            try:
-                _fit(trainer, out, console)
-            except REFUSALS as error:
-                raise UserError(one_line(error)) from error
-            _save(trainer, source, tokenizer, out)
+    fresh = not out.exists()
+    try:
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+            with alone(out):
+                folder = references or out / "references"
+                trainer = make_trainer(settings, source, config, rows, tokenizer, share_prompts, folder)
+                write_whole(out / "run.json", json.dumps(run, indent=2) + "\n")
+                with refusing(settings.fields):
+                    _fit(trainer, out, console)
+                _save(trainer, source, tokenizer, out)
+    except Refused:
+        # nothing was trained; references that were scored serve another start
+        if fresh and not whole(out) and not (out / "references").exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     console.print(f"the trained model is in {out / 'model'}", highlight=False, soft_wrap=True)
 
 
@@ -413,8 +451,7 @@ def _save(trainer: Any, source: Source, tokenizer: Any, out: Path) -> None:
     """The trained model, in its folder in one step."""
     unfinished = out / "model.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    if source.gguf and source.lora:
-        # adapters name a folder to be loaded beside, and a GGUF file is none
+    if source.saved_whole:
         merged = trainer.model.merge_and_unload()
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
