@@ -475,6 +475,10 @@ def test_bad_input_is_explained(arguments, message):
         ),
         ('{"model_type": ["llama"]}', r"model_type must be a string, got \['llama'\]"),
         ("[" * 100_000, "is not JSON"),
+        (
+            '{"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}',
+            "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3",
+        ),
     ],
 )
 def test_a_configuration_that_does_not_serve(tmp_path, content, message):

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from alignloss.commands.errors import UserError  # noqa: E402
-from alignloss.commands.training import checkpoints, objective, rows, run  # noqa: E402
+from alignloss.commands.training import checkpoints, objective, rows  # noqa: E402
+from alignloss.commands.training.data import dataset_of, token_fault  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers
 LETTERS = [chr(code) for code in range(32, 127)]
@@ -265,7 +266,7 @@ def test_adapters_beside_weights_of_4_bits(train, tmp_path):
 @pytest.mark.parametrize("batch", [2, 3, 8])
 def test_pairs_of_an_unpaired_loss_are_laid_out_for_its_kl(toy, batch):
     pairs = rows.read_rows(toy / "pairs.jsonl", "unpaired")
-    data = run.dataset_of(pairs, objective.objective("kto", {}), seed=0)
+    data = dataset_of(pairs, objective.objective("kto", {}), seed=0)
     assert sorted(data["pair"]) == [i for i in range(40) for _ in range(2)]
     for start in range(0, len(data) - batch + 1, batch):
         part = data[start : start + batch]
@@ -511,7 +512,7 @@ def test_a_template_that_refuses_a_row(toy, tmp_path):
     row = {"prompt": user} | {n: [{"role": "assistant", "content": text}] for n, text in answers.items()}
     other = row | {"prompt": [{"role": "system", "content": "x"}, *user]}
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "model")
-    found = rows.read_rows(written(tmp_path / "d.jsonl", [row, other]), "paired", fault=run.token_fault(tokenizer, 100))
+    found = rows.read_rows(written(tmp_path / "d.jsonl", [row, other]), "paired", fault=token_fault(tokenizer, 100))
     assert len(found.rows) == 1 and found.bad == [(2, "chat template: no system")]
 
 

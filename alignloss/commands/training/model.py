@@ -178,7 +178,7 @@ def load_model(source: Source) -> Any:
             model = PeftModel.from_pretrained(model, source.adapters).merge_and_unload()
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
             raise UserError(f"the adapters in {source.adapters} cannot be merged: {one_line(error)}") from error
-    _check_causal(model)
+    check_causal(model)
     return model
 
 
@@ -187,8 +187,10 @@ def _named(source: Source) -> str:
     return model if Path(model).exists() else f"{model} (there is no folder of this name, so one on the Hub)"
 
 
-def _check_causal(model: Any) -> None:
+def check_causal(model: Any) -> None:
     """Whether a token is predicted from those before it alone: the gradient of its logits reaches no later one.
+
+    A model that takes no vectors in place of tokens is not looked at.
 
     Raises:
         UserError: for an encoder, which would be given what it is to predict.
@@ -199,8 +201,8 @@ def _check_causal(model: Any) -> None:
     with left_as_it_is(model), torch.enable_grad():
         try:
             logits = model(inputs_embeds=embedded).logits[0, count // 2]
-        except (TypeError, ValueError, NotImplementedError, RuntimeError):
-            return  # a model that takes tokens alone
+        except Exception:  # whatever a model makes of vectors in place of tokens
+            return
         directions = torch.linspace(-1, 1, len(logits), device=logits.device, dtype=logits.dtype)
         (gradient,) = torch.autograd.grad((logits * directions).sum(), embedded)
     reached = gradient.abs().amax((0, 2))

@@ -134,7 +134,8 @@ def draw(entries: list[dict[str, Any]], path: Path, title: str) -> None:
                 axes.plot(*zip(*points, strict=True), label=legend, **style)
         axes.set(title=label, xlabel="step")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.suptitle(title)
     unfinished = path.with_suffix(".unfinished")
     figure.savefig(unfinished, dpi=150, format="png")
