@@ -591,7 +591,7 @@ def test_checkpoints_of_something_else_are_left_alone(refused, tmp_path):
     [
         (["--loss", "tdpo1", "--share-prompts"], "no kl of tokens"),
         (["--loss", "kto", "--batch-size", "1"], "batch size"),
-        (["--report", "tensorboard"], "tensorboard"),
+        (["--report", "wandb"], "wandb"),
         (["--report", "foo"], "foo"),
         (["optim=adamw_torch_8bit"], "torchao"),
         (["warmup_steps=nan"], "nan"),
@@ -692,6 +692,16 @@ def test_another_model_in_the_same_place(alignloss_command, toy, tmp_path):
         code, said = alignloss_command("train", *arguments)
         assert code == 2 and "differs in model_files" in said
         (tmp_path / "model" / name).write_bytes(kept)
+
+
+def test_a_tracker_beside_the_log(train, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = train("--steps", "3", "--report", "tensorboard")
+    (events,) = (tmp_path / "run/runs").rglob("events*")
+    seen = EventAccumulator(str(events)).Reload().Scalars("train/loss")
+    assert {entry.step: entry.value for entry in seen} == pytest.approx({e["step"]: e["loss"] for e in log})
 
 
 def test_a_run_shorter_than_its_log(train, tmp_path):
