@@ -21,6 +21,7 @@ from .planning import Plan, plan
 from .recipes.baselines import RunningShift, kto_kl
 from .recipes.batches import CompletionBatch, mismatched_pairs, next_token_labels, self_play_pairs
 from .recipes.reference import update_reference
+from .recipes.sampling import rejection_sample
 from .recipes.weights import ld_dpo_token_weights, sampo_token_weights, wpo_pair_weights
 
 try:
@@ -56,6 +57,7 @@ __all__ = [
     "next_token_labels",
     "one_pass_loss",
     "plan",
+    "rejection_sample",
     "sampo_token_weights",
     "self_play_pairs",
     "sequence_logprob",
