@@ -60,6 +60,9 @@ def main() -> None:
     if arguments.command == "curves":
         curves(arguments)
         return
+    if arguments.command == "study":
+        study(arguments)
+        return
     check(arguments)
     if arguments.memory is None:
         total = total_memory(torch.device(arguments.device))
@@ -122,6 +125,11 @@ def parse() -> argparse.Namespace:
     runs.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     runs.add_argument("--name", default="latest", help="of the files in it")
 
+    methods = commands.add_parser("study", help="methods of alignment in three scenarios, on small models trained here")
+    methods.add_argument("--profile", default="quick", choices=["tiny", "quick", "full"])
+    methods.add_argument("--out", type=Path, required=True, help="folder of runs.csv and report.html; gone on with")
+    methods.add_argument("--processes", type=int, default=2, help="of one thread each")
+
     drawing = commands.add_parser("plot", help="draw a file that varies tokens, vocabulary or shapes")
     drawing.add_argument("files", nargs="+", type=Path)
     commands.add_parser("alone").add_argument("what", type=json.loads)  # a fresh process
@@ -136,6 +144,14 @@ def curves(arguments: argparse.Namespace) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def study(arguments: argparse.Namespace) -> None:
+    from .study.report import write_report
+    from .study.schedule import PROFILES, run_all
+
+    lines = run_all(PROFILES[arguments.profile], arguments.out, arguments.processes)
+    print(f"wrote {write_report(lines, arguments.out)}")
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,127 @@
+"""The models of the study: how one is made, writes, is scored and takes a step, through `alignloss.hf`."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import alignloss
+from alignloss.hf import head_call
+
+from . import world
+from .world import PAD, RESPONSE, VOCABULARY
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": world.EOS,
+}  # fmt: skip
+
+
+class Batch(NamedTuple):
+    """Prompts with their completions, padded at the end."""
+
+    input_ids: Tensor  # (S, T)
+    attention_mask: Tensor  # (S, T)
+    completion_mask: Tensor  # (S, T)
+
+    @property
+    def labels(self) -> Tensor:
+        return alignloss.next_token_labels(self.input_ids, self.completion_mask)
+
+    def rows(self, index: Tensor) -> "Batch":
+        return Batch(*(value[index] for value in self))
+
+
+def make_model(seed: int) -> Any:
+    """A Llama of 110,000 parameters with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def batch_of(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """Prompts and completions as one batch, of one width whatever they are."""
+    width = max(len(prompt) for prompt, _ in rows) + RESPONSE
+    ids = torch.full((len(rows), width), PAD)
+    attended, completion = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, (prompt, response) in enumerate(rows):
+        tokens = prompt + response
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        attended[i, : len(tokens)] = 1
+        completion[i, len(prompt) : len(tokens)] = 1
+    return Batch(ids, attended, completion)
+
+
+def in_head(model: nn.Module, batch: Batch, run: Callable[[Any], Any]) -> Any:
+    """What `run` makes of hidden states and head."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    return head_call(model, run, **inputs)[0]
+
+
+def logps_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Sums in nats (S,), without gradients."""
+    with torch.no_grad():
+        score = alignloss.sequence_logprob
+        return in_head(model, batch, lambda head: score(head.hidden, head.weight, batch.labels).logps)
+
+
+@torch.no_grad()
+def sample(model: Any, prompts: Sequence[list[int]], generator: torch.Generator) -> list[list[int]]:
+    """A response to each prompt, by the model's own probabilities, up to its end or the limit."""
+    responses: list[list[int]] = [[] for _ in prompts]
+    lengths = sorted({len(prompt) for prompt in prompts})
+    for length in lengths:
+        places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([prompts[i] for i in places])
+        for _ in range(RESPONSE):
+            probabilities = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, probabilities.multinomial(1, generator=generator)], 1)
+        for i, tokens in zip(places, ids[:, length:].tolist(), strict=True):
+            responses[i] = tokens[: tokens.index(world.EOS) + 1] if world.EOS in tokens else tokens
+    return responses
+
+
+def train(model: nn.Module, steps: int, learning_rate: float, step_loss: Callable[[int], Tensor]) -> list[float]:
+    """AdamW with a tenth of the steps to warm up, then constant; the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, steps // 10))
+        loss = step_loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def fit_text(model: nn.Module, batch: Batch, steps: int, learning_rate: float, size: int, seed: int) -> list[float]:
+    """Maximum likelihood of completions, drawn with replacement."""
+    loss, generator = alignloss.SFTLoss(), torch.Generator().manual_seed(seed)
+
+    def step_loss(step: int) -> Tensor:
+        rows = batch.rows(torch.randint(len(batch.input_ids), (size,), generator=generator))
+        return in_head(model, rows, lambda head: loss(head.hidden, head.weight, rows.labels)).loss
+
+    return train(model, steps, learning_rate, step_loss)
+
+
+def pretrained(world_seed: int, steps: int, size: int = 32) -> Any:
+    """A model of documents, many in a row of 64 tokens, which knows neither chat nor an end."""
+    made, dice = make_model(world_seed), random.Random(f"documents {world_seed}")
+    questions = world.make_world(world_seed).questions
+    rows = []
+    for _ in range(4096):
+        tokens: list[int] = []
+        while len(tokens) < 56:
+            tokens += world.document(world.draw_question(questions, dice), dice)
+        rows.append(tokens[:56])
+    ids = torch.tensor(rows)
+    fit_text(made, Batch(ids, torch.ones_like(ids), torch.ones_like(ids)), steps, 3e-3, size, world_seed)
+    return made
