@@ -310,6 +310,12 @@ def test_references_of_other_tokens_are_bad_rows(alignloss_command, toy, tmp_pat
         assert code == 0 and "2 rows; references are those of the file\n" in said
         first = json.loads((tmp_path / str(length) / "log.jsonl").read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    for value, reason in ((30.0, "30 tokens, where this run counts 23"), ("30", "a number of tokens"), (True, "True")):
+        changed = written(tmp_path / "changed.jsonl", [scored[0], scored[1] | {"ref_max_length": value}])
+        out = ["--out", tmp_path / f"run {value}", "--max-length", "23", "--steps", "1"]
+        code, said = alignloss_command("train", *fixed, changed, *out)
+        assert code == 0 and "line 2: " in said and reason in said, said
 
 
 def test_rows_of_which_a_loss_is_no_number(tmp_path):
@@ -359,7 +365,18 @@ def test_yaml_options_and_fields(train, tmp_path):
 def test_what_says_the_same_is_the_same_run(train, tmp_path):
     log = train("--steps", "2")
     shutil.rmtree(tmp_path / "run/model")
-    same = ["--batch-size", "8", "--beta", "0.1", "--seed", "42", "logging_steps=1", "label_smoothing=0"]
+    same = [
+        "--dtype",
+        "float32",
+        "--batch-size",
+        "8",
+        "--beta",
+        "0.1",
+        "--seed",
+        "42",
+        "logging_steps=1",
+        "label_smoothing=0",
+    ]
     assert train("--steps", "2", *same) == log
 
 
@@ -398,6 +415,8 @@ def test_what_says_the_same_is_the_same_run(train, tmp_path):
         (["truncation_mode=keep_end"], "cut at its end"),
         (["dataloader_drop_last=true"], "every row counts"),
         (["trust_remote_code=true"], "code that comes with a model is not run"),
+        (["accelerator_config={foo: 1}"], "foo"),
+        (["accelerator_config=x"], "x"),
         (["lora=8"], "is an option of the command: --lora"),
         (["logging_steps=null"], "logging_steps cannot be null"),
         (["--seed", "-1"], "--seed must lie in"),
@@ -435,6 +454,7 @@ def test_the_command_line_goes_before_the_file(train, tmp_path):
         ("loss: simpo\ngamma: true\n", "gamma of --loss simpo must be a number, got True"),
         ("warmup_steps: true\n", "warmup_steps"),
         ("lora: [4]\n", "lora"),
+        ("a: " + "[" * 3000 + "]" * 3000, "not YAML"),
     ],
 )
 def test_a_file_that_says_two_things_or_something_else(refused, tmp_path, text, message):
@@ -464,6 +484,7 @@ BAD = {
     "chosen = rejected": {"prompt": "a", "chosen": "b", "rejected": "b"},
     "chosen = rejected: in their first 30 tokens": {"prompt": "a", "chosen": "b" * 40, "rejected": "b" * 41},
     "chosen = rejected: in tokens": {"prompt": "a", "chosen": "b\u00e4", "rejected": "b\u00f6"},
+    "chosen = rejected: in their first": {"prompt": "a", "chosen": "b" * 30 + "<eos>", "rejected": "b" * 30},
     "over-long prompt: 30 tokens, max_length is 30": {"prompt": "a" * 30, "chosen": "b", "rejected": "c"},
     "wrong type: prompt has a half of a surrogate pair": '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
 }
@@ -597,6 +618,7 @@ def test_checkpoints_of_something_else_are_left_alone(refused, tmp_path):
         (["warmup_steps=nan"], "nan"),
         (["adam_beta1=2"], "beta"),
         (["pad_token=zzz"], "zzz"),
+        (["lr_scheduler_kwargs={a: 2020-01-01}"], "argument 'a'"),
         (["router_aux_loss_coef=1"], "router_aux_loss_coef"),
         (["pad_to_multiple_of=0"], "zerodivisionerror"),
         (["activation_offloading=true"], "with activation_offloading, max_steps"),
@@ -642,6 +664,7 @@ KINDS = {  # and what is said of them, or that nothing is
     ),
     "experts": ("Mixtral", BERT | {"num_key_value_heads": 1, "num_local_experts": 4}, ""),
     "recurrent": ("Mamba", {"hidden_size": 16, "num_hidden_layers": 1}, ""),
+    "recurrent, changed in place": ("Rwkv", {"hidden_size": 16, "num_hidden_layers": 2, "context_length": 64}, ""),
 }  # fmt: skip
 
 
@@ -655,25 +678,100 @@ def test_models_that_do_not_predict_what_follows(alignloss_command, toy, tmp_pat
     assert (code, message in said) == (2 if message else 0, True), said
 
 
-def test_adapters_are_trained_further(train, alignloss_command, toy, tmp_path):
-    content = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(16, 3)]
-    first = tmp_path / "first"
-    train("--loss", "sft", "--lora", "4", "--steps", "4", data=written(tmp_path / "sft.jsonl", content), out=first)
-    log = train("--model", first / "model", "--lora", "4", "--steps", "4")
+@pytest.fixture(scope="module")
+def adapted(toy, tmp_path_factory):
+    """A folder of adapters on the toy, as PEFT writes them."""
+    import peft
+
+    folder = tmp_path_factory.mktemp("adapters") / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(toy / "model")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_adapters_are_trained_further(train, alignloss_command, adapted, toy, tmp_path):
+    log = train("--model", adapted, "--lora", "4", "--steps", "4", "--save-every", "2")
     assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # the reference is the base with the first adapters
-    whole = train("--model", first / "model", "--steps", "1", out=tmp_path / "whole")
+    assert log[-1]["loss"] < 0.69
+    whole = train("--model", adapted, "--steps", "2", out=tmp_path / "whole")
     assert whole[0]["logps/chosen"] == pytest.approx(log[0]["logps/chosen"], rel=1e-5)
     assert whole[0]["logps/chosen"] != pytest.approx(train("--steps", "1", out=tmp_path / "c")[0]["logps/chosen"], 1e-3)
+    # without --lora every parameter trains
+    before = load_file(toy / "model/model.safetensors")
+    after = load_file(tmp_path / "whole/model/model.safetensors")
+    assert whole[0]["grad_norm"] > 0 and not any(torch.equal(before[name], after[name]) for name in before)
     # merged: with adapters alone, nothing would say what they stand beside
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert not hasattr(model, "peft_config") and (tmp_path / "run/model/model.safetensors").exists()
-    code, said = alignloss_command(
-        "score", "--model", first / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "s.jsonl", "--cpu"
-    )
-    assert code == 0, said
+    score = ["score", "--data", toy / "pairs.jsonl", "--out", tmp_path / "s.jsonl", "--cpu", "--model"]
+    code, said = alignloss_command(*score, tmp_path / "run/checkpoint-4")
+    assert code == 2 and "name no base model" in said and "take model/ of that run" in said
+    assert alignloss_command(*score, adapted)[0] == 0
     arguments = ["--data", toy / "pairs.jsonl", "--out", tmp_path / "x", "--cpu", "--qlora"]
-    code, said = alignloss_command("train", "--model", first / "model", *arguments)
+    code, said = alignloss_command("train", "--model", adapted, *arguments)
     assert code == 2 and "do not merge into weights of 4 bits" in said
+
+
+ADAPTER_FAULTS = {
+    "weights of other names": (
+        "lack 28 weights",
+        lambda w, c: ({k.replace("layers", "l"): v for k, v in w.items()}, c),
+    ),
+    "half of the weights": ("lack 14 weights", lambda w, c: (dict(list(w.items())[::2]), c)),
+    "no weights": ("has no adapter_model.safetensors", lambda w, c: (None, c)),
+    "no base": ("name no base model", lambda w, c: (w, {**c, "base_model_name_or_path": None})),
+    "a base that is not there": ("no folder of a model", lambda w, c: (w, {**c, "base_model_name_or_path": "/no"})),
+    "a broken configuration": ("cannot be merged", lambda w, c: (w, {**c, "r": "four"})),
+}
+
+
+@pytest.mark.parametrize("fault", ADAPTER_FAULTS)
+def test_adapters_that_do_not_fit(alignloss_command, adapted, toy, tmp_path, fault):
+    message, change = ADAPTER_FAULTS[fault]
+    shutil.copytree(adapted, tmp_path / "model")
+    weights, config = change(
+        load_file(adapted / "adapter_model.safetensors"), json.loads((adapted / "adapter_config.json").read_text())
+    )
+    (tmp_path / "model/adapter_model.safetensors").unlink()
+    if weights is not None:
+        save_file(weights, tmp_path / "model/adapter_model.safetensors")
+    (tmp_path / "model/adapter_config.json").write_text(json.dumps(config))
+    code, said = alignloss_command(
+        "train", "--model", tmp_path / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "run", "--cpu"
+    )
+    assert code == 2 and message in said, said
+
+
+def test_adapters_that_merging_changes(alignloss_command, toy, tmp_path):
+    """On embeddings that are the head too."""
+    import peft
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = saved(toy, tmp_path / "base", "Llama", num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_embedding" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "model")
+    code, said = alignloss_command(
+        "score", "--model", tmp_path / "model", "--data", toy / "pairs.jsonl", "--out", tmp_path / "s.jsonl", "--cpu"
+    )
+    assert code == 2 and "makes another model" in said
+
+
+def test_evaluations_change_nothing(train, toy):
+    """Of dropout too, whose numbers a data loader draws from."""
+    options = ["--model", toy / "with dropout", "--steps", "4", "disable_dropout=false"]
+    alone = [entry["loss"] for entry in train(*options)]
+    for every in ("1", "2"):
+        log = train(*options, "--eval-data", toy / "held_out.jsonl", "--save-every", every, out=toy / f"every {every}")
+        assert [entry["loss"] for entry in log if "loss" in entry] == alone
 
 
 def test_another_model_in_the_same_place(alignloss_command, toy, tmp_path):
@@ -682,9 +780,11 @@ def test_another_model_in_the_same_place(alignloss_command, toy, tmp_path):
     arguments += ["--steps", "2"]
     assert alignloss_command("train", *arguments)[0] == 0
     shutil.rmtree(tmp_path / "run/model")
+    (tmp_path / "model/notes.txt").write_text("of no model")
     assert alignloss_command("train", *arguments)[0] == 0
     for name, change in (
         ("chat_template.jinja", lambda content: content.replace(b"a:", b"b:")),
+        ("config.json", lambda content: content.replace(b"rms_norm_eps", b"rms_norm_epS")),
         ("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
     ):
         kept = (tmp_path / "model" / name).read_bytes()

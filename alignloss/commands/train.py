@@ -110,7 +110,7 @@ def train(
     settings = settle(loss, options, explicit, context.obj or {}, parsed(assignments or []), names)
     if share_prompts and settings.objective.kind != "paired":
         raise UserError(f"--share-prompts is for pairs, which --loss {loss} does not take")
-    if out == Path():
+    if out == Path() or out.resolve() == Path(model).resolve():
         raise UserError("--out must name a folder of its own")
     origin = source(model, gguf, dtype, cpu, lora, qlora)
     from rich.console import Console

@@ -168,7 +168,7 @@ class _Cache:
                     part, said = {name: file.get_tensor(name) for name in ("index", "logps")}, file.metadata()
                 if _digest(part) != (said or {}).get("digest"):
                     raise ValueError("its content is not what was written")
-                self.known.update(zip(part["index"].tolist(), part["logps"].tolist(), strict=True))
+                self.known |= dict(zip(part["index"].tolist(), part["logps"].tolist(), strict=True))
             except (OSError, KeyError, ValueError, SafetensorError) as error:
                 warnings.warn(f"{path} cannot be read, and is computed again: {error}", stacklevel=4)
 

@@ -39,7 +39,9 @@ def token_fault(
         prompt = row["prompt"]
         names = [name for name in ("chosen", "rejected", "completion") if name in row]
         if isinstance(prompt, str):
-            first, *rest = tokenizer([prompt, *(prompt + row[name] for name in names)])["input_ids"]
+            end = tokenizer.eos_token
+            texts = [row[name] if row[name].endswith(end) else row[name] + end for name in names]
+            first, *rest = tokenizer([prompt, *(prompt + text for text in texts)])["input_ids"]
         else:
             try:
                 first = template(prompt, add_generation_prompt=True)
@@ -53,9 +55,14 @@ def token_fault(
             cut = max_length is not None and longest > max_length
             return f"chosen = rejected: in their first {max_length:,} tokens" if cut else "chosen = rejected: in tokens"
         counted = row.get(SCORED_LENGTH) if references else None
-        # with the token that ends a text
-        if isinstance(counted, int) and counted != max_length and longest >= min(counted, max_length or counted):
-            return f"other references: of the first {counted:,} tokens, where this run counts {max_length or longest:,}"
+        if counted is None:  # references that say nothing of it
+            return None
+        if isinstance(counted, bool) or not isinstance(counted, (int, float)) or counted != counted // 1:
+            return f"wrong type: {SCORED_LENGTH} must be a number of tokens, got {counted!r}"
+        if counted != max_length and longest > min(counted, max_length or counted):
+            return (
+                f"other references: of the first {counted:,.0f} tokens, where this run counts {max_length or longest:,}"
+            )
         return None
 
     return fault

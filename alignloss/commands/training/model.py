@@ -1,9 +1,9 @@
 """The model of a run and its tokenizer: from a folder, a name or a GGUF file, with or without adapters."""
 
+import glob
 import hashlib
 import importlib.util
 import io
-import json
 import os
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...hf.check import left_as_it_is
+from ...hf.check import TOLERANCE, TOLERANCE_16_BIT, left_as_it_is
 from ..errors import UserError, one_line
+from .adapters import CONFIG, base_of, merged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ADAPTERS = "adapter_config.json"
 # what a model and its tokenizer are read from, and how much of a file is looked at
-FILES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja"}
+FILES = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "*token*", "vocab*",
+    "merges.txt", "chat_template*", "*.model",
+)  # fmt: skip
 SAMPLES, SAMPLE = 256, 1 << 14
 
 
@@ -67,8 +70,8 @@ def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora
     earlier = None
     if path.is_dir():
         wanted = gguf or "config.json"
-        if gguf is None and not (path / wanted).exists() and (path / ADAPTERS).exists():
-            earlier, model = model, _base_of(path)
+        if gguf is None and not (path / wanted).exists() and (path / CONFIG).exists():
+            earlier, model = model, base_of(path)
         elif not (path / wanted).is_file():
             raise UserError(
                 f"{model} has no {wanted}: give the folder of a model as save_pretrained writes it, or --gguf"
@@ -90,20 +93,9 @@ def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora
         )
     if (lora or qlora or earlier) and importlib.util.find_spec("peft") is None:
         raise UserError("--lora needs the package peft: pip install peft")
+    # adapters name their base, wherever they are loaded from
+    model, earlier = (str(Path(p).resolve()) if p and Path(p).is_dir() else p for p in (model, earlier))
     return Source(model, gguf, dtype, cpu, lora or (16 if qlora else 0), qlora, earlier)
-
-
-def _base_of(folder: Path) -> str:
-    """The model that the adapters in a folder stand beside."""
-    try:
-        base = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / ADAPTERS} names no base model: {one_line(error)}") from error
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{folder / ADAPTERS} names no base model, but {base!r}")
-    if base.startswith(("/", ".")) and not (Path(base) / "config.json").is_file():
-        raise UserError(f"the adapters in {folder} belong to {base}, which is no folder of a model")
-    return base
 
 
 def fingerprint(source: Source) -> str:
@@ -112,9 +104,10 @@ def fingerprint(source: Source) -> str:
     A name on the Hub stands for itself.
     """
     digest = hashlib.blake2b(digest_size=16)
+    patterns = FILES if source.gguf is None else (glob.escape(source.gguf),)
     for folder in map(Path, filter(None, (source.model, source.adapters))):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix in FILES and path.is_file():
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            if path.is_file():
                 size = path.stat().st_size
                 digest.update(f"{path.name} {size} ".encode())
                 with open(path, "rb") as file:
@@ -128,10 +121,13 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     more = {"gguf_file": source.gguf} if source.gguf else {}
+    place = source.model
+    if source.adapters and any(Path(source.adapters).glob("tokenizer*")):
+        place = source.adapters
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.adapters or source.model, **more)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"the tokenizer of {_named(source)} cannot be loaded: {one_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(place, **more)
+    except Exception as error:  # whatever its class makes of the files
+        raise UserError(f"the tokenizer of {_named(place)} cannot be loaded: {one_line(error)}") from error
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of {source.model} has no eos_token, with which a completion ends")
     if tokenizer.pad_token is None:
@@ -140,7 +136,6 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load_model(source: Source) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     more: dict[str, Any] = {"dtype": source.torch_dtype}
@@ -161,8 +156,10 @@ def load_model(source: Source) -> Any:
     try:
         with unpacking:
             model, found = AutoModelForCausalLM.from_pretrained(source.model, output_loading_info=True, **more)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model {_named(source)} cannot be loaded: {one_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever its class makes of config and files
+        raise UserError(f"the model {_named(source.model)} cannot be loaded: {one_line(error)}") from error
     lacking = sorted(found["missing_keys"])
     if lacking:
         raise UserError(
@@ -172,45 +169,53 @@ def load_model(source: Source) -> Any:
     if source.gguf:
         _unmark(model)
     if source.adapters:
-        from peft import PeftModel
-
-        try:
-            model = PeftModel.from_pretrained(model, source.adapters).merge_and_unload()
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, AttributeError) as error:
-            raise UserError(f"the adapters in {source.adapters} cannot be merged: {one_line(error)}") from error
+        model = merged(model, source.adapters)
     check_causal(model)
     return model
 
 
-def _named(source: Source) -> str:
-    model = source.model
+def _named(model: str) -> str:
     return model if Path(model).exists() else f"{model} (there is no folder of this name, so one on the Hub)"
 
 
 def check_causal(model: Any) -> None:
-    """Whether a token is predicted from those before it alone: the gradient of its logits reaches no later one.
+    """Whether a token is predicted from those before it alone.
 
-    A model that takes no vectors in place of tokens is not looked at.
+    The gradient of its logits reaches no later one; of a model that takes no vectors in place of tokens, they are the
+    same before another last token.
 
     Raises:
         UserError: for an encoder, which would be given what it is to predict.
     """
-    count = min(8, model.get_input_embeddings().weight.shape[0])
-    tokens = torch.arange(count, device=model.get_input_embeddings().weight.device)[None]
-    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    embeddings = model.get_input_embeddings()
+    count = min(8, embeddings.weight.shape[0])
+    tokens, middle = torch.arange(count, device=embeddings.weight.device)[None], count // 2
+    embedded = embeddings(tokens).detach().requires_grad_()
     with left_as_it_is(model), torch.enable_grad():
         try:
-            logits = model(inputs_embeds=embedded).logits[0, count // 2]
+            logits = model(inputs_embeds=embedded).logits[0, middle]
+            directions = torch.linspace(-1, 1, len(logits), device=logits.device, dtype=logits.dtype)
+            (gradient,) = torch.autograd.grad((logits * directions).sum(), embedded)
+            reached = gradient.abs().amax((0, 2))
+            later, tolerance = float(reached[middle + 1 :].max() / reached.max()), 1e-6
         except Exception:  # whatever a model makes of vectors in place of tokens
-            return
-        directions = torch.linspace(-1, 1, len(logits), device=logits.device, dtype=logits.dtype)
-        (gradient,) = torch.autograd.grad((logits * directions).sum(), embedded)
-    reached = gradient.abs().amax((0, 2))
-    if reached[count // 2 + 1 :].max() > 1e-6 * reached.max():
+            later, tolerance = _moved(model, tokens, middle), TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
+    if later > tolerance:
         raise UserError(
             f"a {type(model).__name__} sees the tokens after the one that it predicts, so that there is nothing to "
             "learn from; an encoder of transformers trains as a decoder with is_decoder=true in its config.json"
         )
+
+
+def _moved(model: Any, tokens: torch.Tensor, place: int) -> float:
+    """How far the logits at a place move with the last token, of their size; 0 for a model that does not run so."""
+    others = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)
+    try:
+        with torch.no_grad():
+            first, second = (model(input_ids=ids).logits[0, place].double() for ids in (tokens, others))
+    except Exception:
+        return 0.0
+    return float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
 
 
 def _unmark(model: Any) -> None:
@@ -219,12 +224,3 @@ def _unmark(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def adapters(source: Source) -> Any:
-    """The configuration of LoRA on every linear layer but the head, or None."""
-    if not source.lora:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=source.lora, lora_alpha=2 * source.lora, target_modules="all-linear", task_type="CAUSAL_LM")

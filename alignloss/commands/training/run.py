@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
 from ...hf.score import score
 from ..errors import UserError, one_line
+from .adapters import new_adapters
 from .checkpoints import (
     WholeCheckpoints,
     alone,
@@ -36,7 +38,7 @@ from .checkpoints import (
     write_whole,
 )
 from .data import Data, dataset_of, read_data, token_fault
-from .model import Source, adapters, fingerprint, load_model, load_tokenizer
+from .model import Source, fingerprint, load_model, load_tokenizer
 from .rows import REFERENCES, SCORED_LENGTH, read_rows
 from .settings import Settings, configured, settle
 
@@ -127,15 +129,20 @@ def configuration(settings: Settings, source: Source, out: Path, evaluates: bool
 _Base: Any = object
 
 
-class PairAccuracy(_Base):
-    """Beside a trainer of unpaired losses: the share of held-out pairs whose chosen completion has the higher reward.
+class Evaluated(_Base):
+    """Beside a trainer: evaluations that leave no trace in the training, and an accuracy for unpaired losses.
 
-    A reward is log pi - log pi_ref of the completion; a tie counts half.
+    It is the share of held-out pairs whose chosen completion has the higher reward, log pi - log pi_ref of the
+    completion; a tie counts half.
     """
 
     args: Any
     eval_dataset: Any
     model: Any
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng():  # whose numbers a data loader takes too
+            return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -178,12 +185,17 @@ def make_trainer(
     if objective.needs_reference_model and not source.lora:
         more["ref_model"] = copy.deepcopy(model)
     sets = [None if rows is None else dataset_of(rows, objective, config.seed) for rows in data]
-    trainer_class = type(f"Whole{base.__name__}", (WholeCheckpoints, PairAccuracy, base), {})
+    trainer_class = type(f"Whole{base.__name__}", (WholeCheckpoints, Evaluated, base), {})
     with refusing(settings.fields):
         trainer = trainer_class(
             model=model, args=config, train_dataset=sets[0], eval_dataset=sets[1], processing_class=tokenizer,
-            peft_config=adapters(source), **more,
+            peft_config=new_adapters(source.lora), **more,
         )  # fmt: skip
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise UserError("no parameter of the model trains")
+    if source.saved_whole:  # a checkpoint's adapters stand beside something that has no name
+        for config in trainer.model.peft_config.values():
+            config.base_model_name_or_path = ""
     if source.lora:  # as a checkpoint brings them back
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -201,13 +213,8 @@ def identity(
     objective = settings.objective
     given = {name: getattr(config, name) for name in settings.fields if name not in CHANGEABLE}
     fields = {name: value for name, value in given.items() if value != getattr(plain, name)}
-    paths = {
-        name: os.path.realpath(path)
-        for name, path in (("model", source.model), ("adapters", source.adapters))
-        if path is not None and Path(path).exists()
-    }
     return {
-        "model": source._asdict() | paths,
+        "model": source._asdict() | {"cpu": source.on_cpu, "dtype": str(source.torch_dtype)},
         "model_files": fingerprint(source),
         "data": data.digest(),
         "loss": {"name": objective.name, **{k: str(v) for k, v in objective.options.items()}},

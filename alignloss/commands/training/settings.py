@@ -112,7 +112,7 @@ def read_yaml(text: str, where: str) -> Any:
 
     try:
         return yaml.load(text, Once)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where}: not YAML: {one_line(error)}") from error
 
 
@@ -207,11 +207,13 @@ def configured(config_class: Any, fields: dict[str, Any]) -> Any:
         if isinstance(value, (list, tuple)):
             arguments += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):
-            arguments += [f"--{name}", json.dumps(value)]
+            arguments += [f"--{name}", json.dumps(value, default=str)]
         else:
             arguments += [f"--{name}={value}"]
     try:
         (config,) = Parser(config_class, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-    except (ValueError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the class makes of values
         raise UserError(one_line(error)) from error
     return config
