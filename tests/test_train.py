@@ -345,9 +345,15 @@ def test_scores_keep_the_other_columns(alignloss_command, train, toy, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["kto", "bco"])
-def test_references_of_pairs_are_taken_by_unpaired_losses(train, toy, tmp_path, loss):
+def test_references_of_pairs_are_taken_by_unpaired_losses(alignloss_command, toy, tmp_path, loss):
     content = [row | {"ref_chosen_logps": -900.0, "ref_rejected_logps": -900.0} for row in pairs(8, 4)]
-    log = train("--loss", loss, "--steps", "1", "--batch-size", "16", data=written(tmp_path / "data.jsonl", content))
+    code, said = alignloss_command(
+        "train", "--model", toy / "model", "--data", written(tmp_path / "data.jsonl", content), "--out",
+        tmp_path / "run", "--cpu", "--loss", loss, "--steps", "1", "--batch-size", "16",
+    )  # fmt: skip
+    assert code == 0 and "references are those of the file" in said
+    assert ("the KL of --loss kto stays one against this model" in said) == (loss == "kto")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     # 0.1 (900 - 50) above the reference: as bad for the rejected as good for the chosen
     assert log[0]["rewards/chosen"] > 80 and log[0]["rewards/rejected"] > 80
 

@@ -93,8 +93,9 @@ def source(model: str, gguf: str | None, dtype: str, cpu: bool, lora: int, qlora
         )
     if (lora or qlora or earlier) and importlib.util.find_spec("peft") is None:
         raise UserError("--lora needs the package peft: pip install peft")
-    # adapters name their base, wherever they are loaded from
-    model, earlier = (str(Path(p).resolve()) if p and Path(p).is_dir() else p for p in (model, earlier))
+    if Path(model).is_dir():  # adapters name their base, wherever they are loaded from
+        model = str(Path(model).resolve())
+    earlier = None if earlier is None else str(Path(earlier).resolve())
     return Source(model, gguf, dtype, cpu, lora or (16 if qlora else 0), qlora, earlier)
 
 

@@ -194,8 +194,8 @@ def make_trainer(
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise UserError("no parameter of the model trains")
     if source.saved_whole:  # a checkpoint's adapters stand beside something that has no name
-        for config in trainer.model.peft_config.values():
-            config.base_model_name_or_path = ""
+        for adapter in trainer.model.peft_config.values():
+            adapter.base_model_name_or_path = ""
     if source.lora:  # as a checkpoint brings them back
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
@@ -281,6 +281,10 @@ def train(
     for part in rows:
         if part is not None:
             console.print(part.summary(), highlight=False, soft_wrap=True)
+    loss = settings.objective.loss
+    if rows.train.scored and loss is not None and "kl" in loss.data:
+        note = f"the KL of --loss {settings.objective.name} stays one against this model at its start"
+        console.print(note, highlight=False, soft_wrap=True)
     plain = configuration(settings._replace(fields={}), source, out, held_out is not None)
     run = identity(settings, source, config, plain, rows, share_prompts)
     if earlier is not None:
