@@ -81,7 +81,8 @@ def test_what_was_cut_off_is_run_again(folder, monkeypatch):
 
 @pytest.mark.parametrize("method", list(runs.METHODS))
 def test_each_method_raises_its_own_objective(folder, method):
-    row = runs.Row("after SFT", method, 0, 64, 1.0, 1e-3, 24, 16, 4)
+    steps, rate = (60, 3e-3) if method == "rlhf" else (24, 1e-3)  # which sees a few samples in a step
+    row = runs.Row("after SFT", method, 0, 64, 1.0, rate, steps, 16, 60)
     threads = torch.get_num_threads()
     found = runs.execute(row, folder / "starts")
     torch.set_num_threads(threads)
@@ -130,14 +131,14 @@ def test_verdicts_are_those_of_intervals():
     assert verdict(claims.above(apart, "x", ["a"], ["b"])) == "holds here"
     assert verdict(claims.above(apart, "x", ["b"], ["a"])) == "does not hold here"
     assert verdict(claims.near(apart, "x", ["a"], ["b"], "judge", 1.0)) == "does not hold here"
-    assert verdict(claims.above(apart[apart["seed"] == 0], "x", ["a"], ["b"])) == "cannot be tested at this size"
+    assert verdict(claims.above(apart[apart["seed"] == 0], "x", ["a"], ["b"])) == claims.ONE_SEED
 
 
 @pytest.mark.nightly
 def test_without_sft_kto_and_cpo_are_above_dpo_and_ipo(tmp_path):
     """In the setting of the quick profile."""
     judges = {
-        method: runs.execute(runs.Row("without SFT", method, 0, 300, 1.0, 1e-3, 250, 32, 1200), tmp_path)["judge"]
+        method: runs.execute(runs.Row("without SFT", method, 0, 300, 1.0, 3e-4, 250, 32, 1200), tmp_path)["judge"]
         for method in ("kto", "cpo", "dpo", "ipo")
     }
     assert min(judges["kto"], judges["cpo"]) > max(judges["dpo"], judges["ipo"])

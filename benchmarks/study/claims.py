@@ -9,6 +9,7 @@ from scipy import stats
 from .runs import SCENARIOS
 
 LEVEL = 0.95
+ONE_SEED = "one seed tells nothing"
 # what stands for a benchmark of the paper
 FAMILIES = {
     "judge": "dialogue", "addition": "mathematics", "reversal": "reasoning", "maximum": "reasoning",
@@ -19,7 +20,7 @@ SETTING = ["beta", "learning_rate"]
 
 class Found(NamedTuple):
     claim: str
-    verdict: str  # "holds here", "does not hold here", "within noise", "cannot be tested at this size", "not run"
+    verdict: str  # "holds here", "does not hold here", "within noise", ONE_SEED, "not run", or that it cannot be tested
     numbers: str
 
 
@@ -27,6 +28,10 @@ def interval(values: pandas.Series) -> tuple[float, float]:
     """Mean and half the width of a confidence interval over seeds, by Student's t; nan for one seed."""
     half = stats.sem(values) * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) if len(values) > 1 else float("nan")
     return float(values.mean()), float(half)
+
+
+def shown(mean: float, half: float, form: str = ".2f") -> str:
+    return f"{mean:{form}}" + (f" ± {half:.2f}" if half == half else "")
 
 
 def tuned(runs: pandas.DataFrame) -> pandas.DataFrame:
@@ -88,11 +93,11 @@ def _found(
             yes, no = decide(mean, half)
             holds.append(yes)
             fails.append(no)
-            parts.append(f"{method} − {other}: {mean:+.2f} ± {half:.2f}")
+            parts.append(f"{method} − {other}: {shown(mean, half, '+.2f')}")
     verdict = "holds here" if all(holds) else "does not hold here" if any(fails) else "within noise"
     if seeds < 2:
-        verdict = "cannot be tested at this size"
-    return Found("", verdict, f"{metric}, {scenario}, {seeds} seeds: " + "; ".join(parts))
+        verdict = ONE_SEED
+    return Found("", verdict, f"{metric}, {scenario}, seeds {seeds}: " + "; ".join(parts))
 
 
 def claims(runs: pandas.DataFrame, sizes: pandas.DataFrame) -> list[Found]:
@@ -124,7 +129,6 @@ def _small_sets(sizes: pandas.DataFrame) -> Found:
     seeds = sizes["seed"].nunique()
     verdict = "holds here" if mean - half > 0 else "does not hold here" if mean + half < 0 else "within noise"
     if seeds < 2:
-        verdict = "cannot be tested at this size"
-    return Found(
-        "", verdict, f"judge, {least} − {most} pairs, mean of the methods, {seeds} seeds: {mean:+.2f} ± {half:.2f}"
-    )
+        verdict = ONE_SEED
+    where = f"judge, {least} − {most} pairs, mean of the methods, seeds {seeds}"
+    return Found("", verdict, f"{where}: {shown(mean, half, '+.2f')}")

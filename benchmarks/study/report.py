@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from alignloss.commands.measure import environment
 
-from .claims import FAMILIES, claims, interval, tuned
+from .claims import FAMILIES, claims, interval, shown, tuned
 from .runs import SCENARIOS
 
 PAGE = """<!doctype html>
@@ -51,6 +51,7 @@ def write_report(lines: list[dict[str, str]], out: Path) -> Path:
     usual = runs["pairs"].mode()[0]
     best = tuned(runs[runs["pairs"] == usual])
     sizes = runs[(runs["scenario"] == "after SFT") & (runs["beta"] == 1)]
+    sizes = sizes[sizes["learning_rate"] == sizes[sizes["pairs"] != usual]["learning_rate"].max()]
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     known = environment("alignloss", "torch", "transformers")
     where = f"{known['device']}, torch {known['versions']['torch']}, commit {known['commit']}"
@@ -81,8 +82,7 @@ def _tables(best: pandas.DataFrame) -> dict[str, dict[str, list[str]]]:
 
 
 def _cell(values: pandas.Series) -> str:
-    mean, half = interval(values)
-    return f"{mean:.2f}" if half != half else f"{mean:.2f} ± {half:.2f}"
+    return shown(*interval(values))
 
 
 def _image(figure: Any) -> str:

@@ -212,13 +212,13 @@ def starting_model(kind: str, seed: int, steps: int, folder: Path) -> Any:
     else:
         model = starting_model("pretrained", seed, steps, folder)
         dice = random.Random(f"{kind} {seed}")
-        questions = [world.draw_question(world.make_world(seed).seen, dice) for _ in range(600)]
+        questions = [world.draw_question(world.make_world(seed).seen, dice) for _ in range(2000)]
         polite = 0.15 if kind == "sft" else 1.0  # of the answers
         rows = [
             (q.prompt, world.polite_response(q, dice) if dice.random() < polite else world.chosen_response(q))
             for q in questions
         ]
-        fit_text(model, batch_of(rows), {"sft": 100, "instruct": 300}[kind], 1e-3, 32, seed)
+        fit_text(model, batch_of(rows), steps // 3, 1e-3, 32, seed)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{time.time_ns()}")
     torch.save(model.state_dict(), unfinished)
@@ -237,6 +237,9 @@ def data_of(row: Row, folder: Path) -> Data:
     return Data(made, questions, pairs, start, logps_of(start, pairs))
 
 
+_starts: dict[Row, dict[str, float]] = {}  # what the starting models of this process are worth
+
+
 def execute(row: Row, folder: Path) -> dict[str, Any]:
     """Train and judge; the metrics, with those of the start under `start_`."""
     torch.set_num_threads(1)
@@ -244,8 +247,11 @@ def execute(row: Row, folder: Path) -> dict[str, Any]:
     data = data_of(row, folder)
     run = Run(row, data)
     METHODS[row.method](run)
-    found = judged(run.model, data, row)
-    start = judged(data.start, data, row)
+    found = judged(run.model, data, row.seed) | {"objective": objective(run.model, data, row)}
+    key = row._replace(method="", beta=0.0, learning_rate=0.0, steps=0, batch=0)
+    if key not in _starts:
+        _starts[key] = judged(data.start, data, row.seed)
+    start = _starts[key] | {"objective": objective(data.start, data, row)}
     return {
         **found,
         **{f"start_{name}": value for name, value in start.items()},
@@ -253,9 +259,9 @@ def execute(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-def judged(model: Any, data: Data, row: Row) -> dict[str, float]:
+def judged(model: Any, data: Data, seed: int) -> dict[str, float]:
     """What a model is worth on questions that it was not trained on."""
-    generator = torch.Generator().manual_seed(row.seed + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
     asked = [question for question in data.world.held_out for _ in range(4)]
     responses = sample(model, [question.prompt for question in asked], generator)
     batch = batch_of([(q.prompt, r) for q, r in zip(asked, responses, strict=True)])
@@ -276,7 +282,6 @@ def judged(model: Any, data: Data, row: Row) -> dict[str, float]:
         "rejected_logps": float(logps[half:].mean()),
         "length": sum(map(len, responses)) / len(responses),
         "ended": sum(world.EOS in r for r in responses) / len(responses),
-        "objective": objective(model, data, row),
     }
 
 
