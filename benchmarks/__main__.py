@@ -4,6 +4,7 @@ python -m benchmarks run --shapes smollm2-135m --tokens 1024 2048 --masked 0 0.5
 python -m benchmarks step --shapes smollm2-135m --lengths 128 --pairs 4 --masked 0.5
 python -m benchmarks step --trainers --shapes smollm2-135m --lengths 256 --pairs 2 --prompts 0.25 0.5 0.75
 python -m benchmarks kernels --shapes 1024x32768
+python -m benchmarks study --profile quick --out study
 python -m benchmarks plot benchmarks/results/NAME.json
 """
 
