@@ -2,7 +2,6 @@
 
 import json
 import random
-from itertools import accumulate
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from alignloss.commands import __main__ as command
 from alignloss.commands.fit import estimate, read_model
+from alignloss.commands.measure import most_held
 from alignloss.commands.training import run
 
 transformers = pytest.importorskip("transformers")
@@ -70,9 +70,7 @@ class Held(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 3:
             self.seen.stop()
-            events = [e for e in self.seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-            events.sort(key=lambda event: event.start_ns())
-            self.most = max(accumulate((event.nbytes() for event in events), initial=0))
+            self.most = most_held(self.seen)
 
 
 @pytest.mark.parametrize(

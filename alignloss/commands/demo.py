@@ -30,6 +30,7 @@ from alignloss import losses
 from alignloss.commands.demo_report import notes, plot, table
 from alignloss.commands.errors import UserError
 from alignloss.commands.measure import environment, peak_bytes
+from alignloss.recipes.batches import CompletionBatch, joined
 
 BETA = 0.1
 PAIRS = 4  # preference pairs in a batch
@@ -51,18 +52,6 @@ class Pair(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-
-class Batch(NamedTuple):
-    """The chosen sequences of the pairs, then the rejected ones, padded on the right."""
-
-    input_ids: Tensor  # (S, T)
-    attention_mask: Tensor  # (S, T)
-    completion_mask: Tensor  # (S, T)
-
-    @property
-    def labels(self) -> Tensor:
-        return alignloss.next_token_labels(self.input_ids, self.completion_mask)
 
 
 class Subject(NamedTuple):
@@ -119,22 +108,13 @@ def read_pairs(subject: Subject) -> list[Pair]:
     ]
 
 
-def collate(pairs: list[Pair], end: int) -> Batch:
+def collate(pairs: list[Pair], end: int) -> CompletionBatch:
+    """The chosen sequences of the pairs, then the rejected ones."""
     sequences = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-    length = max(pair.length for pair in pairs)
-    rows = [
-        (
-            prompt + completion + [end] * (pad := length - len(prompt) - len(completion)),
-            [1] * (length - pad) + [0] * pad,
-            [0] * len(prompt) + [1] * len(completion) + [0] * pad,
-        )
-        for prompt, completion in sequences
-    ]
-    input_ids, attention_mask, completion_mask = (torch.tensor(column) for column in zip(*rows, strict=True))
-    return Batch(input_ids, attention_mask, completion_mask.bool())
+    return joined([(torch.tensor(prompt), torch.tensor(completion)) for prompt, completion in sequences], end)
 
 
-def batches_of(pairs: list[Pair], end: int) -> list[Batch]:
+def batches_of(pairs: list[Pair], end: int) -> list[CompletionBatch]:
     return [collate(pairs[i : i + PAIRS], end) for i in range(0, len(pairs), PAIRS)]
 
 
@@ -172,8 +152,8 @@ def alignloss_loss(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, **
 class Example(NamedTuple):
     """What one training step sees."""
 
-    batch: Batch
-    mismatched: Batch  # each prompt with the completion of another row, for KTO's KL
+    batch: CompletionBatch
+    mismatched: CompletionBatch  # each prompt with the completion of another row, for KTO's KL
 
 
 class Reference(NamedTuple):
@@ -195,14 +175,14 @@ class Arm:
     def weight(self) -> Tensor:
         return self.model.lm_head.weight
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: CompletionBatch) -> Tensor:
         return self.model.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
 
     @torch.no_grad()
-    def logps(self, batch: Batch) -> Tensor:
+    def logps(self, batch: CompletionBatch) -> Tensor:
         return self.sums(self.hidden(batch), self.weight, batch.labels)[0]
 
-    def pair_logps(self, batches: list[Batch]) -> Tensor:
+    def pair_logps(self, batches: list[CompletionBatch]) -> Tensor:
         """(2, pairs): log-probabilities of the chosen and of the rejected completions."""
         return torch.cat([self.logps(batch).view(2, -1) for batch in batches], 1)
 
@@ -280,7 +260,7 @@ def measure_layer(
     ]
 
 
-def measure_many(arms: list[Arm], batch: Batch) -> dict[str, int]:
+def measure_many(arms: list[Arm], batch: CompletionBatch) -> dict[str, int]:
     """Peak bytes of the DPO layer on a larger batch."""
     result = {"tokens": batch.input_ids.numel(), "completion_tokens": int(batch.completion_mask.sum())}
     hidden, labels, data = arms[0].hidden(batch).detach(), batch.labels, {"ref_logps": torch.zeros(len(batch.labels))}
@@ -310,7 +290,7 @@ def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("d
     held_out = batches_of(sorted(pairs[: subject.held_out], key=lambda pair: pair.length), subject.end)
     pool = pairs[subject.held_out :]
     examples = [
-        Example(batch, Batch(*alignloss.mismatched_pairs(*batch, pad_token_id=subject.end)))
+        Example(batch, alignloss.mismatched_pairs(*batch, pad_token_id=subject.end))
         for batch in batches_of([pool[i % len(pool)] for i in range(steps * PAIRS)], subject.end)
     ]
     many = measure_many(arms, collate(pool[:MANY_PAIRS], subject.end))
@@ -341,7 +321,7 @@ def run(model: str = "smollm2", *, steps: int | None = None, out: Path = Path("d
 
 
 def compare(
-    arms: list[Arm], examples: list[Example], held_out: list[Batch], learning_rate: float, console: Console
+    arms: list[Arm], examples: list[Example], held_out: list[CompletionBatch], learning_rate: float, console: Console
 ) -> dict[str, Any]:
     """What each loss costs and reaches in each arm, all from the same start."""
     start = {key: value.clone() for key, value in arms[0].model.state_dict().items()}

@@ -31,8 +31,11 @@ def peak_bytes(fn: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         fn()
-    assert prof.profiler is not None
-    assert prof.profiler.kineto_results is not None
+    return most_held(prof)
+
+
+def most_held(prof: Any) -> int:
+    """Peak bytes of the CPU allocator, beyond those at its start, in a profile with `profile_memory` that has ended."""
     events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in events), initial=0))

@@ -57,6 +57,11 @@ class CompletionBatch(NamedTuple):
     attention_mask: Tensor
     completion_mask: Tensor
 
+    @property
+    def labels(self) -> Tensor:
+        """Of the completions, as `next_token_labels` makes them."""
+        return next_token_labels(self.input_ids, self.completion_mask)
+
 
 def mismatched_pairs(
     input_ids: Tensor,  # (B, T)

@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import alignloss
 from alignloss.hf import head_call
+from alignloss.recipes.batches import CompletionBatch, joined
 
 from . import world
 from .world import PAD, RESPONSE, VOCABULARY
@@ -20,21 +21,6 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Batch(NamedTuple):
-    """Prompts with their completions, padded at the end."""
-
-    input_ids: Tensor  # (S, T)
-    attention_mask: Tensor  # (S, T)
-    completion_mask: Tensor  # (S, T)
-
-    @property
-    def labels(self) -> Tensor:
-        return alignloss.next_token_labels(self.input_ids, self.completion_mask)
-
-    def rows(self, index: Tensor) -> "Batch":
-        return Batch(*(value[index] for value in self))
-
-
 def make_model(seed: int) -> Any:
     """A Llama of 110,000 parameters with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,26 +29,24 @@ def make_model(seed: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
-def batch_of(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    """Prompts and completions as one batch, of one width whatever they are."""
-    width = max(len(prompt) for prompt, _ in rows) + RESPONSE
-    ids = torch.full((len(rows), width), PAD)
-    attended, completion = torch.zeros_like(ids), torch.zeros_like(ids)
-    for i, (prompt, response) in enumerate(rows):
-        tokens = prompt + response
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        attended[i, : len(tokens)] = 1
-        completion[i, len(prompt) : len(tokens)] = 1
-    return Batch(ids, attended, completion)
+def batch_of(rows: Sequence[tuple[list[int], list[int]]]) -> CompletionBatch:
+    """Prompts and completions as one batch, of a width that the prompts alone decide."""
+    batch = joined([(torch.tensor(prompt), torch.tensor(response)) for prompt, response in rows], PAD)
+    more = max(len(prompt) for prompt, _ in rows) + RESPONSE - batch.input_ids.shape[1]
+    return CompletionBatch(*(nn.functional.pad(value, (0, more), value=PAD) for value in batch))
 
 
-def in_head(model: nn.Module, batch: Batch, run: Callable[[Any], Any]) -> Any:
+def rows_of(batch: CompletionBatch, index: Tensor) -> CompletionBatch:
+    return CompletionBatch(*(value[index] for value in batch))
+
+
+def in_head(model: nn.Module, batch: CompletionBatch, run: Callable[[Any], Any]) -> Any:
     """What `run` makes of hidden states and head."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     return head_call(model, run, **inputs)[0]
 
 
-def logps_of(model: nn.Module, batch: Batch) -> Tensor:
+def logps_of(model: nn.Module, batch: CompletionBatch) -> Tensor:
     """Sums in nats (S,), without gradients."""
     with torch.no_grad():
         score = alignloss.sequence_logprob
@@ -101,12 +85,14 @@ def train(model: nn.Module, steps: int, learning_rate: float, step_loss: Callabl
     return losses
 
 
-def fit_text(model: nn.Module, batch: Batch, steps: int, learning_rate: float, size: int, seed: int) -> list[float]:
+def fit_text(
+    model: nn.Module, batch: CompletionBatch, steps: int, learning_rate: float, size: int, seed: int
+) -> list[float]:
     """Maximum likelihood of completions, drawn with replacement."""
     loss, generator = alignloss.SFTLoss(), torch.Generator().manual_seed(seed)
 
     def step_loss(step: int) -> Tensor:
-        rows = batch.rows(torch.randint(len(batch.input_ids), (size,), generator=generator))
+        rows = rows_of(batch, torch.randint(len(batch.input_ids), (size,), generator=generator))
         return in_head(model, rows, lambda head: loss(head.hidden, head.weight, rows.labels)).loss
 
     return train(model, steps, learning_rate, step_loss)
@@ -123,5 +109,5 @@ def pretrained(world_seed: int, steps: int, size: int = 32) -> Any:
             tokens += world.document(world.draw_question(questions, dice), dice)
         rows.append(tokens[:56])
     ids = torch.tensor(rows)
-    fit_text(made, Batch(ids, torch.ones_like(ids), torch.ones_like(ids)), steps, 3e-3, size, world_seed)
+    fit_text(made, CompletionBatch(ids, torch.ones_like(ids), torch.ones_like(ids)), steps, 3e-3, size, world_seed)
     return made

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import alignloss
+from alignloss import CompletionBatch
 
 from . import world
-from .models import Batch, batch_of, fit_text, in_head, logps_of, pretrained, sample, train
+from .models import batch_of, fit_text, in_head, logps_of, make_model, pretrained, rows_of, sample, train
 from .world import Question, World
 
 SCENARIOS = {
@@ -45,7 +46,7 @@ class Row(NamedTuple):
 class Data(NamedTuple):
     world: World
     questions: list[Question]
-    pairs: Batch  # (2B,): the chosen ones, then the rejected ones
+    pairs: CompletionBatch  # (2B,): the chosen ones, then the rejected ones
     start: Any  # the model before alignment, and the reference
     ref_logps: Tensor  # (2B,) of the pairs
 
@@ -76,7 +77,9 @@ class Run:
     def places(self, count: int) -> Tensor:
         return torch.randint(count, (self.row.batch,), generator=self.generator)
 
-    def on_pairs(self, loss: alignloss.PreferenceLoss, pairs: Batch, ref_logps: Tensor) -> Callable[[], Tensor]:
+    def on_pairs(
+        self, loss: alignloss.PreferenceLoss, pairs: CompletionBatch, ref_logps: Tensor
+    ) -> Callable[[], Tensor]:
         count = len(pairs.input_ids) // 2
 
         def step_loss() -> Tensor:
@@ -87,16 +90,16 @@ class Run:
 
 
 def paired_loss(
-    model: nn.Module, loss: alignloss.PreferenceLoss, pairs: Batch, ref_logps: Tensor, places: Tensor
+    model: nn.Module, loss: alignloss.PreferenceLoss, pairs: CompletionBatch, ref_logps: Tensor, places: Tensor
 ) -> Tensor:
-    rows = pairs.rows(places)
+    rows = rows_of(pairs, places)
     more = {"ref_logps": ref_logps[places]} if loss.needs_reference else {}
     return in_head(model, rows, lambda head: loss(head.hidden, head.weight, rows.labels, **more)).loss
 
 
 def sft(run: Run) -> None:
     pairs = run.data.pairs
-    chosen = pairs.rows(torch.arange(len(pairs.input_ids) // 2))
+    chosen = rows_of(pairs, torch.arange(len(pairs.input_ids) // 2))
     fit_text(run.model, chosen, run.row.steps, run.row.learning_rate, run.row.batch, run.row.seed)
 
 
@@ -109,11 +112,11 @@ def paired(method: str) -> Callable[[Run], None]:
 
 
 def kto_loss(
-    model: nn.Module, start: nn.Module, pairs: Batch, ref_logps: Tensor, places: Tensor, beta: float
+    model: nn.Module, start: nn.Module, pairs: CompletionBatch, ref_logps: Tensor, places: Tensor, beta: float
 ) -> Tensor:
     """Of as many desirable completions as undesirable ones, with the KL of mismatched ones."""
-    loss, rows = alignloss.KTOLoss(beta=0.1 * beta), pairs.rows(places)
-    mismatched = Batch(*alignloss.mismatched_pairs(*rows, world.PAD))
+    loss, rows = alignloss.KTOLoss(beta=0.1 * beta), rows_of(pairs, places)
+    mismatched = alignloss.mismatched_pairs(*rows, world.PAD)
     kl = alignloss.kto_kl(logps_of(model, mismatched), logps_of(start, mismatched))
     more = {"ref_logps": ref_logps[places], "desirable": places < len(pairs.input_ids) // 2, "kl": kl}
     return in_head(model, rows, lambda head: loss(head.hidden, head.weight, rows.labels, **more)).loss
@@ -158,11 +161,10 @@ def spin(run: Run) -> None:
     assert half == len(prompts)
     for _ in range(ROUNDS):
         before = copy.deepcopy(run.model)
-        written = alignloss.self_play_pairs(
+        pairs = alignloss.self_play_pairs(
             [torch.tensor(prompt) for prompt in prompts], [torch.tensor(response) for response in chosen],
             [torch.tensor(response) for response in sample(before, prompts, run.generator)], world.PAD,
         )  # fmt: skip
-        pairs = Batch(*written)
         loss = PAIRED["dpo"](run.row.beta)
         run.train(run.row.steps // ROUNDS, run.on_pairs(loss, pairs, logps_of(before, pairs)))
 
@@ -204,7 +206,7 @@ def starting_model(kind: str, seed: int, steps: int, folder: Path) -> Any:
     """The model before alignment, from `folder` where it has been made already."""
     path = folder / f"{kind}-{seed}-{steps}.pt"
     if path.exists():
-        model = pretrained(seed, 0)
+        model = make_model(seed)
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     if kind == "pretrained":

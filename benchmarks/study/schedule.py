@@ -1,12 +1,14 @@
 """All runs of a profile, two at a time, gone on with where they were stopped; a line of `runs.csv` for each."""
 
 import csv
+import io
 import multiprocessing
 import os
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from alignloss.commands.training.checkpoints import write_whole
 
 from .runs import METHODS, SCENARIOS, Row, execute, starting_model
 
@@ -71,7 +73,10 @@ def run_all(profile: Profile, out: Path, processes: int = 2) -> list[dict[str, s
     out.mkdir(parents=True, exist_ok=True)
     table, starts = out / TABLE, out / STARTS
     known = read_table(table)
-    _write(table, known)  # without a line that was cut off
+    if known:
+        write_whole(table, _text(known, header=True))  # without a line that was cut off
+    else:
+        table.unlink(missing_ok=True)
     done = {row_of(line) for line in known}
     missing = [row for row in rows if row not in done]
     # one thread each; forked before torch has started any
@@ -102,21 +107,16 @@ def _make_start(kind: str, seed: int, steps: int, folder: Path) -> None:
     starting_model(kind, seed, steps, folder)
 
 
-def _write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.unlink(missing_ok=True)
-    for line in lines:
-        _append(unfinished, line)
-    if unfinished.exists():
-        unfinished.replace(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    new = not path.exists()
+def _append(path: Path, line: dict[str, str]) -> None:
+    text = _text([line], header=not path.exists())
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(line))
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
+        file.write(text)
+
+
+def _text(lines: list[dict[str, str]], header: bool) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(lines[0]))
+    if header:
+        writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
