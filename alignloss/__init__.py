@@ -21,7 +21,7 @@ from .planning import Plan, plan
 from .recipes.baselines import RunningShift, kto_kl
 from .recipes.batches import CompletionBatch, mismatched_pairs, next_token_labels, self_play_pairs
 from .recipes.reference import update_reference
-from .recipes.sampling import rejection_sample
+from .recipes.sampling import rejection_sample, self_play_rounds
 from .recipes.weights import ld_dpo_token_weights, sampo_token_weights, wpo_pair_weights
 
 try:
@@ -60,6 +60,7 @@ __all__ = [
     "rejection_sample",
     "sampo_token_weights",
     "self_play_pairs",
+    "self_play_rounds",
     "sequence_logprob",
     "update_reference",
     "wpo_pair_weights",

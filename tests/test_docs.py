@@ -72,6 +72,8 @@ def stand_ins():
         "prompts": [torch.tensor([1])],
         "completions": [torch.tensor([2])],
         "samples": [torch.tensor([3])],
+        "generate": lambda prompts: [torch.tensor([3])],
+        "sum_logps": lambda batch: torch.zeros(2),
         "pad_token_id": 0,
         "temperature": 0.7,
         "old_logps": torch.zeros(2 * B, T),

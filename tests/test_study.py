@@ -37,7 +37,7 @@ def test_the_world_splits_its_questions():
     made, again = world.make_world(3), world.make_world(3)
     assert made == again != world.make_world(4)
     assert not {tuple(q.prompt) for q in made.seen} & {tuple(q.prompt) for q in made.held_out}
-    assert len(made.held_out) == 33 + 50 + 50 + 16 and len(made.questions) == 100 + 150 + 150 + 48
+    assert len(made.held_out) == 33 + 50 + 50 + 32 and len(made.questions) == 100 + 150 + 150 + 96
     dice = world.random.Random(0)
     for question in made.questions:
         assert world.judge(question, world.chosen_response(question)) == 10
@@ -138,7 +138,7 @@ def test_verdicts_are_those_of_intervals():
 def test_without_sft_kto_and_cpo_are_above_dpo_and_ipo(tmp_path):
     """In the setting of the quick profile."""
     judges = {
-        method: runs.execute(runs.Row("without SFT", method, 0, 300, 1.0, 3e-4, 250, 32, 1200), tmp_path)["judge"]
+        method: runs.execute(runs.Row("without SFT", method, 0, 300, 1.0, 3e-4, 250, 32, 1800), tmp_path)["judge"]
         for method in ("kto", "cpo", "dpo", "ipo")
     }
     assert min(judges["kto"], judges["cpo"]) > max(judges["dpo"], judges["ipo"])

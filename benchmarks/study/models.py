@@ -57,13 +57,16 @@ def logps_of(model: nn.Module, batch: CompletionBatch) -> Tensor:
 def sample(model: Any, prompts: Sequence[list[int]], generator: torch.Generator) -> list[list[int]]:
     """A response to each prompt, by the model's own probabilities, up to its end or the limit."""
     responses: list[list[int]] = [[] for _ in prompts]
-    lengths = sorted({len(prompt) for prompt in prompts})
-    for length in lengths:
+    for length in sorted({len(prompt) for prompt in prompts}):
         places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         ids = torch.tensor([prompts[i] for i in places])
+        ended = torch.zeros(len(places), 1, dtype=torch.bool)
         for _ in range(RESPONSE):
             probabilities = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, probabilities.multinomial(1, generator=generator)], 1)
+            words = probabilities.multinomial(1, generator=generator)
+            ids, ended = torch.cat([ids, words], 1), ended | (words == world.EOS)
+            if bool(ended.all()):
+                break
         for i, tokens in zip(places, ids[:, length:].tolist(), strict=True):
             responses[i] = tokens[: tokens.index(world.EOS) + 1] if world.EOS in tokens else tokens
     return responses

@@ -12,8 +12,6 @@ from jinja2 import Environment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from alignloss.commands.measure import environment
-
 from .claims import FAMILIES, claims, interval, shown, tuned
 from .runs import SCENARIOS
 
@@ -40,21 +38,21 @@ method's setting (beta times its default, learning rate) is the best by the judg
 <img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}</body></html>
 """
+WHERE = ["device", "torch", "transformers", "commit"]
 COLUMNS = [*FAMILIES, "kl", "length", "chosen_logps", "rejected_logps"]
 
 
 def write_report(lines: list[dict[str, str]], out: Path) -> Path:
     """`report.html` in a folder, of the lines of a table."""
     runs = pandas.DataFrame(lines)
-    words = ["scenario", "method"]
+    words = ["scenario", "method", *WHERE]
     runs[runs.columns.difference(words)] = runs[runs.columns.difference(words)].apply(pandas.to_numeric)
     usual = runs["pairs"].mode()[0]
     best = tuned(runs[runs["pairs"] == usual])
     sizes = runs[(runs["scenario"] == "after SFT") & (runs["beta"] == 1)]
     sizes = sizes[sizes["learning_rate"] == sizes[sizes["pairs"] != usual]["learning_rate"].max()]
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    known = environment("alignloss", "torch", "transformers")
-    where = f"{known['device']}, torch {known['versions']['torch']}, commit {known['commit']}"
+    where = "; ".join(f"{name} {', '.join(map(str, runs[name].unique()))}" for name in WHERE)
     page = Environment(autoescape=True).from_string(PAGE).render(
         count=len(runs), seeds=runs["seed"].nunique(), command=command,
         where=where, claims=claims(best, sizes), columns=COLUMNS, tables=_tables(best),

@@ -3,7 +3,7 @@
 import copy
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,18 +155,15 @@ def rso(run: Run) -> None:
 
 def spin(run: Run) -> None:
     """Rounds of DPO between the data and what the model of the round before wrote, which is the reference."""
-    data, half = run.data, len(run.data.pairs.input_ids) // 2
-    prompts = [question.prompt for question in data.questions]
-    chosen = [world.chosen_response(question) for question in data.questions]
-    assert half == len(prompts)
-    for _ in range(ROUNDS):
-        before = copy.deepcopy(run.model)
-        pairs = alignloss.self_play_pairs(
-            [torch.tensor(prompt) for prompt in prompts], [torch.tensor(response) for response in chosen],
-            [torch.tensor(response) for response in sample(before, prompts, run.generator)], world.PAD,
-        )  # fmt: skip
-        loss = PAIRED["dpo"](run.row.beta)
-        run.train(run.row.steps // ROUNDS, run.on_pairs(loss, pairs, logps_of(before, pairs)))
+    prompts = [torch.tensor(question.prompt) for question in run.data.questions]
+    chosen = [torch.tensor(world.chosen_response(question)) for question in run.data.questions]
+
+    def generate(prompts: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.tensor(r) for r in sample(run.model, [prompt.tolist() for prompt in prompts], run.generator)]
+
+    more = {"generate": generate, "score": lambda batch: logps_of(run.model, batch), "pad_token_id": world.PAD}
+    for pairs, ref_logps in alignloss.self_play_rounds(prompts, chosen, ROUNDS, **more):
+        run.train(run.row.steps // ROUNDS, run.on_pairs(PAIRED["dpo"](run.row.beta), pairs, ref_logps))
 
 
 def rlhf(run: Run) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+from alignloss.commands.measure import environment
 from alignloss.commands.training.checkpoints import write_whole
 
 from .runs import METHODS, SCENARIOS, Row, execute, starting_model
@@ -23,10 +24,10 @@ class Profile(NamedTuple):
     betas: tuple[float, ...]  # times the default of a method
     learning_rates: tuple[float, ...]
     pairs: int
-    sizes: tuple[int, ...]  # of the data set, at the default beta and the first learning rate, after SFT
+    sizes: tuple[int, ...]  # of the data set, at the default beta and the middle learning rate, after SFT
     steps: int = 250
     batch: int = 32
-    pretraining: int = 1200
+    pretraining: int = 1800
 
     def rows(self) -> list[Row]:
         found = [
@@ -37,8 +38,9 @@ class Profile(NamedTuple):
             for beta in (self.betas if method != "sft" else (1.0,))  # SFT has none
             for rate in self.learning_rates
         ]
+        rate = self.learning_rates[len(self.learning_rates) // 2]
         found += [
-            Row("after SFT", method, seed, pairs, 1.0, self.learning_rates[0], self.steps, self.batch, self.pretraining)
+            Row("after SFT", method, seed, pairs, 1.0, rate, self.steps, self.batch, self.pretraining)
             for seed in range(self.seeds)
             for method in self.methods
             for pairs in self.sizes
@@ -49,7 +51,7 @@ class Profile(NamedTuple):
 PROFILES = {
     "tiny": Profile(1, ("sft", "dpo", "kto"), (1.0,), (1e-3,), 32, (16,), steps=6, batch=8, pretraining=60),
     "quick": Profile(1, tuple(METHODS), (1.0,), (3e-4,), 300, (30,)),
-    "full": Profile(5, tuple(METHODS), (0.3, 1.0, 3.0), (1e-4, 1e-3), 300, (30, 1000, 3000)),
+    "full": Profile(5, tuple(METHODS), (0.3, 1.0, 3.0), (1e-4, 3e-4, 1e-3), 300, (30, 1000, 3000)),
 }
 
 
@@ -79,6 +81,8 @@ def run_all(profile: Profile, out: Path, processes: int = 2) -> list[dict[str, s
         table.unlink(missing_ok=True)
     done = {row_of(line) for line in known}
     missing = [row for row in rows if row not in done]
+    here = environment("torch", "transformers")
+    where = {**here["versions"], "device": here["device"], "commit": here["commit"]}
     # one thread each; forked before torch has started any
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -92,7 +96,7 @@ def run_all(profile: Profile, out: Path, processes: int = 2) -> list[dict[str, s
                 future.result()
         futures = {pool.submit(execute, row, starts): row for row in missing}
         for number, future in enumerate(as_completed(futures), 1):
-            line = {name: str(value) for name, value in (futures[future]._asdict() | future.result()).items()}
+            line = {name: str(value) for name, value in (futures[future]._asdict() | future.result() | where).items()}
             known.append(line)
             _append(table, line)
             print(f"{number}/{len(missing)}  {futures[future].name}  judge {float(line['judge']):.2f}", flush=True)

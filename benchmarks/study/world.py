@@ -12,13 +12,12 @@ from typing import NamedTuple
 PAD, EOS, USER, ASSISTANT, BOOK, FORUM, SAYS = range(7)
 DIGITS = [*range(7, 17)]
 LETTERS = [*range(17, 25)]
-ENTITIES = [*range(25, 49)]
-RELATIONS = [*range(49, 51)]
-VALUES = [*range(51, 63)]
-FILLERS = [*range(63, 71)]
-TASKS = [*range(71, 75)]
-ADD, REVERSE, MAXIMUM, FACT = TASKS
-VOCABULARY = 75
+FILLERS = [*range(25, 33)]
+TASKS = ADD, REVERSE, MAXIMUM, FACT = [*range(33, 37)]
+RELATIONS = [*range(37, 39)]
+VALUES = [*range(39, 51)]
+ENTITIES = [*range(51, 99)]
+VOCABULARY = 99
 RESPONSE = 8  # tokens of the longest response
 FORUMS = 0.7  # of the documents about a fact
 NAMES = {ADD: "addition", REVERSE: "reversal", MAXIMUM: "maximum", FACT: "facts"}
