@@ -127,9 +127,12 @@ def parse() -> argparse.Namespace:
     runs.add_argument("--name", default="latest", help="of the files in it")
 
     methods = commands.add_parser("study", help="methods of alignment in three scenarios, on small models trained here")
-    methods.add_argument("--profile", default="quick", choices=["tiny", "quick", "full"])
+    methods.add_argument("--profile", default="quick", choices=["tiny", "quick", "full", "sentiment", "paper"])
     methods.add_argument("--out", type=Path, required=True, help="folder of runs.csv and report.html; gone on with")
-    methods.add_argument("--processes", type=int, default=2, help="of one thread each")
+    methods.add_argument(
+        "--plan", type=Path, default=Path(__file__).parent / "study/paper.yaml", help="YAML, of the profile paper"
+    )
+    methods.add_argument("--processes", type=int, help="sharing the cores  [default: 2; sentiment: 1]")
 
     drawing = commands.add_parser("plot", help="draw a file that varies tokens, vocabulary or shapes")
     drawing.add_argument("files", nargs="+", type=Path)
@@ -148,11 +151,20 @@ def curves(arguments: argparse.Namespace) -> None:
 
 
 def study(arguments: argparse.Namespace) -> None:
+    from .study import paper, schedule
+    from .study.plan import read_plan
     from .study.report import write_report
-    from .study.schedule import PROFILES, run_all
 
-    lines = run_all(PROFILES[arguments.profile], arguments.out, arguments.processes)
-    print(f"wrote {write_report(lines, arguments.out)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.profile == "paper":
+        plan = read_plan(arguments.plan)
+        lines, families, about = paper.run_all(plan, arguments.out), plan.families, paper.ABOUT
+    else:
+        profile = schedule.PROFILES[arguments.profile]
+        world = schedule.WORLDS[profile.world]
+        lines = schedule.run_all(profile, arguments.out, arguments.processes)
+        families, about = world.FAMILIES, world.ABOUT
+    print(f"wrote {write_report(lines, arguments.out, families, about)}")
 
 
 def check(arguments: argparse.Namespace) -> None:

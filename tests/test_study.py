@@ -1,13 +1,14 @@
 """The study: a world whose judge can be checked by hand, runs that are had again from their line, claims by numbers."""
 
 import csv
+import math
 
 import pytest
 import torch
 
 pandas, stats = pytest.importorskip("pandas"), pytest.importorskip("scipy.stats")
 pytest.importorskip("transformers")
-from benchmarks.study import claims, runs, schedule, world  # noqa: E402
+from benchmarks.study import claims, methods, runs, schedule, world  # noqa: E402
 from benchmarks.study.report import write_report  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,21 +76,25 @@ def test_what_was_cut_off_is_run_again(folder, monkeypatch):
     assert timeless[0] == timeless[1]
     with open(table, newline="") as file:
         assert len(list(csv.reader(file))) == 13
-    page = write_report(lines, folder).read_text()
+    page = write_report(lines, folder, runs.FAMILIES, runs.ABOUT).read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
 
 
-@pytest.mark.parametrize("method", list(runs.METHODS))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_each_method_raises_its_own_objective(folder, method):
     steps, rate = (60, 3e-3) if method == "rlhf" else (24, 1e-3)  # which sees a few samples in a step
-    row = runs.Row("after SFT", method, 0, 64, 1.0, rate, steps, 16, 60)
+    row = methods.Row("after SFT", method, 0, 64, 1.0, rate, steps, 16, 60)
     threads = torch.get_num_threads()
-    found = runs.execute(row, folder / "starts")
-    torch.set_num_threads(threads)
-    if method in ("rso", "spin"):  # whose pairs are others: they move
-        assert found["kl"] > 0
+    data = runs.data_of(row, folder / "starts")
+    run = methods.Run(row, data)
+    methods.METHODS[method](run)
+    if method in ("rso", "spin"):  # whose pairs are made on the way: DPO's loss of them
+        assert len(run.losses) == (methods.ROUNDS if method == "spin" else 1)
+        for losses in run.losses:
+            assert losses[0] == pytest.approx(math.log(2)) and sum(losses[-3:]) / 3 < math.log(2)
     else:
-        assert found["objective"] < found["start_objective"]
+        assert methods.objective(run.model, data, row) < methods.objective(data.start, data, row)
+    torch.set_num_threads(threads)
 
 
 def table_of(values):
@@ -105,7 +110,7 @@ def table_of(values):
 
 def test_a_setting_is_chosen_on_other_seeds():
     table = table_of({("after SFT", "dpo", 1.0): [1, 9, 1], ("after SFT", "dpo", 3.0): [5, 2, 2]})
-    best = claims.tuned(table).set_index("seed")["judge"]
+    best = claims.tuned(table, "judge").set_index("seed")["judge"]
     # seed 0: others say 1.0 (5 > 2), and so it has 1; seed 1: 3.0 (3.5 > 1), 2; seed 2: 1.0 (5 > 3.5), 1
     assert best.to_dict() == {0: 1, 1: 2, 2: 1}
 
@@ -119,26 +124,57 @@ def test_verdicts_are_those_of_intervals():
             ("x", "d", 1.0): [5, 6.01, 7],
         }
     )
-    mean, half, seeds = claims.difference(table, "x", "c", "a", "judge")
+    found = claims.difference(table, "x", "c", "a", "judge")
     # 1, -1, 1: mean 1/3, standard error 2/3, t of 2 degrees of freedom at 97.5 %
-    assert (mean, half, seeds) == (pytest.approx(1 / 3), pytest.approx(2 / 3 * 4.302653, rel=1e-5), 3)
-    verdict = lambda found: found.verdict
-    assert verdict(claims.above(table, "x", ["c"], ["a"])) == "within noise"
-    assert verdict(claims.above(table, "x", ["a"], ["start"])) == "within noise"
-    assert verdict(claims.near(table, "x", ["a"], ["d"], "judge", 0.1)) == "holds here"
-    assert verdict(claims.near(table, "x", ["a"], ["e"], "judge", 0.1)) == "not run"
+    assert found == ("c − a", pytest.approx(1 / 3), pytest.approx(2 / 3 * 4.302653, rel=1e-5), 3)
+    above = lambda table, left, right: claims.above("", table, "x", [left], [right], "judge").verdict
+    near = lambda table, left, right, room: claims.near("", table, "x", [left], [right], "judge", room).verdict
+    assert above(table, "c", "a") == claims.NOISE
+    assert above(table, "a", "start") == claims.NOISE
+    assert near(table, "a", "d", 0.1) == claims.HOLDS
+    assert near(table, "a", "e", 0.1) == claims.NOT_RUN
     apart = table_of({("x", "a", 1.0): [5, 6, 7], ("x", "b", 1.0): [2, 3, 3.9]})
-    assert verdict(claims.above(apart, "x", ["a"], ["b"])) == "holds here"
-    assert verdict(claims.above(apart, "x", ["b"], ["a"])) == "does not hold here"
-    assert verdict(claims.near(apart, "x", ["a"], ["b"], "judge", 1.0)) == "does not hold here"
-    assert verdict(claims.above(apart[apart["seed"] == 0], "x", ["a"], ["b"])) == claims.ONE_SEED
+    assert above(apart, "a", "b") == claims.HOLDS
+    assert above(apart, "b", "a") == claims.FAILS
+    assert near(apart, "a", "b", 1.0) == claims.FAILS
+    assert above(apart[apart["seed"] == 0], "a", "b") == claims.ONE_SEED
+
+
+@pytest.mark.parametrize(
+    ("judges", "small", "tenth"),
+    [
+        ({30: [5, 6], 300: [6, 7], 3000: [2, 3]}, claims.HOLDS, claims.HOLDS),
+        ({30: [2, 3], 300: [6, 7], 3000: [6, 7.1]}, claims.FAILS, claims.HOLDS),
+        ({30: [2, 3], 300: [4, 5], 3000: [6, 7.1]}, claims.FAILS, claims.FAILS),
+        ({30: [2, 6], 300: [4, 8], 3000: [5, 4]}, claims.NOISE, claims.NOISE),
+        ({300: [4, 8]}, claims.NOT_RUN, claims.NOT_RUN),
+    ],
+)
+def test_verdicts_on_the_number_of_pairs(judges, small, tenth):
+    lines = [
+        {"method": "dpo", "seed": seed, "pairs": pairs, "judge": judge}
+        for pairs, of in judges.items()
+        for seed, judge in enumerate(of)
+    ]
+    table = pandas.DataFrame(lines)
+    assert claims.small_sets("", table, "judge").verdict == small
+    assert claims.tenth("", table, "judge", 1.0).verdict == tenth
+
+
+def test_a_claim_about_what_is_not_measured_cannot_be_tested():
+    table = table_of({("after SFT", method, 1.0): [1, 2] for method in ("kto", "dpo", "ipo", "cpo")})
+    sizes = pandas.DataFrame([{"method": "dpo", "seed": 0, "pairs": 30, "judge": 1.0}])
+    found = {of.claim: of.verdict for of in claims.claims(table, sizes, {"judge": "dialogue"})}
+    assert found["Alignment after SFT gains (mathematics)"] == claims.TOO_SMALL
+    assert found["After SFT, KTO is best (dialogue)"] == claims.NOISE
+    assert found["Without SFT, DPO and IPO fall below SFT (dialogue)"] == claims.NOT_RUN
 
 
 @pytest.mark.nightly
 def test_without_sft_kto_and_cpo_are_above_dpo_and_ipo(tmp_path):
     """In the setting of the quick profile."""
     judges = {
-        method: runs.execute(runs.Row("without SFT", method, 0, 300, 1.0, 3e-4, 250, 32, 1800), tmp_path)["judge"]
+        method: runs.execute(methods.Row("without SFT", method, 0, 300, 1.0, 3e-4, 250, 32, 1800), tmp_path)["judge"]
         for method in ("kto", "cpo", "dpo", "ipo")
     }
     assert min(judges["kto"], judges["cpo"]) > max(judges["dpo"], judges["ipo"])

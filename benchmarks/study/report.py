@@ -9,11 +9,12 @@ from typing import Any
 
 import pandas
 from jinja2 import Environment
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .claims import FAMILIES, claims, interval, shown, tuned
-from .runs import SCENARIOS
+from .claims import claims, interval, shown, tuned
+from .methods import SCENARIOS
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>alignloss: the study</title><style>
@@ -22,10 +23,10 @@ table { border-collapse: collapse; margin: 1rem 0; } td, th { border: 1px solid 
 td.number { text-align: right; font-variant-numeric: tabular-nums; } img { max-width: 100%; }
 </style></head><body>
 <h1>Methods of alignment in three scenarios</h1>
-<p>{{ count }} runs of a model of 100,000 parameters on a generated world; {{ seeds }} seeds;
-<code>{{ command }}</code>, {{ where }}. The judge gives 0 to 10. Intervals are of 95 %, by Student's t over seeds. Each
-method's setting (beta times its default, learning rate) is the best by the judge over the other seeds.</p>
-<h2>Claims of the paper</h2>
+<p>{{ about }} {{ count }} runs, seeds: {{ seeds }}; <code>{{ command }}</code>; {{ where }}. Intervals are of 95 %, by
+Student's t over seeds. Each method's setting (beta, learning rate) is the best over the other seeds; with one seed the
+default beta and the largest learning rate. A dashed line is the start.</p>
+<h2>Claims of Saeidi, Verma and Baral 2024</h2>
 <table><tr><th>claim</th><th>here</th><th>numbers</th></tr>
 {% for claim in claims %}<tr><td>{{ claim.claim }}</td><td>{{ claim.verdict }}</td><td>{{ claim.numbers }}</td></tr>
 {% endfor %}</table>
@@ -39,43 +40,53 @@ method's setting (beta times its default, learning rate) is the best by the judg
 {% endfor %}</body></html>
 """
 WHERE = ["device", "torch", "transformers", "commit"]
-COLUMNS = [*FAMILIES, "kl", "length", "chosen_logps", "rejected_logps"]
+MORE = ["kl", "length", "chosen_logps", "rejected_logps"]
 
 
-def write_report(lines: list[dict[str, str]], out: Path) -> Path:
-    """`report.html` in a folder, of the lines of a table."""
+def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str], about: str) -> Path:
+    """`report.html` in a folder, of the lines of a table.
+
+    `families` says of each metric what it measures; settings are chosen by the first one. `about` is said at the top.
+    """
     runs = pandas.DataFrame(lines)
     words = ["scenario", "method", *WHERE]
     runs[runs.columns.difference(words)] = runs[runs.columns.difference(words)].apply(pandas.to_numeric)
+    metric = next(name for name in families if name in runs)
     usual = runs["pairs"].mode()[0]
-    best = tuned(runs[runs["pairs"] == usual])
+    swept = runs[runs["pairs"] == usual]
+    best, default = tuned(swept, metric), tuned(swept[swept["beta"] == 1], metric)
     sizes = runs[(runs["scenario"] == "after SFT") & (runs["beta"] == 1)]
     sizes = sizes[sizes["learning_rate"] == sizes[sizes["pairs"] != usual]["learning_rate"].max()]
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    where = "; ".join(f"{name} {', '.join(map(str, runs[name].unique()))}" for name in WHERE)
+    plots = {"Every measure, by method": _bars(best, families)}
+    if "kl" in runs:
+        plots[f"{metric} against the divergence from the start"] = _frontier(swept, metric)
+    if sizes["pairs"].nunique() > 1:
+        plots[f"{metric}, by the number of pairs"] = _sizes(sizes, metric)
+    columns = [name for name in (*families, *MORE) if name in runs]
     page = Environment(autoescape=True).from_string(PAGE).render(
-        count=len(runs), seeds=runs["seed"].nunique(), command=command,
-        where=where, claims=claims(best, sizes), columns=COLUMNS, tables=_tables(best),
-        plots={
-            "The judge, by method": _bars(best),
-            "The judge, by the number of pairs": _sizes(sizes),
-            "The judge against the divergence from the start, every run": _frontier(runs[runs["pairs"] == usual]),
-        },
+        about=about, count=len(runs), seeds=runs["seed"].nunique(),
+        command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        where="; ".join(f"{name} {', '.join(map(str, runs[name].unique()))}" for name in WHERE),
+        claims=claims(best, sizes, families), columns=[f"{metric}, default beta", *columns],
+        tables=_tables(best, default, metric, columns), plots=plots,
     )  # fmt: skip
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _tables(best: pandas.DataFrame) -> dict[str, dict[str, list[str]]]:
+def _tables(
+    best: pandas.DataFrame, default: pandas.DataFrame, metric: str, columns: list[str]
+) -> dict[str, dict[str, list[str]]]:
     """For each scenario a line for each method, and one for the start."""
     tables: dict[str, dict[str, list[str]]] = {}
     for scenario in SCENARIOS:
-        here = best[best["scenario"] == scenario]
+        here, usual = best[best["scenario"] == scenario], default[default["scenario"] == scenario]
         first = here.drop_duplicates("seed")
-        tables[scenario] = {"start": [_cell(first[f"start_{name}"]) for name in COLUMNS]}
+        tables[scenario] = {"start": ["", *(_cell(first[f"start_{name}"]) for name in columns)]}
         for method, group in here.groupby("method", sort=False):
-            tables[scenario][str(method)] = [_cell(group[name]) for name in COLUMNS]
+            cells = [_cell(usual[usual["method"] == method][metric]), *(_cell(group[name]) for name in columns)]
+            tables[scenario][str(method)] = cells
     return tables
 
 
@@ -90,37 +101,50 @@ def _image(figure: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _bars(best: pandas.DataFrame) -> str:
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, scenario in zip(figure.subplots(1, len(SCENARIOS), sharey=True), SCENARIOS, strict=True):
+def _bars(best: pandas.DataFrame, families: dict[str, str]) -> str:
+    """A row for each scenario, a column for each metric; a line where the start is."""
+    metrics = [metric for metric in families if metric in best]
+    figure = Figure(figsize=(3.2 * max(2, len(metrics)), 7.5), layout="constrained")
+    grid = figure.subplots(len(SCENARIOS), len(metrics), sharex=True, sharey="col", squeeze=False)
+    for row, scenario in zip(grid, SCENARIOS, strict=True):
         here = best[best["scenario"] == scenario]
         names = list(dict.fromkeys(here["method"]))
-        values = [interval(here[here["method"] == name]["judge"]) for name in names]
-        axes.bar(names, [mean for mean, _ in values], yerr=[half for _, half in values], capsize=3)
-        axes.axhline(here.drop_duplicates("seed")["start_judge"].mean(), color="gray", lw=1, ls="--")
-        axes.set(title=scenario, ylim=(0, 10))
-        axes.tick_params(axis="x", rotation=60)
+        for axes, metric in zip(row, metrics, strict=True):
+            values = [interval(here[here["method"] == name][metric]) for name in names]
+            axes.bar(names, [mean for mean, _ in values], yerr=[half for _, half in values], capsize=2)
+            axes.axhline(here.drop_duplicates("seed")[f"start_{metric}"].mean(), color="gray", lw=1, ls="--")
+            axes.tick_params(axis="x", rotation=90)
+        row[0].set_ylabel(scenario)
+    for axes, metric in zip(grid[0], metrics, strict=True):
+        axes.set_title(f"{metric} ({families[metric]})")
     return _image(figure)
 
 
-def _sizes(sizes: pandas.DataFrame) -> str:
+def _sizes(sizes: pandas.DataFrame, metric: str) -> str:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for method, group in sizes.groupby("method", sort=False):
-        by = group.groupby("pairs")["judge"].apply(interval)
+        by = group.groupby("pairs")[metric].apply(interval)
         axes.errorbar(by.index, [m for m, _ in by], yerr=[h for _, h in by], label=method, marker="o", capsize=2)
-    axes.set(xscale="log", xlabel="pairs", ylabel="judge", ylim=(0, 10))
+    axes.set(xscale="log", xlabel="pairs", ylabel=metric)
     axes.legend(ncols=2)
     return _image(figure)
 
 
-def _frontier(runs: pandas.DataFrame) -> str:
-    figure = Figure(figsize=(12, 4), layout="constrained")
+def _frontier(runs: pandas.DataFrame, metric: str) -> str:
+    """A point for each setting, the mean of the seeds; those of one learning rate are joined by their beta."""
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
     grid = figure.subplots(1, len(SCENARIOS), sharey=True)
+    colors = dict(zip(runs["method"].unique(), colormaps["tab20"].colors, strict=False))
     for axes, scenario in zip(grid, SCENARIOS, strict=True):
-        for method, group in runs[runs["scenario"] == scenario].groupby("method", sort=False):
-            axes.scatter(group["kl"], group["judge"], label=method, s=14)
-        axes.set(title=scenario, xlabel="KL from the start, nats", ylim=(0, 10))
-    grid[0].set(ylabel="judge")
+        here = runs[runs["scenario"] == scenario]
+        for method, color in colors.items():
+            means = here[here["method"] == method].groupby(["learning_rate", "beta"])[["kl", metric]].mean()
+            for place, (_, line) in enumerate(means.groupby(level=0)):
+                label = method if place == 0 else None
+                axes.plot(line["kl"], line[metric], marker="o", ms=3, lw=0.8, label=label, color=color)
+        axes.axhline(here[f"start_{metric}"].mean(), color="gray", lw=1, ls="--")
+        axes.set(title=scenario, xlabel="KL from the start, nats")
+    grid[0].set(ylabel=metric)
     grid[-1].legend(fontsize="small", ncols=2)
     return _image(figure)

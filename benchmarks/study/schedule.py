@@ -1,4 +1,4 @@
-"""All runs of a profile, two at a time, gone on with where they were stopped; a line of `runs.csv` for each."""
+"""All runs of a profile, gone on with where they were stopped; a line of `runs.csv` for each."""
 
 import csv
 import io
@@ -6,14 +6,17 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from alignloss.commands.measure import environment
 from alignloss.commands.training.checkpoints import write_whole
 
-from .runs import METHODS, SCENARIOS, Row, execute, starting_model
+from . import runs, sentiment
+from .methods import METHODS, SCENARIOS, Row
 
 TABLE, STARTS = "runs.csv", "starts"
+WORLDS: dict[str, ModuleType] = {"generated": runs, "sentiment": sentiment}
 
 
 class Profile(NamedTuple):
@@ -28,6 +31,8 @@ class Profile(NamedTuple):
     steps: int = 250
     batch: int = 32
     pretraining: int = 1800
+    world: str = "generated"  # of WORLDS
+    processes: int = 2  # of the machine's cores
 
     def rows(self) -> list[Row]:
         found = [
@@ -51,6 +56,9 @@ class Profile(NamedTuple):
 PROFILES = {
     "tiny": Profile(1, ("sft", "dpo", "kto"), (1.0,), (1e-3,), 32, (16,), steps=6, batch=8, pretraining=60),
     "quick": Profile(1, tuple(METHODS), (1.0,), (3e-4,), 300, (30,)),
+    "sentiment": Profile(
+        1, ("sft", "dpo", "ipo", "kto", "cpo"), (0.3, 1.0, 3.0), (2e-5,), 64, (), 24, 8, 12, "sentiment", processes=1
+    ),
     "full": Profile(5, tuple(METHODS), (0.3, 1.0, 3.0), (1e-4, 3e-4, 1e-3), 300, (30, 1000, 3000)),
 }
 
@@ -69,9 +77,9 @@ def row_of(line: dict[str, str]) -> Row:
     return Row(**{name: kinds[name](line[name]) for name in Row._fields})
 
 
-def run_all(profile: Profile, out: Path, processes: int = 2) -> list[dict[str, str]]:
+def run_all(profile: Profile, out: Path, processes: int | None = None) -> list[dict[str, str]]:
     """Run what the table in `out` lacks; all of its lines, in the order of the profile."""
-    rows = profile.rows()
+    rows, processes = profile.rows(), processes or profile.processes
     out.mkdir(parents=True, exist_ok=True)
     table, starts = out / TABLE, out / STARTS
     known = read_table(table)
@@ -83,32 +91,32 @@ def run_all(profile: Profile, out: Path, processes: int = 2) -> list[dict[str, s
     missing = [row for row in rows if row not in done]
     here = environment("torch", "transformers")
     where = {**here["versions"], "device": here["device"], "commit": here["commit"]}
-    # one thread each; forked before torch has started any
-    context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        seeds = sorted({row.seed for row in missing})
-        for kinds in (["pretrained"], ["sft", "instruct"]):
-            waited = [
-                pool.submit(_make_start, kind, seed, profile.pretraining, starts) for seed in seeds for kind in kinds
-            ]
-            for future in as_completed(waited):
-                future.result()
-        futures = {pool.submit(execute, row, starts): row for row in missing}
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    # a forked process would hang in the threads that torch has started here
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        of_start = {(SCENARIOS[row.scenario], row.seed): row for row in missing}
+        for first in (True, False):  # the pretrained models before those that are made of them
+            kinds = [row for (kind, _), row in of_start.items() if (kind == "pretrained") is first]
+            for made in as_completed([pool.submit(_prepare, profile.world, row, starts) for row in kinds]):
+                made.result()
+        futures = {pool.submit(_execute, profile.world, row, starts): row for row in missing}
         for number, future in enumerate(as_completed(futures), 1):
-            line = {name: str(value) for name, value in (futures[future]._asdict() | future.result() | where).items()}
+            row, found = futures[future], future.result()
+            line = {name: str(value) for name, value in {**row._asdict(), **found, **where}.items()}
             known.append(line)
             _append(table, line)
-            print(f"{number}/{len(missing)}  {futures[future].name}  judge {float(line['judge']):.2f}", flush=True)
+            score = found.get("judge", found.get("reward"))
+            print(f"{number}/{len(missing)}  {row.name}  {score:.2f}", flush=True)
     by_row = {row_of(line): line for line in known}
     return [by_row[row] for row in rows]
 
 
-def _make_start(kind: str, seed: int, steps: int, folder: Path) -> None:
-    import torch
+def _prepare(world: str, row: Row, folder: Path) -> None:
+    WORLDS[world].prepare(row, folder)
 
-    torch.set_num_threads(1)
-    starting_model(kind, seed, steps, folder)
+
+def _execute(world: str, row: Row, folder: Path) -> dict[str, Any]:
+    return WORLDS[world].execute(row, folder)
 
 
 def _append(path: Path, line: dict[str, str]) -> None:
