@@ -126,13 +126,13 @@ def parse() -> argparse.Namespace:
     runs.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     runs.add_argument("--name", default="latest", help="of the files in it")
 
-    methods = commands.add_parser("study", help="methods of alignment in three scenarios, on small models trained here")
-    methods.add_argument("--profile", default="quick", choices=["tiny", "quick", "full", "sentiment", "paper"])
-    methods.add_argument("--out", type=Path, required=True, help="folder of runs.csv and report.html; gone on with")
-    methods.add_argument(
+    studies = commands.add_parser("study", help="methods of alignment in three scenarios, on small models trained here")
+    studies.add_argument("--profile", default="quick", choices=["tiny", "quick", "full", "sentiment", "paper"])
+    studies.add_argument("--out", type=Path, required=True, help="folder of runs.csv and report.html; gone on with")
+    studies.add_argument(
         "--plan", type=Path, default=Path(__file__).parent / "study/paper.yaml", help="YAML, of the profile paper"
     )
-    methods.add_argument("--processes", type=int, help="sharing the cores  [default: 2; sentiment: 1]")
+    studies.add_argument("--processes", type=int, help="sharing the cores, not of paper  [default: 2; sentiment: 1]")
 
     drawing = commands.add_parser("plot", help="draw a file that varies tokens, vocabulary or shapes")
     drawing.add_argument("files", nargs="+", type=Path)
@@ -155,16 +155,22 @@ def study(arguments: argparse.Namespace) -> None:
     from .study.plan import read_plan
     from .study.report import write_report
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
     if arguments.profile == "paper":
         plan = read_plan(arguments.plan)
         lines, families, about = paper.run_all(plan, arguments.out), plan.families, paper.ABOUT
     else:
+        if arguments.processes is not None and arguments.processes < 1:
+            raise SystemExit(f"processes are at least 1; got {arguments.processes}")
         profile = schedule.PROFILES[arguments.profile]
+        lines, failures = schedule.run_all(profile, arguments.out, arguments.processes)
         world = schedule.WORLDS[profile.world]
-        lines = schedule.run_all(profile, arguments.out, arguments.processes)
         families, about = world.FAMILIES, world.ABOUT
-    print(f"wrote {write_report(lines, arguments.out, families, about)}")
+    if lines:
+        print(f"wrote {write_report(lines, arguments.out, families, about)}")
+    if failures:
+        said = f"{len(failures)} runs failed; the same command tries them again:"
+        raise SystemExit("\n".join([said, *failures]))
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -16,8 +16,8 @@ for package in ("scipy", "peft", "trl", "tokenizers"):
     pytest.importorskip(package)
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
-from benchmarks.study import paper  # noqa: E402
-from benchmarks.study.plan import Plan, read_plan  # noqa: E402
+from benchmarks.study import paper, rows  # noqa: E402
+from benchmarks.study.plan import as_text, read_plan  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[1]
@@ -73,8 +73,9 @@ def plan(tmp_path_factory):
         "sft_data": {"name": str(written(folder / "sft.jsonl", [{"messages": row["chosen"]} for row in pairs]))},
         "pairs": {"name": str(written(folder / "pairs.jsonl", pairs))},
         "count": 8, "sizes": [4],
-        "train": {"steps": 1, "batch_size": 4, "max_length": 64, "cpu": True},
-        "methods": {"sft": {"learning_rate": 1e-3}, "dpo": {"learning_rate": 1e-3, "lora": 2}},
+        "train": {"steps": 1, "batch_size": 4, "max_length": 64, "cpu": True, "lora": 2},
+        "sft": {"learning_rate": 1e-3},
+        "methods": {"sft": {"learning_rate": 1e-3}, "dpo": {"learning_rate": 1e-3}, "kto": {"learning_rate": 1e-3}},
         "tasks": {"local_letters": {"metric": "acc,none", "family": "truthfulness", "examples": 0}},
         "task_folder": str(folder / "tasks"),
         "mt_bench": str(written(folder / "mt.jsonl", turns)), "answer_tokens": 3,
@@ -107,61 +108,95 @@ def test_from_a_plan_to_a_report(plan, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     with open(out / "runs.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [(line["scenario"], line["method"], line["pairs"]) for line in lines] == [
-        (scenario, method, "8") for scenario in paper.SCENARIOS for method in ("sft", "dpo")
-    ] + [("after SFT", method, "4") for method in ("sft", "dpo")]
+    assert [(line["scenario"], line["method"], line["pairs"], line["rows"]) for line in lines] == [
+        (scenario, method, "8", "16" if method == "kto" else "8")
+        for scenario in paper.SCENARIOS
+        for method in ("sft", "dpo", "kto")
+    ] + [("after SFT", "sft", "4", "4"), ("after SFT", "dpo", "4", "4"), ("after SFT", "kto", "4", "8")]
     assert all(0 <= float(line[name]) <= 1 for line in lines for name in ("local_letters", "start_local_letters"))
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in (out / "configs").iterdir()}
+    # as many pairs in a step; adapters beside the start with its own merged
+    assert [configs[f"after_SFT-{method}-0-8"]["batch_size"] for method in ("dpo", "kto")] == [4, 8]
+    assert configs["after_SFT-dpo-0-8"]["model"] == str(out / "runs/start-0/merged")
     assert (out / "runs/after_SFT-dpo-0-8/model/adapter_model.safetensors").exists()
     answers = [json.loads(line) for line in (out / "answers/without_SFT-sft-0-8.jsonl").read_text().splitlines()]
     assert answers[0]["question_id"] == 81 and len(answers[0]["choices"][0]["turns"]) == 2
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "Alignment after SFT gains (truthfulness)" in page
+    assert page.count("data:image/png;base64,") == 2 and "After SFT, alignment gains (truthfulness)" in page
     # gone on with: nothing is trained or scored again, and a judge's scores are read
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    (out / "mt_bench.csv").write_text("name,score\nbase,2\nwithout_SFT-sft-0-8,5.5\n")
+    folders = [out / name for name in ("runs", "scores", "answers", "data")]
+    before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+    (out / "mt_bench.csv").write_text("name,score\nwithout_SFT-sft-0-8,5.5\n")  # and none of the start
     done = study(plan, out)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
     with open(out / "runs.csv", newline="") as file:
         line = {(line["scenario"], line["method"]): line for line in csv.DictReader(file)}["without SFT", "sft"]
-    assert (line["mt_bench"], line["start_mt_bench"]) == ("5.5", "2.0")
-    # another plan in the same folder
-    plan.write_text(plan.read_text().replace("learning_rate: 0.001", "learning_rate: 0.002", 1))
-    done = study(plan, out)
-    assert done.returncode == 1 and "other options than the plan now says" in done.stderr
+    assert (line["mt_bench"], line["start_mt_bench"]) == ("5.5", "nan")
+    # another fine-tuning at the start: nothing that began with the old one passes for its own
+    text = plan.read_text()
+    other = plan.with_name("other.yaml")
+    other.write_text(text.replace("sft:\n  learning_rate: 0.001", "sft:\n  learning_rate: 0.002"))
+    assert other.read_text() != text
+    done = study(other, out)
+    assert done.returncode == 1 and "start-0 was trained with other options" in done.stderr
 
 
-def test_rows_are_read_whatever_their_form(tmp_path):
-    chat = lambda *texts: [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)]  # noqa: B905
-    path = written(
-        tmp_path / "rows.jsonl",
-        [
-            {"prompt": "a", "chosen": chat("a", "b"), "rejected": chat("a", "c")},
-            {"prompt": chat("a"), "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"},
-            {"prompt": "a", "chosen": "b", "rejected": "c"},
-            {"messages": chat("a", "x", "y", "b")},
-            {"prompt": "a", "completion": "b"},
-        ],
-    )
-    rows = list(paper.rows_of({"name": str(path)}))
-    assert rows[:3] == [(chat("a"), "b", "c")] * 3
-    assert rows[3:] == [(chat("a", "x", "y"), "b", None), (chat("a"), "b", None)]
-    assert paper.as_text(rows[3][0]) == "User: a\n\nAssistant: x\n\nUser: y\n\nAssistant:"
+def test_rows_are_read_whatever_their_form():
+    def chat(*texts):
+        roles = ("user", "assistant") * 2
+        return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+    more = [{"role": "user", "content": "a", "name": "b"}, {"role": "assistant", "content": "b"}]
+    for row in (
+        {"prompt": "a", "chosen": chat("a", "b"), "rejected": chat("a", "c"), "messages": chat("x", "y")},
+        {"prompt": chat("a"), "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": more, "rejected": "c"},
+    ):
+        assert rows.read_row(row) == (chat("a"), "b", "c")
+    assert rows.read_row({"messages": chat("a", "x", "y", "b")}) == (chat("a", "x", "y"), "b", None)
+    assert rows.read_row({"prompt": "a", "completion": "b"}) == (chat("a"), "b", None)
+    assert as_text(chat("a", "x", "y")) == "User: a\n\nAssistant: x\n\nUser: y\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, r"row 1, with chosen, rejected: KeyError\('prompt'\)"),
+        ({"prompt": "a", "chosen": "b"}, r"KeyError\('rejected'\)"),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]},
+            "not the assistant's",
+        ),
+    ],
+)
+def test_rows_that_cannot_be(plan, tmp_path, row, message):
+    made = read_plan(plan)
+    made.pairs.name = str(written(tmp_path / "pairs.jsonl", [row]))
+    with pytest.raises(SystemExit, match=message):
+        rows.write_rows(made, tmp_path, "dpo", 0, 1, chat=True)
 
 
 def test_the_plan_that_comes_with_it():
     plan = read_plan(ROOT / "benchmarks/study/paper.yaml")
     assert len(plan.tasks) == 12 and set(plan.methods) == {"sft", "dpo", "ipo", "kto", "cpo"}
-    runs = paper.trainings(plan)
-    assert len(runs) == len(set(runs)) == 3 * 5 + 2 * 5
+    assert len(paper.trainings(plan)) == 3 * 5 + 2 * 5
+    again = plan.model_copy(update={"sizes": [plan.count]})
+    assert len(paper.trainings(again)) == 3 * 5
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": None, "bose": 1}, r"unknown entries \['bose'\], missing ones \['base'\]"),
-        ({"methods": {"dpo": {"beta": 1}}}, "methods.dpo needs a learning_rate"),
-        ({"tasks": {"mmlu": {"metric": "acc"}}}, "tasks.mmlu needs metric and family"),
+        ({"base": None, "bose": 1}, "base: Field required; bose: Extra inputs"),
+        ({"methods": {"dpo": {"beta": 1}}}, "methods.dpo.learning_rate: Field required"),
+        ({"methods": {"dpp": {"learning_rate": 1}}}, "methods: Value error, .*got 'dpp', did you mean"),
+        ({"tasks": {"mmlu": {"metric": "acc"}}}, "tasks.mmlu.family: Field required"),
+        ({"pairs": "a/b"}, "pairs: Input should be a valid dictionary"),
+        ({"seeds": []}, "seeds: List should have at least 1 item"),
+        ({"count": 0}, "count: Input should be greater than 0"),
+        ({"mt_bench": "nowhere.jsonl"}, "mt_bench: Value error, there is no nowhere.jsonl"),
     ],
 )
 def test_a_plan_that_cannot_be(plan, tmp_path, change, message):
@@ -171,9 +206,22 @@ def test_a_plan_that_cannot_be(plan, tmp_path, change, message):
     path.write_text(yaml.safe_dump(entries))
     with pytest.raises(SystemExit, match=message):
         read_plan(path)
+    with pytest.raises(SystemExit, match="cannot be read"):
+        read_plan(tmp_path / "none.yaml")
 
 
 def test_a_set_of_fewer_pairs(plan, tmp_path):
-    made = Plan(**yaml.safe_load(plan.read_text()))
     with pytest.raises(SystemExit, match="has 8 pairs; the plan asks for 9"):
-        paper._data(made, tmp_path, "dpo", 0, 9, chat=True)
+        rows.write_rows(read_plan(plan), tmp_path, "dpo", 0, 9, chat=True)
+
+
+def test_judgments_name_their_models(tmp_path):
+    path = tmp_path / "mt_bench.csv"
+    assert paper.judgments(path, {"base"}) == {}
+    path.write_text("name,score\nbase,2\n")
+    assert paper.judgments(path, {"base"}) == {"base": 2.0}
+    with pytest.raises(SystemExit, match="has scores of base; the models are instruct"):
+        paper.judgments(path, {"instruct"})
+    path.write_text("model,score\nbase,2\n")
+    with pytest.raises(SystemExit, match="needs columns name and score"):
+        paper.judgments(path, {"base"})

@@ -116,7 +116,7 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
             f"{name} gives logits {tuple(own.shape)}, its output embedding {tuple(mine.shape)}: they are not one "
             "projection of its hidden states"
         )
-    difference = float((mine - own).abs().max() / own.abs().max().clamp(min=1e-30))
+    difference = apart(mine, own)
     # what is returned may have been widened since, as accelerate does
     if not difference <= TOLERANCE.get(min(logits.dtype, *dtypes, key=lambda d: d.itemsize), TOLERANCE_16_BIT):
         raise UnsupportedModel(
@@ -125,6 +125,11 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
         )
     base = unwrapped(model)
     return _written(scale, base), None if cap is None else _written(cap, base)
+
+
+def apart(values: Tensor, expected: Tensor) -> float:
+    """The largest difference, of the size of the largest of what was expected."""
+    return float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30)) if len(expected) else 0.0
 
 
 def computed_in(hidden: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recipes.batches import joined, next_token_labels
-from .check import TOLERANCE, check_model, computed_in, left_as_it_is, state_of
+from .check import TOLERANCE, apart, check_model, computed_in, left_as_it_is, state_of
 from .head import Head, head_call, learned_prompt, sharded
 from .takeover import UnsupportedModel, find_head, inside_wrappers, name_of, refusing, unwrapped
 
@@ -226,7 +226,7 @@ def _check(model: nn.Module, batch: SharedPrompts) -> None:
         )
         with refusing(f"{name} cannot share prompts"):
             (values, dtype), _ = batch._call(inner, lambda head: (head.hidden.double(), computed_in(head.hidden)))
-    difference = float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30)) if len(values) else 0.0
+    difference = apart(values, expected)
     if not difference <= TOLERANCE.get(dtype, TOLERANCE_16_BIT):
         raise UnsupportedModel(
             f"{name} cannot share prompts: its hidden states differ from those of two padded rows by {difference:.1e} "

@@ -27,7 +27,7 @@ def rejection_sample(
     Args:
         rewards: of the responses, floating, finite.
         count: of the responses to accept, at most K.
-        beta: in the unit of the rewards, positive: that of the loss which trains on them, in the paper.
+        beta: in the unit of the rewards, positive.
         generator: on the device of the rewards.
 
     Returns:

@@ -1,33 +1,55 @@
 """Scores of a model by lm-evaluation-harness, and its answers to MT-Bench's questions."""
 
+import hashlib
 import json
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+from alignloss.commands.measure import environment
 from alignloss.commands.training.checkpoints import write_whole
 
 from .plan import Messages, Plan, as_text
 
 
-def scores_of(name: str, folder: str, plan: Plan, out: Path) -> dict[str, float]:
-    """The tasks' scores of a model, and its answers, where they have not been written for these tasks yet."""
-    path, answers = out / "scores" / f"{name}.json", out / "answers" / f"{name}.jsonl"
-    asked = {"tasks": plan.tasks, "limit": plan.limit}
+def scores_of(name: str, folder: str, made_of: str, plan: Plan, out: Path) -> dict[str, Any]:
+    """The tasks' `scores` of a model, after its answers, in a process that leaves the GPU to the next training.
+
+    What has been written of the same model and questions is taken. Also the `environment` in which they came about.
+    """
+    path = out / "scores" / f"{name}.json"
+    files = [*sorted(Path(plan.task_folder).rglob("*.yaml") if plan.task_folder else []), plan.mt_bench]
+    asked = {
+        "model": made_of,
+        "files": [hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in files if file],
+        **plan.model_dump(mode="json", include={"tasks", "limit", "chat_template", "answer_tokens"}),
+    }
     known = json.loads(path.read_text()) if path.exists() else {}
-    unanswered = bool(plan.mt_bench) and not answers.exists()
-    if known.get("asked") == asked and not unanswered:
-        return known["scores"]
+    if known.get("asked") != asked:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        order = out / "scores" / f"{name}.order"
+        write_whole(order, json.dumps([name, folder, asked, plan.model_dump(mode="json"), str(out)]))
+        print(f"scoring {name}", flush=True)
+        if subprocess.run([sys.executable, "-m", __name__, str(order)]).returncode:
+            raise SystemExit(f"{name} could not be scored")
+        order.unlink()
+        known = json.loads(path.read_text())
+    return known
+
+
+def main(order: Path) -> None:
+    name, folder, asked, entries, out = json.loads(order.read_text())
+    plan = Plan.model_validate(entries)
     model, tokenizer = _loaded(folder)
-    if unanswered:
+    if plan.mt_bench:
+        answers = Path(out) / "answers" / f"{name}.jsonl"
         answers.parent.mkdir(parents=True, exist_ok=True)
         write_whole(answers, _answers(name, model, tokenizer, plan))
-    if known.get("asked") != asked:
-        known = {"asked": asked, "scores": _scores(model, tokenizer, plan)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(known, indent=1))
-    return known["scores"]
+    known = {"asked": asked, "scores": _scores(model, tokenizer, plan), "environment": environment("lm_eval", "torch")}
+    write_whole(Path(out) / "scores" / f"{name}.json", json.dumps(known, indent=1))
 
 
 def _loaded(folder: str) -> tuple[Any, Any]:
@@ -49,12 +71,13 @@ def _scores(model: Any, tokenizer: Any, plan: Plan) -> dict[str, float]:
     manager, found = TaskManager(include_path=plan.task_folder), {}
     for task, options in plan.tasks.items():
         results = simple_evaluate(
-            model=harness, tasks=[task], num_fewshot=options.get("examples"), limit=plan.limit, task_manager=manager,
+            model=harness, tasks=[task], num_fewshot=options.examples, limit=plan.limit, task_manager=manager,
+            apply_chat_template=plan.chat_template and tokenizer.chat_template is not None,
             bootstrap_iters=0, log_samples=False,
         )["results"][task]  # fmt: skip
-        if options["metric"] not in results:
-            raise SystemExit(f"{task} has no metric {options['metric']!r}; it has {', '.join(results)}")
-        found[task] = float(results[options["metric"]])
+        if options.metric not in results:
+            raise SystemExit(f"{task} has no metric {options.metric!r}; it has {', '.join(results)}")
+        found[task] = float(results[options.metric])
     return found
 
 
@@ -85,7 +108,10 @@ def _answer(messages: Messages, model: Any, tokenizer: Any, tokens: int) -> str:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    ids = inputs["input_ids"].to(model.device)
     with torch.no_grad():
-        written = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
-    return tokenizer.decode(written, skip_special_tokens=True).strip()
+        written = model.generate(**inputs.to(model.device), max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

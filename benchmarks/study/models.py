@@ -1,7 +1,9 @@
 """The models of the study: how one is made, writes, is scored and takes a step, through `alignloss.hf`."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ SIZES: dict[str, Any] = {
 
 
 def make_model(seed: int) -> Any:
-    """A Llama of 110,000 parameters with random weights."""
+    """A Llama of 100,864 parameters with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -31,9 +33,10 @@ def make_model(seed: int) -> Any:
 
 def batch_of(rows: Sequence[tuple[list[int], list[int]]]) -> CompletionBatch:
     """Prompts and completions as one batch, of a width that the prompts alone decide."""
+    assert all(len(response) <= RESPONSE for _, response in rows)
     batch = joined([(torch.tensor(prompt), torch.tensor(response)) for prompt, response in rows], PAD)
     more = max(len(prompt) for prompt, _ in rows) + RESPONSE - batch.input_ids.shape[1]
-    return CompletionBatch(*(nn.functional.pad(value, (0, more), value=PAD) for value in batch))
+    return CompletionBatch(*(nn.functional.pad(v, (0, more), value=i) for v, i in zip(batch, (PAD, 0, 0), strict=True)))
 
 
 def rows_of(batch: CompletionBatch, index: Tensor) -> CompletionBatch:
@@ -86,6 +89,14 @@ def train(model: nn.Module, steps: int, learning_rate: float, step_loss: Callabl
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def saved(model: nn.Module, path: Path) -> None:
+    """The weights in a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{time.time_ns()}")
+    torch.save(model.state_dict(), unfinished)
+    unfinished.replace(path)
 
 
 def fit_text(

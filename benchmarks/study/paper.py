@@ -2,15 +2,21 @@
 
 Trained by `alignloss train`, a file of options for each run; scored by lm-evaluation-harness, with MT-Bench's answers
 written for a judge. At the paper's size untested; a test runs all of it with a tiny model.
+
+out/data/      the rows of the runs
+out/configs/   the options of each run, with what its data and its start are
+out/runs/      the folders of `alignloss train`
+out/scores/, out/answers/
+out/mt_bench.csv, which a judge writes: name of the model (of its file in answers/), score from 1 to 10
 """
 
 import csv
-import hashlib
+import io
 import json
-import random
+import math
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +26,12 @@ from alignloss.commands.training.checkpoints import write_whole
 
 from .harness import scores_of
 from .methods import SCENARIOS
-from .plan import MT_BENCH, Messages, Plan, as_text
+from .plan import MT_BENCH, Options, Plan
+from .rows import digest, write_rows
 
 ABOUT = "Models trained by `alignloss train`, scored by lm-evaluation-harness."
-JUDGMENTS = "mt_bench.csv"
+TABLE, JUDGMENTS = "runs.csv", "mt_bench.csv"
+ADAPTERS = "adapter_config.json"
 
 
 class Training(NamedTuple):
@@ -39,80 +47,141 @@ class Training(NamedTuple):
         return "-".join(str(value).replace(" ", "_") for value in self)
 
 
+class Model(NamedTuple):
+    """One to begin with, or one that was trained."""
+
+    name: str
+    folder: str  # or a name on the Hub
+    made_of: str  # a digest of options, data and start; the name, where it was not trained here
+    rows: int | None = None  # that it was trained on
+
+
 def trainings(plan: Plan) -> list[Training]:
+    sizes = [("after SFT", count) for count in plan.sizes]
     found = [
-        Training(scenario, method, seed, plan.count)
+        Training(scenario, method, seed, count)
         for seed in plan.seeds
-        for scenario in SCENARIOS
-        for method in plan.methods
-    ]
-    found += [
-        Training("after SFT", method, seed, pairs)
-        for seed in plan.seeds
-        for pairs in plan.sizes
+        for scenario, count in [*((scenario, plan.count) for scenario in SCENARIOS), *sizes]
         for method in plan.methods
     ]
     return list(dict.fromkeys(found))
 
 
 def run_all(plan: Plan, out: Path) -> list[dict[str, str]]:
-    """Train and score what is not there yet; a line for each run, as those of the small profiles."""
-    for seed in plan.seeds:
-        _train(_start_name(seed), plan, out, "sft", seed, plan.base, plan.sft or {}, None)
-    judged = _judgments(out / JUDGMENTS)
-    here = environment("torch", "transformers")
-    where = {**here["versions"], "device": here["device"], "commit": here["commit"]}
-    lines = []
+    """Train and score what is not there yet; a line for each run, as those of the small profiles.
+
+    Raises:
+        SystemExit: for data that do not suffice, before anything is trained; for a folder of another plan or profile;
+            where a training or a task fails, by its name.
+    """
+    out = out.resolve()
+    lines: list[dict[str, Any]] = []
+    table = out / TABLE
+    if table.exists() and "steps" in table.read_text("utf-8").partition("\n")[0].split(","):
+        raise SystemExit(f"{table} is a table of another profile: give another --out")
+    prepare(plan, out)
+    base, instruct = _given(plan, "base"), _given(plan, "instruct")
+    starts = {seed: _sft_model(plan, out, seed, base) for seed in plan.seeds}
+    names = {base.name, instruct.name, *(of.name for of in (*starts.values(), *trainings(plan)))}
+    judged = judgments(out / JUDGMENTS, names)
+    where = _where()
     for run in trainings(plan):
-        start_name, start = _start(run, plan, out)
-        model = _train(run.name, plan, out, run.method, run.seed, start, plan.methods[run.method], run.pairs)
-        scores: dict[str, float] = {}
-        for prefix, name, folder in (("", run.name, str(model)), ("start_", start_name, start)):
-            found = scores_of(name, folder, plan, out) | ({MT_BENCH: judged[name]} if name in judged else {})
-            scores |= {prefix + task: score for task, score in found.items()}
-        rate = plan.methods[run.method]["learning_rate"]
-        lines.append({**run._asdict(), "beta": 1.0, "learning_rate": rate, **scores, **where})
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    with open(out / "runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        start = {"after SFT": starts[run.seed], "without SFT": base, "instruction-tuned": instruct}[run.scenario]
+        options = plan.methods[run.method]
+        model = _train(run.name, plan, out, run.method, run.seed, start, options, run.pairs)
+        scores = {}
+        for prefix, of in (("", model), ("start_", start)):
+            scored = scores_of(of.name, of.folder, of.made_of, plan, out)
+            found = {MT_BENCH: judged.get(of.name, math.nan), **scored["scores"]}
+            scores |= {prefix + name: score for name, score in found.items()}
+            where["device"] = scored["environment"]["device"]
+        setting = {"beta": 1.0, "learning_rate": options.learning_rate, "rows": model.rows, "made_of": model.made_of}
+        lines.append({**run._asdict(), **setting, **scores, **where})
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-    return [{name: str(line.get(name, "")) for name in columns} for line in lines]
+        write_whole(table, text.getvalue())
+    return [{name: str(value) for name, value in line.items()} for line in lines]
 
 
-def _start_name(seed: int) -> str:
-    return f"start-{seed}"
+def prepare(plan: Plan, out: Path) -> None:
+    """Write all rows, and look for the tasks: what is wrong with them is said before hours of training."""
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager(include_path=plan.task_folder).all_tasks)
+    if unknown := sorted(set(plan.tasks) - known):
+        raise SystemExit(f"lm-evaluation-harness has no task {', '.join(unknown)}")
+    for seed in plan.seeds:
+        write_rows(plan, out, "sft", seed, None, has_template(plan.base))
+    for run in trainings(plan):
+        model = plan.instruct if run.scenario == "instruction-tuned" else plan.base
+        write_rows(plan, out, run.method, run.seed, run.pairs, has_template(model))
 
 
-def _start(run: Training, plan: Plan, out: Path) -> tuple[str, str]:
-    """Name and folder of the model that a run begins with."""
-    name = _start_name(run.seed)
-    return {
-        "after SFT": (name, str(out / "runs" / name / "model")),
-        "without SFT": ("base", plan.base),
-        "instruction-tuned": ("instruct", plan.instruct),
-    }[run.scenario]
+def _where() -> dict[str, Any]:
+    here = environment("alignloss", "torch", "transformers", "trl", "peft", "lm_eval")
+    return {**here["versions"], "commit": here["commit"]}
+
+
+def _given(plan: Plan, name: str) -> Model:
+    """The base or the instruction-tuned model."""
+    model = getattr(plan, name)
+    folder = str(Path(model).resolve()) if Path(model).exists() else model
+    return Model(name, folder, folder)
+
+
+def _sft_model(plan: Plan, out: Path, seed: int, base: Model) -> Model:
+    """The base after fine-tuning, with its adapters merged once, so that other adapters can be trained beside it."""
+    model = _train(f"start-{seed}", plan, out, "sft", seed, base, plan.sft, None)
+    whole = out / "runs" / f"start-{seed}" / "merged"
+    if not (Path(model.folder) / ADAPTERS).exists():
+        return model
+    if not whole.exists():
+        from peft import AutoPeftModelForCausalLM
+        from transformers import AutoTokenizer
+
+        unfinished = whole.with_name("merged.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        merged = AutoPeftModelForCausalLM.from_pretrained(model.folder, dtype="auto").merge_and_unload()
+        merged.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(model.folder).save_pretrained(unfinished)
+        unfinished.rename(whole)
+    return model._replace(folder=str(whole))
 
 
 def _train(
-    name: str, plan: Plan, out: Path, method: str, seed: int, model: str, options: dict[str, Any], pairs: int | None
-) -> Path:
-    """Write the options of a run and train, where that has not been done; the folder of the model."""
+    name: str, plan: Plan, out: Path, method: str, seed: int, start: Model, options: Options, pairs: int | None
+) -> Model:
+    """Write the options of a run and train, where that has not been done."""
     import yaml
 
+    from alignloss.commands.training.objective import known_options, objective
+
     folder, path = out / "runs" / name, out / "configs" / f"{name}.yaml"
-    chat = has_template(plan.instruct if model == plan.instruct else plan.base)  # what came of the base reads its text
-    data = _data(plan, out, method, seed, pairs, chat)
-    entries = {"model": model, "data": str(data), "out": str(folder), "loss": method, "seed": seed}
-    text = yaml.safe_dump({**(plan.train or {}), **options, **entries}, sort_keys=False)
-    if path.exists() and path.read_text() != text:
-        raise SystemExit(f"{path} has other options than the plan now says: take another --out, or remove {folder} too")
+    # what came of the base reads its text
+    chat = has_template(plan.instruct if start.name == "instruct" else plan.base)
+    data = write_rows(plan, out, method, seed, pairs, chat)
+    fixed = {"model": start.folder, "data": str(data), "out": str(folder), "loss": method, "seed": seed}
+    entries = {**plan.train, **options.model_dump(), **fixed}
+    of_loss = {name: value for name, value in entries.items() if name in known_options(method)}
+    if "batch_size" in entries and objective(method, of_loss).kind == "unpaired":
+        entries["batch_size"] *= 2  # of completions there, of pairs here
+    text = f"# data {digest(data.read_text())}, start {start.made_of}\n" + yaml.safe_dump(entries, sort_keys=False)
+    if folder.exists() and (not path.exists() or path.read_text() != text):
+        raise SystemExit(
+            f"{folder} was trained with other options, rows or another start than the plan now says: "
+            "give another --out, or remove it and what began with it"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
     if not (folder / "model").exists():
         print(name, flush=True)
-        subprocess.run([sys.executable, "-m", "alignloss.commands", "train", "--config", str(path)], check=True)
-    return folder / "model"
+        command = [sys.executable, "-m", "alignloss.commands", "train", "--config", str(path)]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"{name} failed: {path}")
+    rows = json.loads((folder / "run.json").read_text())["rows"]
+    return Model(name, str(folder / "model"), digest(text), rows)
 
 
 @cache
@@ -123,61 +192,20 @@ def has_template(model: str) -> bool:
     return AutoTokenizer.from_pretrained(model).chat_template is not None
 
 
-def _data(plan: Plan, out: Path, method: str, seed: int, pairs: int | None, chat: bool) -> Path:
-    """The rows of a run: pairs, the chosen ones of them for SFT, or without a number the data of the first SFT."""
-    kind = "sft_data" if pairs is None else "chosen" if method == "sft" else "pairs"
-    source = plan.sft_data if pairs is None else plan.pairs
-    key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
-    path = out / "data" / f"{kind}-{key}-{seed}-{pairs or 'all'}-{'chat' if chat else 'text'}.jsonl"
-    if not path.exists():
-        rows = list(rows_of(source))
-        random.Random(seed).shuffle(rows)
-        if pairs is not None and pairs > len(rows):
-            raise SystemExit(f"{source['name']} has {len(rows)} pairs; the plan asks for {pairs}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [_line(*row, kind == "pairs", chat) for row in rows[:pairs]]
-        write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return path
+def judgments(path: Path, models: set[str]) -> dict[str, float]:
+    """What a judge has said of the answers, by the name of the model.
 
-
-def _line(prompt: Messages, chosen: str, rejected: str | None, paired: bool, chat: bool) -> dict[str, Any]:
-    def answer(text: str) -> Any:
-        return [{"role": "assistant", "content": text}] if chat else " " + text
-
-    line = {"prompt": prompt if chat else as_text(prompt)}
-    if not paired:
-        return line | {"completion": answer(chosen)}
-    if rejected is None:
-        raise SystemExit(f"the pairs have a row without a rejected completion: {str(prompt)[:200]}")
-    return line | {"chosen": answer(chosen), "rejected": answer(rejected)}
-
-
-def rows_of(source: dict[str, str]) -> Iterator[tuple[Messages, str, str | None]]:
-    """Prompt, chosen completion and, of pairs, the rejected one, of a file or a data set of the Hub."""
-    name = source["name"]
-    if Path(name).is_file():
-        lines = Path(name).read_text("utf-8").splitlines()
-        found: Any = (json.loads(line) for line in lines if line.strip())
-    else:
-        import datasets
-
-        found = datasets.load_dataset(name, split=source.get("split", "train"))
-    for row in found:
-        chosen, rejected = row.get("chosen") or row.get("messages") or row["completion"], row.get("rejected")
-        conversation = isinstance(chosen, list) and len(chosen) > 1  # the whole of it
-        prompt = chosen[:-1] if conversation else row["prompt"]
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        yield prompt, _last(chosen), None if rejected is None else _last(rejected)
-
-
-def _last(completion: str | Messages) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def _judgments(path: Path) -> dict[str, float]:
-    """What a judge has said of the answers: columns `name` and `score`, from 1 to 10."""
+    Raises:
+        SystemExit: for a name that is none of the models, or a line without one and a number.
+    """
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        return {line["name"]: float(line["score"]) for line in csv.DictReader(file)}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = list(csv.DictReader(file))
+    try:
+        found = {line["name"]: float(line["score"]) for line in lines}
+    except (KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} needs columns name and score, a number: {error!r}") from None
+    if unknown := sorted(set(found) - models):
+        raise SystemExit(f"{path} has scores of {', '.join(unknown)}; the models are {', '.join(sorted(models))}")
+    return found

@@ -1,54 +1,95 @@
-"""The plan of the paper's runs: what stands in the YAML file."""
+"""The plan of the paper's runs: what stands in the YAML file, and whether it can be run."""
 
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 MT_BENCH = "mt_bench"
 Messages = list[dict[str, str]]
+Count = Annotated[int, Field(gt=0)]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The entries of a plan; `paper.yaml` says what each one is."""
+class Source(BaseModel, extra="allow"):
+    """A file of JSON lines, or a data set of the Hub with what else `load_dataset` takes."""
+
+    name: str
+    split: str = "train"
+
+
+class Options(BaseModel, extra="allow"):
+    """Of `alignloss train`."""
+
+    learning_rate: float
+
+
+class Task(BaseModel, extra="forbid"):
+    metric: str
+    family: str
+    examples: int | None = None
+
+
+class Plan(BaseModel, extra="forbid"):
+    """The entries of a plan; `paper.yaml` says what each one is. Paths are relative to the working directory."""
 
     base: str
     instruct: str
-    sft_data: dict[str, str]
-    pairs: dict[str, str]
-    count: int
-    methods: dict[str, dict[str, Any]]
-    tasks: dict[str, dict[str, Any]]
-    sizes: tuple[int, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    train: dict[str, Any] | None = None
-    sft: dict[str, Any] | None = None
+    sft_data: Source
+    pairs: Source
+    count: Count
+    methods: Annotated[dict[str, Options], Field(min_length=1)]
+    tasks: Annotated[dict[str, Task], Field(min_length=1)]
+    sft: Options
+    sizes: list[Count] = []
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    train: dict[str, Any] = {}
     task_folder: str | None = None
-    evaluation_batch: int = 8
-    limit: int | None = None
+    evaluation_batch: Count = 8
+    chat_template: bool = False
+    limit: Count | None = None
     mt_bench: str | None = None
-    answer_tokens: int = 1024
+    answer_tokens: Count = 1024
 
     @property
     def families(self) -> dict[str, str]:
-        return {MT_BENCH: "dialogue"} | {task: options["family"] for task, options in self.tasks.items()}
+        return {MT_BENCH: "dialogue"} | {name: task.family for name, task in self.tasks.items()}
+
+    @field_validator("methods")
+    @classmethod
+    def known(cls, methods: dict[str, Options]) -> dict[str, Options]:
+        from alignloss.commands.errors import UserError
+        from alignloss.commands.training.objective import known_options
+
+        for method in methods:
+            try:
+                known_options(method)
+            except UserError as error:
+                raise ValueError(str(error)) from error
+        return methods
+
+    @field_validator("task_folder", "mt_bench")
+    @classmethod
+    def there(cls, path: str | None) -> str | None:
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"there is no {path}")
+        return path
 
 
 def read_plan(path: Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        SystemExit: for what is missing, unknown or of another form, before anything is trained.
+    """
     import yaml
 
-    entries = yaml.safe_load(path.read_text("utf-8"))
-    known = {field.name for field in fields(Plan)}
-    unknown, missing = set(entries) - known, {"base", "instruct", "sft_data", "pairs", "count", "methods", "tasks"}
-    if unknown or missing - set(entries):
-        raise SystemExit(f"{path}: unknown entries {sorted(unknown)}, missing ones {sorted(missing - set(entries))}")
-    for method, options in entries["methods"].items():
-        if "learning_rate" not in (options or {}):
-            raise SystemExit(f"{path}: methods.{method} needs a learning_rate")
-    for task, options in entries["tasks"].items():
-        if not {"metric", "family"} <= set(options):
-            raise SystemExit(f"{path}: tasks.{task} needs metric and family")
-    return Plan(**entries)
+    try:
+        return Plan.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+    except ValidationError as error:
+        said = [f"{'.'.join(map(str, of['loc'])) or 'the file'}: {of['msg']}" for of in error.errors()]
+        raise SystemExit(f"{path}: " + "; ".join(said)) from None
 
 
 def as_text(messages: Messages) -> str:

@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .claims import claims, interval, shown, tuned
+from .claims import SETTING, claims, interval, shown, tuned
 from .methods import SCENARIOS
 
 PAGE = """<!doctype html>
@@ -24,8 +24,9 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; } img { max-w
 </style></head><body>
 <h1>Methods of alignment in three scenarios</h1>
 <p>{{ about }} {{ count }} runs, seeds: {{ seeds }}; <code>{{ command }}</code>; {{ where }}. Intervals are of 95 %, by
-Student's t over seeds. Each method's setting (beta, learning rate) is the best over the other seeds; with one seed the
-default beta and the largest learning rate. A dashed line is the start.</p>
+Student's t over seeds, those of one claim together (Bonferroni). Each method's setting (beta, as a multiple of its
+default, and learning rate) is the best over the other seeds; with one seed the default beta and the largest learning
+rate. A dashed line is the start.</p>
 <h2>Claims of Saeidi, Verma and Baral 2024</h2>
 <table><tr><th>claim</th><th>here</th><th>numbers</th></tr>
 {% for claim in claims %}<tr><td>{{ claim.claim }}</td><td>{{ claim.verdict }}</td><td>{{ claim.numbers }}</td></tr>
@@ -39,7 +40,8 @@ default beta and the largest learning rate. A dashed line is the start.</p>
 <img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}</body></html>
 """
-WHERE = ["device", "torch", "transformers", "commit"]
+WHERE = ["device", "alignloss", "torch", "transformers", "trl", "peft", "lm_eval", "commit"]
+WORDS = ["scenario", "method", "made_of", *WHERE]
 MORE = ["kl", "length", "chosen_logps", "rejected_logps"]
 
 
@@ -49,14 +51,13 @@ def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str
     `families` says of each metric what it measures; settings are chosen by the first one. `about` is said at the top.
     """
     runs = pandas.DataFrame(lines)
-    words = ["scenario", "method", *WHERE]
-    runs[runs.columns.difference(words)] = runs[runs.columns.difference(words)].apply(pandas.to_numeric)
-    metric = next(name for name in families if name in runs)
+    numbers = runs.columns.difference(WORDS)
+    runs[numbers] = runs[numbers].apply(pandas.to_numeric)
+    metric = next(name for name in families if name in runs and runs[name].notna().all())
     usual = runs["pairs"].mode()[0]
     swept = runs[runs["pairs"] == usual]
     best, default = tuned(swept, metric), tuned(swept[swept["beta"] == 1], metric)
-    sizes = runs[(runs["scenario"] == "after SFT") & (runs["beta"] == 1)]
-    sizes = sizes[sizes["learning_rate"] == sizes[sizes["pairs"] != usual]["learning_rate"].max()]
+    sizes = sizes_of(runs, usual)
     plots = {"Every measure, by method": _bars(best, families)}
     if "kl" in runs:
         plots[f"{metric} against the divergence from the start"] = _frontier(swept, metric)
@@ -66,28 +67,54 @@ def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str
     page = Environment(autoescape=True).from_string(PAGE).render(
         about=about, count=len(runs), seeds=runs["seed"].nunique(),
         command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-        where="; ".join(f"{name} {', '.join(map(str, runs[name].unique()))}" for name in WHERE),
-        claims=claims(best, sizes, families), columns=[f"{metric}, default beta", *columns],
-        tables=_tables(best, default, metric, columns), plots=plots,
+        where="; ".join(f"{name} {', '.join(map(str, runs[name].unique()))}" for name in WHERE if name in runs),
+        claims=claims(best, sizes, families),
+        columns=["chosen beta, learning rate", f"{metric}, default beta", *columns],
+        tables=_tables(swept, best, default, metric, columns), plots=plots,
     )  # fmt: skip
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
+def sizes_of(runs: pandas.DataFrame, usual: int) -> pandas.DataFrame:
+    """The runs after SFT that differ in the number of pairs alone: at the default beta and one rate of each method."""
+    runs = runs[(runs["scenario"] == next(iter(SCENARIOS))) & (runs["beta"] == 1)]
+    rates = runs[runs["pairs"] != usual][["method", "learning_rate"]].drop_duplicates()
+    return runs.merge(rates, on=["method", "learning_rate"])
+
+
 def _tables(
-    best: pandas.DataFrame, default: pandas.DataFrame, metric: str, columns: list[str]
+    swept: pandas.DataFrame, best: pandas.DataFrame, default: pandas.DataFrame, metric: str, columns: list[str]
 ) -> dict[str, dict[str, list[str]]]:
     """For each scenario a line for each method, and one for the start."""
     tables: dict[str, dict[str, list[str]]] = {}
     for scenario in SCENARIOS:
         here, usual = best[best["scenario"] == scenario], default[default["scenario"] == scenario]
         first = here.drop_duplicates("seed")
-        tables[scenario] = {"start": ["", *(_cell(first[f"start_{name}"]) for name in columns)]}
+        tables[scenario] = {"start": ["", "", *(_cell(first[f"start_{name}"]) for name in columns)]}
         for method, group in here.groupby("method", sort=False):
-            cells = [_cell(usual[usual["method"] == method][metric]), *(_cell(group[name]) for name in columns)]
-            tables[scenario][str(method)] = cells
+            tables[scenario][str(method)] = [
+                setting(group, swept[(swept["scenario"] == scenario) & (swept["method"] == method)]),
+                _cell(usual[usual["method"] == method][metric]),
+                *(_cell(group[name]) for name in columns),
+            ]
     return tables
+
+
+def setting(chosen: pandas.DataFrame, swept: pandas.DataFrame) -> str:
+    """The settings that were chosen, the most frequent first, where the sweep ends, and whether anything was learnt."""
+    counts = chosen[SETTING].value_counts()
+    names = ", ".join(f"{beta:g} at {rate:g}" for beta, rate in counts.index)
+    at_end = [
+        name.replace("_", " ")
+        for name in SETTING
+        if swept[name].nunique() > 1 and (chosen[name].isin([swept[name].min(), swept[name].max()])).all()
+    ]
+    said = f"{names}; end of the sweep of {' and '.join(at_end)}" if at_end else names
+    # RSO without a pair, RLHF without a response of another score
+    unmoved = "kl" in chosen and bool((chosen["kl"] == 0).all())
+    return f"{said}; nothing to learn from" if unmoved else said
 
 
 def _cell(values: pandas.Series) -> str:

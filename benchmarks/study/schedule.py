@@ -4,19 +4,24 @@ import csv
 import io
 import multiprocessing
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
+
 from alignloss.commands.measure import environment
 from alignloss.commands.training.checkpoints import write_whole
 
-from . import runs, sentiment
-from .methods import METHODS, SCENARIOS, Row
+from . import generated, sentiment
+from .methods import METHODS, SCENARIOS, Row, Run, objective
 
-TABLE, STARTS = "runs.csv", "starts"
-WORLDS: dict[str, ModuleType] = {"generated": runs, "sentiment": sentiment}
+TABLE = "runs.csv"
+# each has `data_of`, `judged`, FAMILIES, ABOUT and THREADS
+WORLDS: dict[str, ModuleType] = {"generated": generated, "sentiment": sentiment}
 
 
 class Profile(NamedTuple):
@@ -54,10 +59,12 @@ class Profile(NamedTuple):
 
 
 PROFILES = {
-    "tiny": Profile(1, ("sft", "dpo", "kto"), (1.0,), (1e-3,), 32, (16,), steps=6, batch=8, pretraining=60),
-    "quick": Profile(1, tuple(METHODS), (1.0,), (3e-4,), 300, (30,)),
+    "tiny": Profile(
+        1, ("sft", "dpo", "kto", "rso", "spin", "rlhf"), (1.0,), (1e-3,), 32, (16,), steps=6, batch=8, pretraining=60
+    ),
+    "quick": Profile(1, tuple(METHODS), (1.0,), (3e-4,), 300, (30, 3000)),
     "sentiment": Profile(
-        1, ("sft", "dpo", "ipo", "kto", "cpo"), (0.3, 1.0, 3.0), (2e-5,), 64, (), 24, 8, 12, "sentiment", processes=1
+        1, ("sft", "dpo", "ipo", "kto", "cpo"), (0.3, 1.0, 3.0), (2e-5,), 48, (), 24, 8, 12, "sentiment", processes=1
     ),
     "full": Profile(5, tuple(METHODS), (0.3, 1.0, 3.0), (1e-4, 3e-4, 1e-3), 300, (30, 1000, 3000)),
 }
@@ -67,8 +74,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The whole lines of a table; one that was cut off is left out."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [line for line in csv.DictReader(file) if None not in line.values() and None not in line]
+    text = path.read_text("utf-8-sig")
+    whole = text[: text.rfind("\n") + 1]
+    return [line for line in csv.DictReader(io.StringIO(whole)) if None not in line.values() and None not in line]
 
 
 def row_of(line: dict[str, str]) -> Row:
@@ -77,52 +85,92 @@ def row_of(line: dict[str, str]) -> Row:
     return Row(**{name: kinds[name](line[name]) for name in Row._fields})
 
 
-def run_all(profile: Profile, out: Path, processes: int | None = None) -> list[dict[str, str]]:
-    """Run what the table in `out` lacks; all of its lines, in the order of the profile."""
-    rows, processes = profile.rows(), processes or profile.processes
+def execute(world: str, row: Row, folder: Path) -> dict[str, Any]:
+    """Train and judge; the metrics, with those of the start under `start_`.
+
+    Equal rows give equal results in every bit, by the same versions on the same CPU, in the generated world.
+    """
+    begun, module = time.perf_counter(), WORLDS[world]
+    torch.set_num_threads(module.THREADS or torch.get_num_threads())
+    data = module.data_of(row, folder)
+    run = Run(row, data)
+    METHODS[row.method](run)
+    found = module.judged(run.model, data, row) | {"objective": objective(run.model, data, row)}
+    unaligned = row._replace(method="", beta=0.0, learning_rate=0.0, steps=0, batch=0)
+    start = _start_judged(world, unaligned, folder) | {"objective": objective(data.start, data, row)}
+    more = {f"start_{name}": value for name, value in start.items()}
+    return {**found, **more, "seconds": time.perf_counter() - begun}
+
+
+@cache
+def _start_judged(world: str, unaligned: Row, folder: Path) -> dict[str, float]:
+    data = WORLDS[world].data_of(unaligned, folder)
+    return WORLDS[world].judged(data.start, data, unaligned)
+
+
+def prepare(world: str, row: Row, folder: Path) -> None:
+    """Make the start of a row, and what its data are made of, where they are not in the folder yet."""
+    torch.set_num_threads(WORLDS[world].THREADS or torch.get_num_threads())
+    WORLDS[world].data_of(row, folder)
+
+
+def run_all(profile: Profile, out: Path, processes: int | None = None) -> tuple[list[dict[str, str]], list[str]]:
+    """Run what the table in `out` lacks; its lines, in the order of the profile, and what failed.
+
+    Raises:
+        SystemExit: for a table of something else, or lines that another commit or other versions have written.
+    """
+    rows, processes = profile.rows(), profile.processes if processes is None else processes
     out.mkdir(parents=True, exist_ok=True)
-    table, starts = out / TABLE, out / STARTS
+    table = out / TABLE
     known = read_table(table)
-    if known:
-        write_whole(table, _text(known, header=True))  # without a line that was cut off
-    else:
-        table.unlink(missing_ok=True)
-    done = {row_of(line) for line in known}
-    missing = [row for row in rows if row not in done]
     here = environment("torch", "transformers")
     where = {**here["versions"], "device": here["device"], "commit": here["commit"]}
+    if known and not set(Row._fields) | set(where) <= set(known[0]):
+        raise SystemExit(f"{table} is a table of something else: give another --out")
+    done = {row_of(line) for line in known}
+    missing = [row for row in rows if row not in done]
+    if missing:
+        others = [line for line in known if any(line[name] != str(value) for name, value in where.items())]
+        if others:
+            was = {name: others[0][name] for name in where}
+            raise SystemExit(f"{table} has lines of {was}, this is {where}: go on there, or give another --out")
+        write_whole(table, _text(known, header=True) if known else "")  # without a line that was cut off
+    failures = []
+    starts = out / f"starts-{here['commit']}"
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     # a forked process would hang in the threads that torch has started here
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        of_start = {(SCENARIOS[row.scenario], row.seed): row for row in missing}
-        for first in (True, False):  # the pretrained models before those that are made of them
-            kinds = [row for (kind, _), row in of_start.items() if (kind == "pretrained") is first]
-            for made in as_completed([pool.submit(_prepare, profile.world, row, starts) for row in kinds]):
-                made.result()
-        futures = {pool.submit(_execute, profile.world, row, starts): row for row in missing}
-        for number, future in enumerate(as_completed(futures), 1):
-            row, found = futures[future], future.result()
-            line = {name: str(value) for name, value in {**row._asdict(), **found, **where}.items()}
-            known.append(line)
-            _append(table, line)
-            score = found.get("judge", found.get("reward"))
-            print(f"{number}/{len(missing)}  {row.name}  {score:.2f}", flush=True)
+        try:
+            of_start = {(SCENARIOS[row.scenario], row.seed): row for row in missing}
+            for first in (True, False):  # the pretrained models before those that are made of them
+                kinds = [row for (kind, _), row in of_start.items() if (kind == "pretrained") is first]
+                for made in as_completed([pool.submit(prepare, profile.world, row, starts) for row in kinds]):
+                    made.result()
+            futures = {pool.submit(execute, profile.world, row, starts): row for row in missing}
+            for number, future in enumerate(as_completed(futures), 1):
+                row = futures[future]
+                if error := future.exception():
+                    failures.append(f"{row.name}: {type(error).__name__}: {error}")
+                    print(f"{number}/{len(missing)}  {failures[-1]}", flush=True)
+                    continue
+                line = {name: str(value) for name, value in {**row._asdict(), **future.result(), **where}.items()}
+                if known and list(line) != list(known[0]):
+                    raise SystemExit(f"{table} has other columns than this profile: give another --out")
+                _append(table, line, header=not known)
+                known.append(line)
+                score = line[next(iter(WORLDS[profile.world].FAMILIES))]
+                print(f"{number}/{len(missing)}  {row.name}  {float(score):.2f}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     by_row = {row_of(line): line for line in known}
-    return [by_row[row] for row in rows]
+    return [by_row[row] for row in rows if row in by_row], failures
 
 
-def _prepare(world: str, row: Row, folder: Path) -> None:
-    WORLDS[world].prepare(row, folder)
-
-
-def _execute(world: str, row: Row, folder: Path) -> dict[str, Any]:
-    return WORLDS[world].execute(row, folder)
-
-
-def _append(path: Path, line: dict[str, str]) -> None:
-    text = _text([line], header=not path.exists())
+def _append(path: Path, line: dict[str, str], header: bool) -> None:
     with open(path, "a", newline="", encoding="utf-8") as file:
-        file.write(text)
+        file.write(_text([line], header))
 
 
 def _text(lines: list[dict[str, str]], header: bool) -> str:

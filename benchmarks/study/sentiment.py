@@ -8,24 +8,22 @@ model continuing plain text; and that one after fine-tuning on sentences of its 
 import json
 import random
 import re
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from alignloss.commands.training.checkpoints import write_whole
 from alignloss.recipes.batches import CompletionBatch, joined
 
-from ..curves import gguf
-from .methods import METHODS, SCENARIOS, Data, Row, Run, objective
-from .models import fit_text, logps_of
+from .methods import SCENARIOS, Data, Row
+from .models import fit_text, logps_of, saved
 
 ABOUT = "SmolLM2-135M-Instruct, rewarded with the score that VADER gives to the sentiment of its sentences, -1 to 1."
 FAMILIES = {"reward": "sentiment"}
+THREADS = None  # all
 THINGS = (
     "weather", "food", "film", "bus", "hotel", "teacher", "book", "city", "garden", "phone", "concert", "doctor",
     "beach", "coffee", "museum", "neighbour", "train", "school", "party", "winter", "restaurant", "game", "house",
@@ -92,6 +90,12 @@ class Language(NamedTuple):
         return joined([(torch.tensor(prompt), torch.tensor(response)) for prompt, response in rows], self.pad)
 
 
+def _gguf() -> Path:
+    from ..curves import gguf
+
+    return gguf()
+
+
 @cache
 def lexicon() -> Any:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -103,7 +107,7 @@ def lexicon() -> Any:
 def language() -> Language:
     from transformers import AutoTokenizer
 
-    path = gguf()
+    path = _gguf()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return Language(tokenizer, tokenizer.pad_token_id, tokenizer.eos_token_id)
 
@@ -111,7 +115,7 @@ def language() -> Language:
 def pretrained() -> Any:
     from transformers import AutoModelForCausalLM
 
-    path = gguf()
+    path = _gguf()
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
@@ -143,7 +147,7 @@ def pairs_of(rows: list[tuple[list[int], list[int]]], kind: str) -> list[tuple[l
 
 def starting_model(kind: str, row: Row, folder: Path) -> Any:
     """The model before alignment; that after fine-tuning from `folder` where it has been made already."""
-    path = folder / f"{kind}-{row.seed}.pt"
+    path = folder / f"{kind}-{row.seed}-{row.pretraining}.pt"
     model = pretrained()
     if kind != "sft":
         return model
@@ -151,9 +155,7 @@ def starting_model(kind: str, row: Row, folder: Path) -> Any:
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     fit_text(model, language().batch(sentences("pretrained", row, folder)), row.pretraining, 2e-5, 16, row.seed)
-    unfinished = path.with_suffix(f".{time.time_ns()}")
-    torch.save(model.state_dict(), unfinished)
-    unfinished.replace(path)
+    saved(model, path)
     return model
 
 
@@ -161,6 +163,8 @@ def data_of(row: Row, folder: Path) -> Data:
     tongue, kind = language(), SCENARIOS[row.scenario]
     style = "instruct" if kind == "instruct" else "pretrained"  # of the text
     chosen_of = pairs_of(sentences(style, row, folder), style)
+    if len(chosen_of) < row.pairs:
+        raise ValueError(f"{row.pairs} pairs are asked for; the model wrote {len(chosen_of)} that can be ranked")
     random.Random(row.seed).shuffle(chosen_of)
     prompts, chosen, rejected = (list(column) for column in zip(*chosen_of[: row.pairs], strict=True))
     pairs = tongue.batch([*zip(prompts, chosen, strict=True), *zip(prompts, rejected, strict=True)])
@@ -172,35 +176,14 @@ def data_of(row: Row, folder: Path) -> Data:
     )  # fmt: skip
 
 
-def prepare(row: Row, folder: Path) -> None:
-    """Write the sentences of a row's start, and fine-tune it, where that has not been done."""
-    data_of(row, folder)
-
-
-def execute(row: Row, folder: Path) -> dict[str, Any]:
-    """Train and judge; the metrics, with those of the start under `start_`."""
-    begun = time.perf_counter()
-    data = data_of(row, folder)
-    run = Run(row, data)
-    METHODS[row.method](run)
-    kind = SCENARIOS[row.scenario]
-    found = judged(run.model, data, kind, row.seed) | {"objective": objective(run.model, data, row)}
-    start = judged(data.start, data, kind, row.seed) | {"objective": objective(data.start, data, row)}
-    return {
-        **found,
-        **{f"start_{name}": value for name, value in start.items()},
-        "seconds": time.perf_counter() - begun,
-    }
-
-
-def judged(model: Any, data: Data, kind: str, seed: int) -> dict[str, float]:
-    """What a model writes after prompts that it was not trained on."""
-    tongue = language()
+def judged(model: Any, data: Data, row: Row) -> dict[str, float]:
+    """What a model writes after prompts that it was not trained on, as a whole: more than the sentence of a pair."""
+    tongue, kind = language(), SCENARIOS[row.scenario]
     prompts = [prompt for prompt in tongue.prompts(kind, held_out=True) for _ in range(4)]
-    responses = tongue.write(model, prompts, torch.Generator().manual_seed(seed + 1))
+    responses = tongue.write(model, prompts, torch.Generator().manual_seed(row.seed + 1))
     rewards = [tongue.reward(prompt, response, kind) for prompt, response in zip(prompts, responses, strict=True)]
     batch = tongue.batch(list(zip(prompts, responses, strict=True)))
-    logps: Tensor = logps_of(model, data.pairs)
+    logps = logps_of(model, data.pairs)
     half = len(logps) // 2
     return {
         "reward": sum(rewards) / len(rewards),

@@ -114,9 +114,9 @@ def wrong_answer(question: Question, dice: random.Random) -> tuple[int, ...]:
 
 
 def judge(question: Question, response: list[int]) -> float:
-    """From 0 to 10: 5 for the answer where it is there, and once, 2 for an end, 3 for nothing beside the answer.
+    """From 0 to 10: 5 for the answer once, beside at most fillers; 2 for an end; 3 for an end without fillers.
 
-    A wrong answer of the right form that ends has 2.
+    Anything else has 2 where it ends and is as long as the answer.
     """
     ended = EOS in response
     words = response[: response.index(EOS)] if ended else response

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...hf.check import TOLERANCE, TOLERANCE_16_BIT, left_as_it_is, logits_of
+from ...hf.check import TOLERANCE, TOLERANCE_16_BIT, apart, left_as_it_is, logits_of
 from ..errors import UserError, one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -66,7 +66,7 @@ def merged(model: Any, folder: str) -> Any:
             raise UserError(f"the files of {folder} lack {len(lacking)} weights of its adapters: {lacking[0]}")
         before = logits(adapted)
         result = adapted.merge_and_unload()
-        difference = float((logits(result) - before).abs().max() / before.abs().max().clamp(min=1e-30))
+        difference = apart(logits(result), before)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever PEFT makes of a configuration and files

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...hf.check import TOLERANCE, TOLERANCE_16_BIT, left_as_it_is
+from ...hf.check import TOLERANCE, TOLERANCE_16_BIT, apart, left_as_it_is
 from ..errors import UserError, one_line
 from .adapters import CONFIG, base_of, merged
 
@@ -216,7 +216,7 @@ def _moved(model: Any, tokens: torch.Tensor, place: int) -> float:
             first, second = (model(input_ids=ids).logits[0, place].double() for ids in (tokens, others))
     except Exception:
         return 0.0
-    return float((first - second).abs().max() / first.abs().max().clamp(min=1e-30))
+    return apart(second, first)
 
 
 def _unmark(model: Any) -> None:

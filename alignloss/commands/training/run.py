@@ -217,6 +217,7 @@ def identity(
         "model": source._asdict() | {"cpu": source.on_cpu, "dtype": str(source.torch_dtype)},
         "model_files": fingerprint(source),
         "data": data.digest(),
+        "rows": len(data.train.rows),
         "loss": {"name": objective.name, **{k: str(v) for k, v in objective.options.items()}},
         "share_prompts": share_prompts,
         "fields": json.loads(json.dumps(fields, default=str)),

@@ -1,15 +1,14 @@
-"""One run of the study: a method in a scenario, from its row in the table, bit for bit again on a CPU."""
+"""The small model in the generated world: its starts, its pairs, and what it is worth."""
 
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import world
-from .methods import METHODS, SCENARIOS, Data, Row, Run, objective
-from .models import batch_of, fit_text, logps_of, make_model, pretrained, sample
+from .methods import SCENARIOS, Data, Row
+from .models import batch_of, fit_text, logps_of, make_model, pretrained, sample, saved
 from .world import Question
 
 ABOUT = "A model of 100,000 parameters in a generated world, whose judge gives 0 to 10."
@@ -18,6 +17,7 @@ FAMILIES = {
     "judge": "dialogue", "addition": "mathematics", "reversal": "reasoning", "maximum": "reasoning",
     "truth": "truthfulness", "recall": "multi-task knowledge",
 }  # fmt: skip
+THREADS = 1  # in which equal rows give equal bits
 
 
 def starting_model(kind: str, seed: int, steps: int, folder: Path) -> Any:
@@ -39,10 +39,7 @@ def starting_model(kind: str, seed: int, steps: int, folder: Path) -> Any:
             for q in questions
         ]
         fit_text(model, batch_of(rows), steps // 3, 1e-3, 32, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{time.time_ns()}")
-    torch.save(model.state_dict(), unfinished)
-    unfinished.replace(path)
+    saved(model, path)
     return model
 
 
@@ -61,37 +58,9 @@ def data_of(row: Row, folder: Path) -> Data:
     )  # fmt: skip
 
 
-def prepare(row: Row, folder: Path) -> None:
-    """Make the start of a row, where it is not there yet."""
-    torch.set_num_threads(1)
-    starting_model(SCENARIOS[row.scenario], row.seed, row.pretraining, folder)
-
-
-_starts: dict[Row, dict[str, float]] = {}  # what the starting models of this process are worth
-
-
-def execute(row: Row, folder: Path) -> dict[str, Any]:
-    """Train and judge; the metrics, with those of the start under `start_`."""
-    torch.set_num_threads(1)
-    begun = time.perf_counter()
-    data = data_of(row, folder)
-    run = Run(row, data)
-    METHODS[row.method](run)
-    found = judged(run.model, data, row.seed) | {"objective": objective(run.model, data, row)}
-    key = row._replace(method="", beta=0.0, learning_rate=0.0, steps=0, batch=0)
-    if key not in _starts:
-        _starts[key] = judged(data.start, data, row.seed)
-    start = _starts[key] | {"objective": objective(data.start, data, row)}
-    return {
-        **found,
-        **{f"start_{name}": value for name, value in start.items()},
-        "seconds": time.perf_counter() - begun,
-    }
-
-
-def judged(model: Any, data: Data, seed: int) -> dict[str, float]:
+def judged(model: Any, data: Data, row: Row) -> dict[str, float]:
     """What a model is worth on questions that it was not trained on."""
-    generator, made = torch.Generator().manual_seed(seed + 1), world.make_world(seed)
+    generator, made = torch.Generator().manual_seed(row.seed + 1), world.make_world(row.seed)
     asked = [question for question in made.held_out for _ in range(4)]
     responses = sample(model, [question.prompt for question in asked], generator)
     batch = batch_of([(q.prompt, r) for q, r in zip(asked, responses, strict=True)])
