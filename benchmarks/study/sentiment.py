@@ -36,7 +36,7 @@ ASKED = {
     "After the {} I felt": "Write one sentence about how you felt after the {}.",
     "This time the {} is": "Write one sentence about what the {} is like this time.",
 }
-LIMIT = 24  # tokens of a response
+LIMIT, CANDIDATES = 24, 8  # tokens of a response; responses to a prompt, of which two are a pair
 SENTENCE = re.compile(r"[^.!?\n]*[.!?]")
 
 
@@ -120,11 +120,11 @@ def pretrained() -> Any:
 
 
 def sentences(kind: str, row: Row, folder: Path) -> list[tuple[list[int], list[int]]]:
-    """Four sentences of the untrained model after each prompt, as (prompt, response); written once."""
+    """Some sentences of the untrained model after each prompt, as (prompt, response); written once."""
     path = folder / f"sentences-{kind}-{row.seed}.json"
     if not path.exists():
         tongue = language()
-        prompts = [prompt for prompt in tongue.prompts(kind, held_out=False) for _ in range(4)]
+        prompts = [prompt for prompt in tongue.prompts(kind, held_out=False) for _ in range(CANDIDATES)]
         written = tongue.write(pretrained(), prompts, torch.Generator().manual_seed(row.seed))
         ended = [(prompt, tongue.sentence(response)) for prompt, response in zip(prompts, written, strict=True)]
         folder.mkdir(parents=True, exist_ok=True)
