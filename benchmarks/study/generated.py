@@ -18,6 +18,7 @@ FAMILIES = {
     "truth": "truthfulness", "recall": "multi-task knowledge",
 }  # fmt: skip
 THREADS = 1  # in which equal rows give equal bits
+OBJECTIVE = True
 
 
 def starting_model(kind: str, seed: int, steps: int, folder: Path) -> Any:

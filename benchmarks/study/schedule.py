@@ -20,7 +20,7 @@ from . import generated, sentiment
 from .methods import METHODS, SCENARIOS, Row, Run, objective
 
 TABLE = "runs.csv"
-# each has `data_of`, `judged`, FAMILIES, ABOUT and THREADS
+# each has `data_of`, `judged`, FAMILIES, ABOUT, THREADS and whether each method's own OBJECTIVE is measured
 WORLDS: dict[str, ModuleType] = {"generated": generated, "sentiment": sentiment}
 
 
@@ -65,7 +65,7 @@ PROFILES = {
     # a learning rate at which 250 steps suffice without SFT; it is too high for some methods after SFT
     "quick": Profile(1, tuple(METHODS), (1.0,), (1e-3,), 300, (30, 3000)),
     "sentiment": Profile(
-        1, ("sft", "dpo", "ipo", "kto", "cpo"), (0.3, 1.0, 3.0), (2e-5,), 48, (), 24, 8, 12, "sentiment", processes=1
+        1, ("sft", "dpo", "ipo", "kto", "cpo"), (0.3, 1.0, 3.0), (5e-5,), 48, (), 12, 4, 12, "sentiment", processes=1
     ),
     "full": Profile(5, tuple(METHODS), (0.3, 1.0, 3.0), (1e-4, 3e-4, 1e-3), 300, (30, 1000, 3000)),
 }
@@ -96,9 +96,10 @@ def execute(world: str, row: Row, folder: Path) -> dict[str, Any]:
     data = module.data_of(row, folder)
     run = Run(row, data)
     METHODS[row.method](run)
-    found = module.judged(run.model, data, row) | {"objective": objective(run.model, data, row)}
     unaligned = row._replace(method="", beta=0.0, learning_rate=0.0, steps=0, batch=0)
-    start = _start_judged(world, unaligned, folder) | {"objective": objective(data.start, data, row)}
+    found, start = module.judged(run.model, data, row), {**_start_judged(world, unaligned, folder)}
+    if module.OBJECTIVE:
+        found["objective"], start["objective"] = (objective(model, data, row) for model in (run.model, data.start))
     more = {f"start_{name}": value for name, value in start.items()}
     return {**found, **more, "seconds": time.perf_counter() - begun}
 

@@ -23,7 +23,7 @@ from .models import fit_text, logps_of, saved
 
 ABOUT = "SmolLM2-135M-Instruct, rewarded with the score that VADER gives to the sentiment of its sentences, -1 to 1."
 FAMILIES = {"reward": "sentiment"}
-THREADS = None  # all
+THREADS, OBJECTIVE = None, False  # all of them; it would take longer than the training
 THINGS = (
     "weather", "food", "film", "bus", "hotel", "teacher", "book", "city", "garden", "phone", "concert", "doctor",
     "beach", "coffee", "museum", "neighbour", "train", "school", "party", "winter", "restaurant", "game", "house",
@@ -160,6 +160,11 @@ def starting_model(kind: str, row: Row, folder: Path) -> Any:
 
 
 def data_of(row: Row, folder: Path) -> Data:
+    return _data_of(row._replace(method="", beta=0.0, learning_rate=0.0, steps=0, batch=0), folder)
+
+
+@cache
+def _data_of(row: Row, folder: Path) -> Data:
     tongue, kind = language(), SCENARIOS[row.scenario]
     style = "instruct" if kind == "instruct" else "pretrained"  # of the text
     chosen_of = pairs_of(sentences(style, row, folder), style)
@@ -179,7 +184,7 @@ def data_of(row: Row, folder: Path) -> Data:
 def judged(model: Any, data: Data, row: Row) -> dict[str, float]:
     """What a model writes after prompts that it was not trained on, as a whole: more than the sentence of a pair."""
     tongue, kind = language(), SCENARIOS[row.scenario]
-    prompts = [prompt for prompt in tongue.prompts(kind, held_out=True) for _ in range(4)]
+    prompts = [prompt for prompt in tongue.prompts(kind, held_out=True) for _ in range(3)]
     responses = tongue.write(model, prompts, torch.Generator().manual_seed(row.seed + 1))
     rewards = [tongue.reward(prompt, response, kind) for prompt, response in zip(prompts, responses, strict=True)]
     batch = tongue.batch(list(zip(prompts, responses, strict=True)))
