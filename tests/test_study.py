@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch
 pandas, stats = pytest.importorskip("pandas"), pytest.importorskip("scipy.stats")
 pytest.importorskip("transformers")
 from benchmarks.study import claims, generated, methods, schedule, world  # noqa: E402
-from benchmarks.study.report import setting, sizes_of, write_report  # noqa: E402
+from benchmarks.study.report import runs_of, setting, sizes_of, write_report  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[1]
 SUM = world.Question(world.ADD, (world.DIGITS[4], world.DIGITS[9]), (world.DIGITS[3],), ())
 RIGHT, WRONG, WORD, END = world.DIGITS[3], world.DIGITS[5], world.FILLERS[0], world.EOS
 
@@ -233,6 +235,18 @@ def test_a_claim_about_what_is_not_measured_cannot_be_tested():
     assert found["After SFT, alignment gains (mathematics)"] == claims.NOT_RUN
     assert found["After SFT, KTO is best (dialogue)"] == claims.NOISE
     assert found["Without SFT, DPO and IPO fall below the SFT model (dialogue)"] == claims.NOT_RUN
+
+
+def test_the_page_says_what_the_table_of_full_does():
+    lines = schedule.read_table(ROOT / "benchmarks/results/study/full/runs.csv")
+    assert {schedule.row_of(line) for line in lines} == {*schedule.PROFILES["full"].rows()} and len(lines) == 1560
+    page = (ROOT / "docs/study.md").read_text()
+    found = runs_of(lines, generated.FAMILIES)
+    for claim, verdict, numbers in claims.claims(found.best, found.sizes, generated.FAMILIES):
+        assert f"| {claim} | {verdict} | {numbers} |" in page
+    for method in methods.METHODS:
+        of = [found.best[(found.best["scenario"] == s) & (found.best["method"] == method)] for s in methods.SCENARIOS]
+        assert f"| {method} | " + " | ".join(claims.shown(*claims.interval(runs["judge"])) for runs in of) in page
 
 
 @pytest.mark.nightly

@@ -5,7 +5,7 @@ import io
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas
 from jinja2 import Environment
@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .claims import SETTING, claims, interval, shown, tuned
+from .claims import FAMILIES, SETTING, claims, interval, shown, tuned
 from .methods import SCENARIOS
 
 PAGE = """<!doctype html>
@@ -27,10 +27,10 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; } img { max-w
 Student's t over seeds, those of one claim together (Bonferroni). Each method's setting (beta, as a multiple of its
 default, and learning rate) is the best over the other seeds; with one seed the default beta and the largest learning
 rate. A dashed line is the start.</p>
-<h2>Claims of Saeidi, Verma and Baral 2024</h2>
+{% if claims %}<h2>Claims of Saeidi, Verma and Baral 2024</h2>
 <table><tr><th>claim</th><th>here</th><th>numbers</th></tr>
 {% for claim in claims %}<tr><td>{{ claim.claim }}</td><td>{{ claim.verdict }}</td><td>{{ claim.numbers }}</td></tr>
-{% endfor %}</table>
+{% endfor %}</table>{% endif %}
 {% for scenario, lines in tables.items() %}<h2>{{ scenario }}</h2>
 <table><tr><th>method</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for method, cells in lines.items() %}<tr><td>{{ method }}</td>
@@ -45,32 +45,52 @@ WORDS = ["scenario", "method", "made_of", *WHERE]
 MORE = ["kl", "length", "chosen_logps", "rejected_logps"]
 
 
-def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str], about: str) -> Path:
-    """`report.html` in a folder, of the lines of a table.
+class Runs(NamedTuple):
+    """The runs of a table, and which of them are compared."""
 
-    `families` says of each metric what it measures; settings are chosen by the first one. `about` is said at the top.
-    """
+    metric: str  # by which settings are chosen
+    all: pandas.DataFrame
+    swept: pandas.DataFrame  # with the usual number of pairs
+    best: pandas.DataFrame  # of each seed the setting that is best over the others
+    default: pandas.DataFrame  # the same at the default beta
+    sizes: pandas.DataFrame
+
+
+def runs_of(lines: list[dict[str, str]], families: dict[str, str]) -> Runs:
+    """`families` says of each metric what it measures; settings are chosen by the first that every line has."""
     runs = pandas.DataFrame(lines)
     numbers = runs.columns.difference(WORDS)
     runs[numbers] = runs[numbers].apply(pandas.to_numeric)
     metric = next(name for name in families if name in runs and runs[name].notna().all())
     usual = runs["pairs"].mode()[0]
     swept = runs[runs["pairs"] == usual]
-    best, default = tuned(swept, metric), tuned(swept[swept["beta"] == 1], metric)
-    sizes = sizes_of(runs, usual)
-    plots = {"Every measure, by method": _bars(best, families)}
-    if "kl" in runs:
-        plots[f"{metric} against the divergence from the start"] = _frontier(swept, metric)
-    if sizes["pairs"].nunique() > 1:
-        plots[f"{metric}, by the number of pairs"] = _sizes(sizes, metric)
-    columns = [name for name in (*families, *MORE) if name in runs]
+    default = tuned(swept[swept["beta"] == 1], metric)
+    return Runs(metric, runs, swept, tuned(swept, metric), default, sizes_of(runs, usual))
+
+
+def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str], about: str) -> Path:
+    """`report.html` in a folder, of the lines of a table, and its plots as files too.
+
+    `about` is said at the top.
+    """
+    runs = runs_of(lines, families)
+    metric = runs.metric
+    plots = {"measures": ("Every measure, by method", _bars(runs.best, families))}
+    if "kl" in runs.all:
+        plots["frontier"] = (f"{metric} against the divergence from the start", _frontier(runs.swept, metric))
+    if runs.sizes["pairs"].nunique() > 1:
+        plots["sizes"] = (f"{metric}, by the number of pairs", _sizes(runs.sizes, metric))
+    for name, (_, image) in plots.items():
+        (out / f"{name}.png").write_bytes(image)
+    columns = [name for name in (*families, *MORE) if name in runs.all]
     page = Environment(autoescape=True).from_string(PAGE).render(
-        about=about, count=len(runs), seeds=runs["seed"].nunique(),
+        about=about, count=len(runs.all), seeds=runs.all["seed"].nunique(),
         command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-        where="; ".join(f"{name} {', '.join(map(str, runs[name].unique()))}" for name in WHERE if name in runs),
-        claims=claims(best, sizes, families),
+        where="; ".join(f"{name} {', '.join(map(str, runs.all[name].unique()))}" for name in WHERE if name in runs.all),
+        claims=claims(runs.best, runs.sizes, families) if set(families.values()) & set(FAMILIES) else [],
         columns=["chosen beta, learning rate", f"{metric}, default beta", *columns],
-        tables=_tables(swept, best, default, metric, columns), plots=plots,
+        tables=_tables(runs, columns),
+        plots={title: base64.b64encode(image).decode() for title, image in plots.values()},
     )  # fmt: skip
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -84,19 +104,17 @@ def sizes_of(runs: pandas.DataFrame, usual: int) -> pandas.DataFrame:
     return runs.merge(rates, on=["method", "learning_rate"])
 
 
-def _tables(
-    swept: pandas.DataFrame, best: pandas.DataFrame, default: pandas.DataFrame, metric: str, columns: list[str]
-) -> dict[str, dict[str, list[str]]]:
+def _tables(runs: Runs, columns: list[str]) -> dict[str, dict[str, list[str]]]:
     """For each scenario a line for each method, and one for the start."""
     tables: dict[str, dict[str, list[str]]] = {}
     for scenario in SCENARIOS:
-        here, usual = best[best["scenario"] == scenario], default[default["scenario"] == scenario]
+        here, usual, swept = (of[of["scenario"] == scenario] for of in (runs.best, runs.default, runs.swept))
         first = here.drop_duplicates("seed")
         tables[scenario] = {"start": ["", "", *(_cell(first[f"start_{name}"]) for name in columns)]}
         for method, group in here.groupby("method", sort=False):
             tables[scenario][str(method)] = [
-                setting(group, swept[(swept["scenario"] == scenario) & (swept["method"] == method)]),
-                _cell(usual[usual["method"] == method][metric]),
+                setting(group, swept[swept["method"] == method]),
+                _cell(usual[usual["method"] == method][runs.metric]),
                 *(_cell(group[name]) for name in columns),
             ]
     return tables
@@ -121,14 +139,18 @@ def _cell(values: pandas.Series) -> str:
     return shown(*interval(values))
 
 
-def _image(figure: Any) -> str:
+def _image(figure: Any) -> bytes:
     file = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(file, dpi=110, format="png")
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
-def _bars(best: pandas.DataFrame, families: dict[str, str]) -> str:
+def _colors(runs: pandas.DataFrame) -> dict[str, Any]:
+    return dict(zip(runs["method"].unique(), colormaps["tab20"].colors, strict=False))
+
+
+def _bars(best: pandas.DataFrame, families: dict[str, str]) -> bytes:
     """A row for each scenario, a column for each metric; a line where the start is."""
     metrics = [metric for metric in families if metric in best]
     figure = Figure(figsize=(3.2 * max(2, len(metrics)), 7.5), layout="constrained")
@@ -147,22 +169,24 @@ def _bars(best: pandas.DataFrame, families: dict[str, str]) -> str:
     return _image(figure)
 
 
-def _sizes(sizes: pandas.DataFrame, metric: str) -> str:
+def _sizes(sizes: pandas.DataFrame, metric: str) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, group in sizes.groupby("method", sort=False):
+    for method, color in _colors(sizes).items():
+        group = sizes[sizes["method"] == method]
         by = group.groupby("pairs")[metric].apply(interval)
-        axes.errorbar(by.index, [m for m, _ in by], yerr=[h for _, h in by], label=method, marker="o", capsize=2)
+        means, halves = zip(*by, strict=True)
+        axes.errorbar(by.index, means, yerr=halves, label=method, marker="o", capsize=2, color=color)
     axes.set(xscale="log", xlabel="pairs", ylabel=metric)
-    axes.legend(ncols=2)
+    figure.legend(loc="outside right center")
     return _image(figure)
 
 
-def _frontier(runs: pandas.DataFrame, metric: str) -> str:
+def _frontier(runs: pandas.DataFrame, metric: str) -> bytes:
     """A point for each setting, the mean of the seeds; those of one learning rate are joined by their beta."""
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     grid = figure.subplots(1, len(SCENARIOS), sharey=True)
-    colors = dict(zip(runs["method"].unique(), colormaps["tab20"].colors, strict=False))
+    colors = _colors(runs)
     for axes, scenario in zip(grid, SCENARIOS, strict=True):
         here = runs[runs["scenario"] == scenario]
         for method, color in colors.items():
@@ -173,5 +197,5 @@ def _frontier(runs: pandas.DataFrame, metric: str) -> str:
         axes.axhline(here[f"start_{metric}"].mean(), color="gray", lw=1, ls="--")
         axes.set(title=scenario, xlabel="KL from the start, nats")
     grid[0].set(ylabel=metric)
-    grid[-1].legend(fontsize="small", ncols=2)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
     return _image(figure)
