@@ -191,7 +191,7 @@ def test_the_plan_that_comes_with_it():
     [
         ({"base": None, "bose": 1}, "base: Field required; bose: Extra inputs"),
         ({"methods": {"dpo": {"beta": 1}}}, "methods.dpo.learning_rate: Field required"),
-        ({"methods": {"dpp": {"learning_rate": 1}}}, "methods: Value error, .*got 'dpp', did you mean"),
+        ({"methods": {"dpp": {"learning_rate": 1}}}, "methods: Value error, .*got 'dpp'; did you mean"),
         ({"tasks": {"mmlu": {"metric": "acc"}}}, "tasks.mmlu.family: Field required"),
         ({"pairs": "a/b"}, "pairs: Input should be a valid dictionary"),
         ({"seeds": []}, "seeds: List should have at least 1 item"),

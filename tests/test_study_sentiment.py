@@ -1,5 +1,7 @@
 """Controlled sentiment: sentences are cut and ranked as said, and a run with the real model (at night) is whole."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,6 +69,20 @@ def test_the_highest_and_the_lowest_of_each_prompt_are_a_pair(tongue):
     # VADER's own numbers, of the whole sentence
     rewards = [tongue.reward(prompt, [*tokens(text), EOS], "pretrained") for text in sentences]
     assert rewards == [pytest.approx(0.5719), 0.0, pytest.approx(-0.4767)]
+
+
+def test_the_page_says_what_the_table_does():
+    root = Path(__file__).parents[1]
+    lines = schedule.read_table(root / "benchmarks/results/study/sentiment/runs.csv")
+    assert {schedule.row_of(line) for line in lines} == {*schedule.PROFILES["sentiment"].rows()}
+    page = (root / "docs/study.md").read_text()
+    for method in schedule.PROFILES["sentiment"].methods:
+        cells = []
+        for scenario in methods.SCENARIOS:
+            of = [line for line in lines if (line["scenario"], line["method"]) == (scenario, method)]
+            of.sort(key=lambda line: float(line["beta"]))
+            cells.append(", ".join(f"{float(line['reward']):.2f} at {float(line['kl']):.1f}" for line in of))
+        assert f"| {method} | " + " | ".join(cells) + " |" in page
 
 
 @pytest.mark.nightly
