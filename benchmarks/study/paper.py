@@ -13,7 +13,6 @@ out/mt_bench.csv, which a judge writes: name of the model (of its file in answer
 import csv
 import io
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -89,10 +88,10 @@ def run_all(plan: Plan, out: Path) -> list[dict[str, str]]:
         start = {"after SFT": starts[run.seed], "without SFT": base, "instruction-tuned": instruct}[run.scenario]
         options = plan.methods[run.method]
         model = _train(run.name, plan, out, run.method, run.seed, start, options, run.pairs)
-        scores = {}
+        scores: dict[str, Any] = {}
         for prefix, of in (("", model), ("start_", start)):
             scored = scores_of(of.name, of.folder, of.made_of, plan, out)
-            found = {MT_BENCH: judged.get(of.name, math.nan), **scored["scores"]}
+            found = {MT_BENCH: judged.get(of.name, ""), **scored["scores"]}
             scores |= {prefix + name: score for name, score in found.items()}
             where["device"] = scored["environment"]["device"]
         setting = {"beta": 1.0, "learning_rate": options.learning_rate, "rows": model.rows, "made_of": model.made_of}
