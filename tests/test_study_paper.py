@@ -120,7 +120,7 @@ def test_from_a_plan_to_a_report(plan, tmp_path):
     answers = [json.loads(line) for line in (out / "answers/without_SFT-sft-0-8.jsonl").read_text().splitlines()]
     assert answers[0]["question_id"] == 81 and len(answers[0]["choices"][0]["turns"]) == 2
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "After SFT, alignment gains (truthfulness)" in page
+    assert page.count("data:image/png;base64,") == 1 and "After SFT, alignment gains (truthfulness)" in page
     # gone on with: nothing is trained or scored again, and a judge's scores are read
     folders = [out / name for name in ("runs", "scores", "answers", "data")]
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
