@@ -156,6 +156,8 @@ def study(arguments: argparse.Namespace) -> None:
     from .study.report import write_report
 
     failures: list[str] = []
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise SystemExit(f"--out is the folder of the results; {arguments.out} is a file")
     if arguments.profile == "paper":
         plan = read_plan(arguments.plan)
         lines, families, about = paper.run_all(plan, arguments.out), plan.families, paper.ABOUT
@@ -163,7 +165,10 @@ def study(arguments: argparse.Namespace) -> None:
         if arguments.processes is not None and arguments.processes < 1:
             raise SystemExit(f"processes are at least 1; got {arguments.processes}")
         profile = schedule.PROFILES[arguments.profile]
-        lines, failures = schedule.run_all(profile, arguments.out, arguments.processes)
+        try:
+            lines, failures = schedule.run_all(profile, arguments.out, arguments.processes)
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted; the same command goes on") from None
         world = schedule.WORLDS[profile.world]
         families, about = world.FAMILIES, world.ABOUT
     if lines:

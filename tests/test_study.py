@@ -2,6 +2,8 @@
 
 import csv
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,12 @@ def test_what_was_cut_off_is_run_again(folder, cut):
     assert sorted(timeless[0], key=str) == sorted(timeless[1], key=str) and not failures
     with open(table, newline="") as file:
         assert len(list(csv.reader(file))) == 25
+
+
+def test_the_folder_of_the_results_is_no_file(folder):
+    command = [sys.executable, "-m", "benchmarks", "study", "--profile", "tiny", "--out", str(folder / "runs.csv")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "runs.csv is a file" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_run_that_fails_leaves_the_others(folder):
