@@ -41,6 +41,9 @@ from .steps import Run, measure_longest_steps, measure_steps
 
 MEASURES = ("time", "memory", "error", "longest", "profile")
 GIB = 1 << 30
+# what the extras of the study install
+STUDY_PACKAGES = {"study": ("pandas", "scipy", "jinja2", "matplotlib", "vaderSentiment")}
+STUDY_PACKAGES["paper"] = (*STUDY_PACKAGES["study"], "lm_eval", "pydantic", "yaml", "trl", "peft", "datasets")
 
 
 def main() -> None:
@@ -151,28 +154,33 @@ def curves(arguments: argparse.Namespace) -> None:
 
 
 def study(arguments: argparse.Namespace) -> None:
-    from .study import paper, schedule
-    from .study.plan import read_plan
+    extra = "paper" if arguments.profile == "paper" else "study"
+    if missing := [name for name in STUDY_PACKAGES[extra] if find_spec(name) is None]:
+        raise SystemExit(f"the study needs {', '.join(missing)}: pip install -e '.[{extra}]'")
+    from .study import schedule
     from .study.report import write_report
 
     failures: list[str] = []
     if arguments.out.exists() and not arguments.out.is_dir():
         raise SystemExit(f"--out is the folder of the results; {arguments.out} is a file")
-    if arguments.profile == "paper":
-        plan = read_plan(arguments.plan)
-        lines, families, about = paper.run_all(plan, arguments.out), plan.families, paper.ABOUT
-    else:
-        if arguments.processes is not None and arguments.processes < 1:
-            raise SystemExit(f"processes are at least 1; got {arguments.processes}")
-        profile = schedule.PROFILES[arguments.profile]
-        try:
+    try:
+        if extra == "paper":
+            from .study import paper
+            from .study.plan import read_plan
+
+            plan = read_plan(arguments.plan)
+            said = plan.families, paper.ABOUT, paper.UNTESTED
+            lines = paper.run_all(plan, arguments.out)
+        else:
+            if arguments.processes is not None and arguments.processes < 1:
+                raise SystemExit(f"processes are at least 1; got {arguments.processes}")
+            profile = schedule.PROFILES[arguments.profile]
+            said = schedule.WORLDS[profile.world].FAMILIES, schedule.WORLDS[profile.world].ABOUT
             lines, failures = schedule.run_all(profile, arguments.out, arguments.processes)
-        except KeyboardInterrupt:
-            raise SystemExit("interrupted; the same command goes on") from None
-        world = schedule.WORLDS[profile.world]
-        families, about = world.FAMILIES, world.ABOUT
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on") from None
     if lines:
-        print(f"wrote {write_report(lines, arguments.out, families, about)}")
+        print(f"wrote {write_report(lines, arguments.out, *said)}")
     if failures:
         said = f"{len(failures)} runs failed; the same command tries them again:"
         raise SystemExit("\n".join([said, *failures]))

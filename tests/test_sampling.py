@@ -157,6 +157,7 @@ def test_a_round_begins_with_the_model_that_the_last_one_left():
         (0, {}, "rounds must be at least 1"),
         (1.5, {}, "rounds must be an integer"),
         (1, {"score": lambda batch: torch.zeros(3)}, r"score must return \(2,\)"),
+        (1, {"score": lambda batch: torch.tensor([0.0, torch.nan])}, "score must return finite"),
         (1, {"score": lambda batch: 0.0}, "what score returns must be a torch.Tensor"),
         (1, {"generate": lambda prompts: []}, "as many"),
     ],

@@ -12,6 +12,7 @@ import torch
 pandas, stats = pytest.importorskip("pandas"), pytest.importorskip("scipy.stats")
 pytest.importorskip("transformers")
 from benchmarks.study import claims, generated, methods, schedule, world  # noqa: E402
+from benchmarks.study.models import make_model, saved  # noqa: E402
 from benchmarks.study.report import runs_of, setting, sizes_of, write_report  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -81,6 +82,67 @@ def test_what_was_cut_off_is_run_again(folder, cut):
     assert sorted(timeless[0], key=str) == sorted(timeless[1], key=str) and not failures
     with open(table, newline="") as file:
         assert len(list(csv.reader(file))) == 25
+
+
+def damaged(lines, fault):
+    """The lines of a table (texts, the first with the columns' names), with a fault in the third run."""
+    cells = lines[3].split(",")
+    judge = lines[0].split(",").index("judge")
+    if fault == "a cell too many":
+        return [*lines[:3], lines[3] + ",1", *lines[4:]]
+    if fault == "a cell too few":
+        return [*lines[:3], ",".join(cells[:-1]), *lines[4:]]
+    cells[judge] = {"no number": "abc", "nothing": "", "another judge": "7.77"}[fault]
+    return [*lines[: 3 + (fault == "another judge")], ",".join(cells), *lines[4:]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("a cell too many", "line 4: it has other cells"),
+        ("a cell too few", "line 4: it has other cells"),
+        ("no number", "line 4: judge is 'abc', not a number"),
+        ("nothing", "line 4: judge is '', not a number"),
+        ("another judge", "line 5: another line of the same run"),
+    ],
+)
+def test_a_damaged_table_is_refused_and_left_as_it_is(folder, tmp_path, fault, message):
+    table = tmp_path / "runs.csv"
+    text = "\n".join(damaged((folder / "runs.csv").read_text().splitlines(), fault)) + "\n"
+    table.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        schedule.run_all(schedule.PROFILES["tiny"], tmp_path, processes=1)
+    assert table.read_text() == text
+
+
+def test_a_table_may_hold_a_line_twice_and_what_is_no_number(folder, tmp_path):
+    lines = (folder / "runs.csv").read_text().splitlines()
+    place = lines[0].split(",").index("kl")
+    cells = lines[3].split(",")
+    cells[place] = "nan"  # of a run that diverged
+    lines[3] = ",".join(cells)
+    (tmp_path / "runs.csv").write_text("\n".join([*lines, lines[5]]) + "\n")
+    found, failures = schedule.run_all(schedule.PROFILES["tiny"], tmp_path, processes=1)
+    assert len(found) == 24 and not failures
+    assert write_report(found, tmp_path, generated.FAMILIES, generated.ABOUT).exists()
+
+
+def test_a_damaged_start_is_named(tmp_path):
+    saved(make_model(0), tmp_path / "pretrained-0-60.pt")
+    whole = (tmp_path / "pretrained-0-60.pt").read_bytes()
+    assert generated.starting_model("pretrained", 0, 60, tmp_path)
+    for content in (b"", whole[:1000], b"x" * 100):
+        (tmp_path / "pretrained-0-60.pt").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"60\.pt is damaged"):
+            generated.starting_model("pretrained", 0, 60, tmp_path)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path):
+    program = "import sys; sys.modules['scipy'] = None; from benchmarks.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "study", "--profile", "tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "needs scipy: pip install -e '.[study]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_folder_of_the_results_is_no_file(folder):

@@ -16,7 +16,7 @@ for package in ("scipy", "peft", "trl", "tokenizers"):
     pytest.importorskip(package)
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
-from benchmarks.study import paper, rows  # noqa: E402
+from benchmarks.study import harness, paper, rows  # noqa: E402
 from benchmarks.study.plan import as_text, read_plan  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,11 +75,12 @@ def plan(tmp_path_factory):
         "count": 8,
         "train": {"steps": 1, "batch_size": 4, "max_length": 64, "cpu": True, "lora": 2},
         "sft": {"learning_rate": 1e-3},
-        "methods": {"sft": {"learning_rate": 1e-3}, "dpo": {"learning_rate": 1e-3}, "kto": {"learning_rate": 1e-3}},
+        "methods": {name: {"learning_rate": 1e-3} for name in ("sft", "dpo", "kto")},
         "tasks": {"local_letters": {"metric": "acc,none", "family": "truthfulness", "examples": 0}},
         "task_folder": str(folder / "tasks"),
         "mt_bench": str(written(folder / "mt.jsonl", turns)), "answer_tokens": 3,
     }  # fmt: skip
+    entries["methods"]["dpo"]["beta"] = 0.5
     (folder / "plan.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
     return folder / "plan.yaml"
 
@@ -131,8 +132,14 @@ def test_from_a_plan_to_a_report(plan, tmp_path):
     with open(out / "runs.csv", newline="") as file:
         line = {(line["scenario"], line["method"]): line for line in csv.DictReader(file)}["without SFT", "sft"]
     assert (line["mt_bench"], line["start_mt_bench"]) == ("5.5", "")
-    # another fine-tuning at the start: nothing that began with the old one passes for its own
+    assert {line["beta"] for line in lines} == {"1.0", "0.5", "0.1"}
+    # another family says no more than where a score stands
     text = plan.read_text()
+    other = plan.with_name("family.yaml")
+    other.write_text(text.replace("family: truthfulness", "family: reasoning"))
+    assert study(other, out).returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+    # another fine-tuning at the start: nothing that began with the old one passes for its own
     other = plan.with_name("other.yaml")
     other.write_text(text.replace("sft:\n  learning_rate: 0.001", "sft:\n  learning_rate: 0.002"))
     assert other.read_text() != text
@@ -195,6 +202,8 @@ def test_the_plan_that_comes_with_it():
         ({"seeds": []}, "seeds: List should have at least 1 item"),
         ({"count": 0}, "count: Input should be greater than 0"),
         ({"mt_bench": "nowhere.jsonl"}, "mt_bench: Value error, there is no nowhere.jsonl"),
+        ({"pairs": {"name": "nowhere.jsonl"}}, "pairs.name: Value error, there is no file nowhere.jsonl"),
+        ({"tasks": {"mmlu": {"metric": "acc", "family": "x"}}}, "tasks.mmlu.family: Input should be 'dialogue'"),
     ],
 )
 def test_a_plan_that_cannot_be(plan, tmp_path, change, message):
@@ -206,6 +215,46 @@ def test_a_plan_that_cannot_be(plan, tmp_path, change, message):
         read_plan(path)
     with pytest.raises(SystemExit, match="cannot be read"):
         read_plan(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": {"dpo": {"learning_rate": 1e-3, "beta": -0.1}}}, "methods.dpo: .*beta must lie in"),
+        ({"methods": {"dpo": {"learning_rate": 1e-3, "betta": 0.1}}}, "methods.dpo: unknown option 'betta'; did you"),
+        ({"methods": {"dpo": {"learning_rate": -1}}}, "methods.dpo: --learning-rate must be a number from 0 on"),
+        ({"sft": {"learning_rate": "fast"}}, "sft.learning_rate: Input should be a valid number"),
+        ({"sft": {"learning_rate": 1e-3, "epochs": 1}}, "sft: --steps and --epochs are both given"),
+        ({"seeds": [-1]}, "--seed must lie in"),
+        ({"train": {"stepps": 1}}, "unknown option 'stepps'"),
+        ({"base": "/nowhere/model"}, "sft: there is no folder /nowhere/model"),
+    ],
+)  # fmt: skip
+def test_options_that_a_training_would_refuse(plan, tmp_path, change, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(plan.read_text()) | change))
+    with pytest.raises(SystemExit, match=message):
+        paper.run_all(read_plan(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_known_by_its_files(plan):
+    folder = Path(read_plan(plan).base)
+    before = paper._given("base", str(folder))
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"abcd")
+    after = paper._given("base", str(folder))
+    weights.write_bytes(content)
+    assert before.made_of != after.made_of and before == paper._given("base", str(folder))
+
+
+def test_questions_are_known_by_all_files_beside_the_tasks_and_those_they_name(plan):
+    made = read_plan(plan)
+    tasks = Path(made.task_folder)
+    (tasks / "utils.py").write_text("")
+    found = {path.name for path in harness.files_of(made)}
+    assert found == {"local.yaml", "utils.py", "questions.jsonl", "mt.jsonl"}
 
 
 def test_a_set_of_fewer_pairs(plan, tmp_path):
@@ -220,6 +269,12 @@ def test_judgments_name_their_models(tmp_path):
     assert paper.judgments(path, {"base"}) == {"base": 2.0}
     with pytest.raises(SystemExit, match="has scores of base; the models are instruct"):
         paper.judgments(path, {"instruct"})
-    path.write_text("model,score\nbase,2\n")
-    with pytest.raises(SystemExit, match="needs columns name and score"):
-        paper.judgments(path, {"base"})
+    for text, message in (
+        ("model,score\nbase,2\n", "needs a name and a score"),
+        ("name,score\nbase,nan\n", "nan is not from 1 to 10"),
+        ("name,score\nbase,11\n", "11.0 is not from 1 to 10"),
+        ("name,score\nbase,2\nbase,3\n", "base twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            paper.judgments(path, {"base"})

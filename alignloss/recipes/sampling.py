@@ -22,7 +22,7 @@ def rejection_sample(
     Liu et al. 2023 (arXiv:2309.06657), section 3.3 and algorithm 1: the responses, samples of pi in the order in which
     they were drawn, are gone through, and each is accepted with probability exp((r - max r) / beta), where the maximum
     is over those that remain. Those that were not are gone through again, with a maximum of their own, until there are
-    enough. So `beta` -> inf takes the first ones, as random as pi itself, and `beta` -> 0 the best ones.
+    enough. So a large `beta` takes the first ones, as random as pi itself, and a small one the best.
 
     Args:
         rewards: of the responses, floating, finite.
@@ -34,7 +34,8 @@ def rejection_sample(
         (B, count) int64, places among the K in the order of acceptance, each of them once.
 
     Raises:
-        ValueError: for rewards that are not (B, K) or not finite, `count` outside of [1, K] and `beta` <= 0.
+        ValueError: for rewards that are not (B, K) or not finite, `count` outside of [1, K] and a `beta` that is
+            not positive and finite.
 
     Example:
         >>> rewards = torch.tensor([[0.0, 2.0, 1.0]])
@@ -91,7 +92,7 @@ def self_play_rounds(
         `(pairs, ref_logps)`: a batch of 2B sequences, the data's before the model's own, and (2B,).
 
     Raises:
-        ValueError: for `rounds` < 1, scores that are not (2B,), and what `self_play_pairs` refuses.
+        ValueError: for `rounds` < 1, scores that are not (2B,) and finite, and what `self_play_pairs` refuses.
 
     Example:
         >>> data = [torch.tensor([1, 2])], [torch.tensor([3])]
@@ -121,6 +122,8 @@ def _rounds(
             raise ValueError(
                 f"score must return ({len(pairs.input_ids)},), a sum for each sequence; got {tuple(ref_logps.shape)}"
             )
+        if not bool(ref_logps.isfinite().all()):
+            raise ValueError("score must return finite log-probs")
         yield pairs, ref_logps
 
 

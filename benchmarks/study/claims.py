@@ -6,16 +6,12 @@ from typing import NamedTuple
 import pandas
 from scipy import stats
 
-from .methods import SCENARIOS
+from .methods import FAMILIES, SCENARIOS
 
 LEVEL = 0.95
 HOLDS, FAILS, NOISE = "holds here", "does not hold here", "within noise"
 ONE_SEED, NOT_RUN, TOO_SMALL = "one seed tells nothing", "not run", "cannot be tested at this size"
 SETTING = ["beta", "learning_rate"]
-# of the paper's benchmarks
-FAMILIES = (
-    "dialogue", "mathematics", "reasoning", "truthfulness", "question answering", "multi-task knowledge",
-)  # fmt: skip
 ALIGNED = ["dpo", "ipo", "kto", "cpo"]
 START, SFT_MODEL = "start", "the SFT model"  # before alignment: of the scenario itself, and of the first one
 
@@ -126,10 +122,12 @@ def _decided(
     return Found(claim, verdict, f"{where}, seeds {seeds}: {numbers}")
 
 
-def claims(runs: pandas.DataFrame, sizes: pandas.DataFrame, families: dict[str, str]) -> list[Found]:
+def claims(
+    runs: pandas.DataFrame, sizes: pandas.DataFrame, families: dict[str, str], untested: str = TOO_SMALL
+) -> list[Found]:
     """Of Saeidi, Verma and Baral 2024 (arXiv:2404.14723), by `tuned` runs, and by those of several set sizes.
 
-    `families` says of each metric what it measures; a claim about a family that has none cannot be tested.
+    `families` says of each metric what it measures; of a family that has none `untested` is said.
     """
     after, without, instruct = SCENARIOS
     judged, room = FAMILIES[0], {"dialogue": 1.0, "reasoning": 0.05}
@@ -169,7 +167,7 @@ def claims(runs: pandas.DataFrame, sizes: pandas.DataFrame, families: dict[str, 
             known = metric in runs and runs[metric].notna().any()
             found.append(test(name, metric) if known else Found(name, NOT_RUN, metric))
         if not metrics:
-            found.append(Found(name, TOO_SMALL))
+            found.append(Found(name, untested))
     return found
 
 

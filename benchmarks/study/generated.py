@@ -8,10 +8,12 @@ import torch
 
 from . import world
 from .methods import SCENARIOS, Data, Row
-from .models import batch_of, fit_text, logps_of, make_model, pretrained, sample, saved
+from .models import batch_of, fit_text, loaded, logps_of, make_model, pretrained, sample, saved
 from .world import Question
 
-ABOUT = "A model of 100,000 parameters in a generated world, whose judge gives 0 to 10."
+ABOUT = (
+    "A model of 100,000 parameters in a generated world, whose judge gives 0 to 10. Beta is a multiple of its default."
+)
 # what stands for a benchmark of the paper
 FAMILIES = {
     "judge": "dialogue", "addition": "mathematics", "reversal": "reasoning", "maximum": "reasoning",
@@ -25,9 +27,7 @@ def starting_model(kind: str, seed: int, steps: int, folder: Path) -> Any:
     """The model before alignment, from `folder` where it has been made already."""
     path = folder / f"{kind}-{seed}-{steps}.pt"
     if path.exists():
-        model = make_model(seed)
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
+        return loaded(make_model(seed), path)
     if kind == "pretrained":
         model = pretrained(seed, steps)
     else:

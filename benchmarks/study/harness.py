@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from alignloss.commands.training.checkpoints import write_whole
 
 from .plan import Messages, Plan, as_text
 
+_PATH = re.compile(r"[\w./~-]+\.\w+")
+
 
 def scores_of(name: str, folder: str, made_of: str, plan: Plan, out: Path) -> dict[str, Any]:
     """The tasks' `scores` of a model, after its answers, in a process that leaves the GPU to the next training.
@@ -21,11 +24,11 @@ def scores_of(name: str, folder: str, made_of: str, plan: Plan, out: Path) -> di
     What has been written of the same model and questions is taken. Also the `environment` in which they came about.
     """
     path = out / "scores" / f"{name}.json"
-    files = [*sorted(Path(plan.task_folder).rglob("*.yaml") if plan.task_folder else []), plan.mt_bench]
     asked = {
         "model": made_of,
-        "files": [hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in files if file],
-        **plan.model_dump(mode="json", include={"tasks", "limit", "chat_template", "answer_tokens"}),
+        "files": [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files_of(plan)],
+        "tasks": {task: options.model_dump(exclude={"family"}) for task, options in plan.tasks.items()},
+        **plan.model_dump(mode="json", include={"limit", "chat_template", "answer_tokens"}),
     }
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("asked") != asked:
@@ -38,6 +41,15 @@ def scores_of(name: str, folder: str, made_of: str, plan: Plan, out: Path) -> di
         order.unlink()
         known = json.loads(path.read_text())
     return known
+
+
+def files_of(plan: Plan) -> list[Path]:
+    """What the questions come from here: all that lies beside the tasks, files that these name, and MT-Bench's."""
+    found = [path for path in Path(plan.task_folder).rglob("*") if path.is_file()] if plan.task_folder else []
+    found = [path for path in found if "__pycache__" not in path.parts]
+    named = {Path(name) for path in found if path.suffix == ".yaml" for name in _PATH.findall(path.read_text("utf-8"))}
+    found += [path for path in named if path.is_file()]
+    return sorted({path.resolve() for path in found + [Path(plan.mt_bench)] * bool(plan.mt_bench)})
 
 
 def main(order: Path) -> None:

@@ -17,6 +17,10 @@ SCENARIOS = {
     "without SFT": "pretrained",  # aligned at once
     "instruction-tuned": "instruct",  # a model that was tuned on another style, aligned
 }
+# of the paper's benchmarks
+FAMILIES = (
+    "dialogue", "mathematics", "reasoning", "truthfulness", "question answering", "multi-task knowledge",
+)  # fmt: skip
 GROUP, CANDIDATES, ROUNDS, REJECTION_BETA = 4, 8, 3, 0.5
 
 

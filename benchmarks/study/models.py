@@ -99,6 +99,19 @@ def saved(model: nn.Module, path: Path) -> None:
     unfinished.replace(path)
 
 
+def loaded(model: nn.Module, path: Path) -> nn.Module:
+    """The model with the weights in a file.
+
+    Raises:
+        SystemExit: for a file that is damaged.
+    """
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    except Exception as error:  # whatever its reader makes of the bytes
+        raise SystemExit(f"{path} is damaged ({type(error).__name__}): remove it, and it is made again") from None
+    return model
+
+
 def fit_text(
     model: nn.Module, batch: CompletionBatch, steps: int, learning_rate: float, size: int, seed: int
 ) -> list[float]:

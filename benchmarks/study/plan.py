@@ -1,9 +1,11 @@
 """The plan of the paper's runs: what stands in the YAML file, and whether it can be run."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from .methods import FAMILIES
 
 MT_BENCH = "mt_bench"
 Messages = list[dict[str, str]]
@@ -16,6 +18,13 @@ class Source(BaseModel, extra="allow"):
     name: str
     split: str = "train"
 
+    @field_validator("name")
+    @classmethod
+    def there(cls, name: str) -> str:
+        if (name.startswith(("/", ".", "~")) or name.endswith((".json", ".jsonl"))) and not Path(name).is_file():
+            raise ValueError(f"there is no file {name}")
+        return name
+
 
 class Options(BaseModel, extra="allow"):
     """Of `alignloss train`."""
@@ -25,7 +34,7 @@ class Options(BaseModel, extra="allow"):
 
 class Task(BaseModel, extra="forbid"):
     metric: str
-    family: str
+    family: Literal[FAMILIES]
     examples: int | None = None
 
 

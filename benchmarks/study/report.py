@@ -13,8 +13,9 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .claims import FAMILIES, SETTING, claims, interval, shown, tuned
-from .methods import SCENARIOS
+from .claims import SETTING, TOO_SMALL, claims, interval, shown, tuned
+from .methods import FAMILIES, SCENARIOS
+from .schedule import WHERE, WORDS
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>alignloss: the study</title><style>
@@ -24,9 +25,8 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; } img { max-w
 </style></head><body>
 <h1>Methods of alignment in three scenarios</h1>
 <p>{{ about }} {{ count }} runs, seeds: {{ seeds }}; <code>{{ command }}</code>; {{ where }}. Intervals are of 95 %, by
-Student's t over seeds, those of one claim together (Bonferroni). Each method's setting (beta, as a multiple of its
-default, and learning rate) is the best over the other seeds; with one seed the default beta and the largest learning
-rate. A dashed line is the start.</p>
+Student's t over seeds, those of one claim together (Bonferroni). Each method's setting (beta and learning rate) is the
+best over the other seeds; with one seed the default beta and the largest learning rate. A dashed line is the start.</p>
 {% if claims %}<h2>Claims of Saeidi, Verma and Baral 2024</h2>
 <table><tr><th>claim</th><th>here</th><th>numbers</th></tr>
 {% for claim in claims %}<tr><td>{{ claim.claim }}</td><td>{{ claim.verdict }}</td><td>{{ claim.numbers }}</td></tr>
@@ -40,8 +40,6 @@ rate. A dashed line is the start.</p>
 <img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}</body></html>
 """
-WHERE = ["device", "alignloss", "torch", "transformers", "trl", "peft", "lm_eval", "commit"]
-WORDS = ["scenario", "method", "made_of", *WHERE]
 MORE = ["kl", "length", "chosen_logps", "rejected_logps"]
 
 
@@ -60,18 +58,26 @@ def runs_of(lines: list[dict[str, str]], families: dict[str, str]) -> Runs:
     """`families` says of each metric what it measures; settings are chosen by the first that every line has."""
     runs = pandas.DataFrame(lines)
     numbers = runs.columns.difference(WORDS)
-    runs[numbers] = runs[numbers].apply(pandas.to_numeric)
+    runs[numbers] = runs[numbers].map(lambda text: float(text or "nan"))
+    runs = runs.astype({"seed": int, "pairs": int})
     metric = next(name for name in families if name in runs and runs[name].notna().all())
     usual = runs["pairs"].mode()[0]
     swept = runs[runs["pairs"] == usual]
-    default = tuned(swept[swept["beta"] == 1], metric)
+    default = tuned(swept[swept["beta"] == usual_beta(swept)], metric)
     return Runs(metric, runs, swept, tuned(swept, metric), default, sizes_of(runs, usual))
 
 
-def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str], about: str) -> Path:
+def usual_beta(runs: pandas.DataFrame) -> pandas.Series:
+    """For each run the default beta of its method: 1, or the only one where the table has a plan's own."""
+    return runs.groupby("method")["beta"].transform(lambda betas: 1.0 if (betas == 1).any() else betas.mode()[0])
+
+
+def write_report(
+    lines: list[dict[str, str]], out: Path, families: dict[str, str], about: str, untested: str = TOO_SMALL
+) -> Path:
     """`report.html` in a folder, of the lines of a table, and its plots as files too.
 
-    `about` is said at the top.
+    `about` is said at the top, `untested` of claims about what is not measured.
     """
     runs = runs_of(lines, families)
     metric = runs.metric
@@ -87,7 +93,7 @@ def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str
         about=about, count=len(runs.all), seeds=runs.all["seed"].nunique(),
         command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         where="; ".join(f"{name} {', '.join(map(str, runs.all[name].unique()))}" for name in WHERE if name in runs.all),
-        claims=claims(runs.best, runs.sizes, families) if set(families.values()) & set(FAMILIES) else [],
+        claims=claims(runs.best, runs.sizes, families, untested) if set(families.values()) & set(FAMILIES) else [],
         columns=["chosen beta, learning rate", f"{metric}, default beta", *columns],
         tables=_tables(runs, columns),
         plots={title: base64.b64encode(image).decode() for title, image in plots.values()},
@@ -99,7 +105,7 @@ def write_report(lines: list[dict[str, str]], out: Path, families: dict[str, str
 
 def sizes_of(runs: pandas.DataFrame, usual: int) -> pandas.DataFrame:
     """The runs after SFT that differ in the number of pairs alone: at the default beta and one rate of each method."""
-    runs = runs[(runs["scenario"] == next(iter(SCENARIOS))) & (runs["beta"] == 1)]
+    runs = runs[(runs["scenario"] == next(iter(SCENARIOS))) & (runs["beta"] == usual_beta(runs))]
     rates = runs[runs["pairs"] != usual][["method", "learning_rate"]].drop_duplicates()
     return runs.merge(rates, on=["method", "learning_rate"])
 

@@ -20,6 +20,9 @@ from . import generated, sentiment
 from .methods import METHODS, SCENARIOS, Row, Run, objective
 
 TABLE = "runs.csv"
+# columns of a table that say where a line has come about, and all that are no numbers
+WHERE = ("device", "alignloss", "torch", "transformers", "trl", "peft", "lm_eval", "commit")
+WORDS = ("scenario", "method", "made_of", *WHERE)
 # each has `data_of`, `judged`, FAMILIES, ABOUT, THREADS and whether each method's own OBJECTIVE is measured
 WORLDS: dict[str, ModuleType] = {"generated": generated, "sentiment": sentiment}
 
@@ -72,12 +75,41 @@ PROFILES = {
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The whole lines of a table; one that was cut off is left out."""
+    """The lines of a table; a last one that was cut off is left out.
+
+    Raises:
+        SystemExit: for what this study has not written: other cells than columns, no number where one belongs, two
+            lines of one run that differ.
+    """
     if not path.exists():
         return []
-    text = path.read_text("utf-8-sig")
-    whole = text[: text.rfind("\n") + 1]
-    return [line for line in csv.DictReader(io.StringIO(whole)) if None not in line.values() and None not in line]
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    if not set(Row._fields) <= set(reader.fieldnames or ()):
+        return list(reader)  # of something else
+    found: dict[Row, dict[str, str]] = {}
+    for line in reader:
+        fault = _fault(line)
+        if fault is None and found.setdefault(row_of(line), line) != line:
+            fault = "another line of the same run says otherwise"
+        if fault is not None:
+            raise SystemExit(f"{path}, line {reader.line_num}: {fault}; mend it, or give another --out")
+    return list(found.values())
+
+
+def _fault(line: dict[str, str]) -> str | None:
+    if None in line or None in line.values():
+        return "it has other cells than the table has columns"
+    for name, value in line.items():
+        if name not in WORDS:
+            try:
+                (int if Row.__annotations__.get(name) is int else float)(value)
+            except ValueError:
+                return f"{name} is {value!r}, not a number"
+    return None
 
 
 def row_of(line: dict[str, str]) -> Row:
@@ -123,13 +155,16 @@ def run_all(profile: Profile, out: Path, processes: int | None = None) -> tuple[
         SystemExit: for a table of something else, or lines that another commit or other versions have written.
     """
     rows, processes = profile.rows(), profile.processes if processes is None else processes
-    out.mkdir(parents=True, exist_ok=True)
     table = out / TABLE
     known = read_table(table)
     here = environment("torch", "transformers")
     where = {**here["versions"], "device": here["device"], "commit": here["commit"]}
     if known and not set(Row._fields) | set(where) <= set(known[0]):
         raise SystemExit(f"{table} is a table of something else: give another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{out} cannot be made: {error}") from None
     done = {row_of(line) for line in known}
     missing = [row for row in rows if row not in done]
     if missing:

@@ -19,9 +19,12 @@ from alignloss.commands.training.checkpoints import write_whole
 from alignloss.recipes.batches import CompletionBatch, joined
 
 from .methods import SCENARIOS, Data, Row
-from .models import fit_text, logps_of, saved
+from .models import fit_text, loaded, logps_of, saved
 
-ABOUT = "SmolLM2-135M-Instruct, rewarded with the score that VADER gives to the sentiment of its sentences, -1 to 1."
+ABOUT = (
+    "SmolLM2-135M-Instruct, rewarded with the score that VADER gives to the sentiment of its sentences, -1 to 1. "
+    "Beta is a multiple of its default."
+)
 FAMILIES = {"reward": "sentiment"}
 THREADS, OBJECTIVE = None, False  # all of them; it would take longer than the training
 THINGS = (
@@ -152,8 +155,7 @@ def starting_model(kind: str, row: Row, folder: Path) -> Any:
     if kind != "sft":
         return model
     if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
+        return loaded(model, path)
     fit_text(model, language().batch(sentences("pretrained", row, folder)), row.pretraining, 2e-5, 16, row.seed)
     saved(model, path)
     return model
