@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# kernels compiled for a GPU and executed on the CPU
+EMULATED := $(BIN)/python -m pytest -n 2 -q tests/test_kernels.py tests/test_gpu_decisions.py tests/test_emulated_faults.py
+
 .PHONY: demo test nightly bench docs clean
 
 $(VENV)/created:
@@ -38,9 +41,12 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	for gpu in sm_80 sm_90; do OMP_NUM_THREADS=1 $(EMULATED) --emulate $$gpu || exit 1; done
 
 nightly: $(VENV)/dev
 	$(BIN)/python -m pytest -m nightly
+	for gpu in sm_80 sm_90; do OMP_NUM_THREADS=1 $(EMULATED) -m nightly --emulate $$gpu || exit 1; done
+	for gpu in sm_100 sm_120; do OMP_NUM_THREADS=1 $(EMULATED) -m "nightly or not nightly" --emulate $$gpu || exit 1; done
 
 BENCH := $(BIN)/python -m benchmarks run
 FEW := --rounds 3 --modes "frozen head" "DPO step" --providers alignloss "full logits" TRL

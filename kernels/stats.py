@@ -65,7 +65,8 @@ def store_statistics(
     if EXTRAS:
         tl.store(out + 2 * field, tl.sum(tl.where(e > 0, (rest - base[:, None]) * e, 0.0), 1), mask=n < N)
         tl.store(out + 3 * field, tl.sum(tl.where((v < V)[None, :], z, 0.0), 1), mask=n < N)
-        tl.store(out + 4 * field, tl.sum(e * e, 1), mask=n < N)
+        # the choice keeps the product from being fused into the sum's first exchange, which lanes would round apart
+        tl.store(out + 4 * field, tl.sum(tl.where(e == 0, 0.0, e * e), 1), mask=n < N)
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def combine_fwd_kernel(
         mask = (start + k < H)[None, :] & known[:, None]
         h = tl.load(h_rows + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
         w = tl.load(w_rows + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += tl.sum(h * w, 1)
+        x += tl.sum(tl.where(mask, h * w, 0.0), 1)
     x *= linear
     if HAS_BIAS:
         x += tl.load(bias + row, mask=known, other=0.0)

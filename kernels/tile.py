@@ -121,7 +121,8 @@ def fold_fwd_kernel(
         ze_total = tl.sum(tl.where(e == 0, 0.0, (z - m) * e), 0)
         tl.store(at + SUM_ZE * step, (ze + s * shift) * decay + ze_total)
         tl.store(at + SUM_Z * step, z_sum + z_total)
-        tl.store(at + SUM_EE * step, ee * decay * decay + tl.sum(e * e, 0))
+        # the choice keeps the product from being fused into the sum's first exchange, which lanes would round apart
+        tl.store(at + SUM_EE * step, ee * decay * decay + tl.sum(tl.where(e == 0, 0.0, e * e), 0))
     if SAVE > 0:
         d = e * sech2(x) if HAS_CAP else e
         tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < reach)

@@ -1,7 +1,8 @@
 """What a GPU runs, without one: its sizes, operand dtypes and GEMMs on CPU tensors, and its launches compiled for it.
 
 On a CPU the ops widen 16-bit operands; here they do as on a GPU: tiles rounded in place to 16 bits for the second GEMM,
-fp32 products of 16-bit operands, tall tiles. Arithmetic in bf16 is beyond Triton's interpreter, so it runs on `_torch`.
+fp32 products of 16-bit operands, tall tiles. Arithmetic in bf16 is beyond Triton's interpreter, so it runs on `_torch`,
+or with `--emulate` on kernels compiled for a GPU.
 """
 
 import itertools
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulator
 import pytest
 import torch
 from reference import error, inputs, leaf, replace_kernels, statistics, token_logps, within
@@ -26,6 +28,8 @@ from alignloss.ops.walk import addmm as real_addmm
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests run on it")
 B, T, H, V = 2, 8, 48, 133
 RUNS = [("torch", torch.bfloat16), ("torch", torch.float16), ("triton", torch.float16)]
+if emulator.emulated:
+    RUNS = [("triton", torch.bfloat16), ("triton", torch.float16)]
 CAPS = [None, 2.0]
 # bytes: one tile of everything; groups of pairs in one pass; several blocks of rows and slices of the vocabulary
 AMPLE, GROUPS, TIGHT = 1 << 22, 56_000, 9_000
@@ -95,6 +99,7 @@ def check(ours, naive, exact, tensors, dtype, trained):
     assert within(*results)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("workspace", [AMPLE, TIGHT])
 @pytest.mark.parametrize("trained", ["", "hidden", "hidden weight bias"], ids=lambda t: t or "nothing")
@@ -110,6 +115,7 @@ def test_log_probabilities(backend, dtype, trained, workspace, cap):
     )  # fmt: skip
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
 def test_statistics_and_the_gradient_of_the_entropy(backend, dtype, cap):
@@ -139,6 +145,7 @@ def test_statistics_and_the_gradient_of_the_entropy(backend, dtype, cap):
     check(ours, naive, exact, tensors, dtype, "hidden weight bias")
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("workspace", [AMPLE, GROUPS, TIGHT], ids=["one pass", "groups", "recomputed"])
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
@@ -160,6 +167,7 @@ def test_training_steps(backend, dtype, cap, workspace, passes):
     assert [min(count, 2) for count in passes] == [1] * (workspace == AMPLE) + [2] * several
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
 def test_the_divergence_of_two_heads(backend, dtype):
     hidden, weight, bias, labels = problem(dtype)

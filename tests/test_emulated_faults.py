@@ -1,0 +1,247 @@
+"""With `--emulate`: a fault in a compiled kernel of ours is found. Each is planted in the PTX of its own launch."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import emulator
+import triton
+import triton.language as tl
+from alignloss.kernels import kl, stats, tile
+from emulator.driver import gpu
+from emulator.text import PTXError
+from reference import inputs, leaf, replace_kernels
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import alignloss
+from alignloss.ops import head, onepass, sizes, walk
+from alignloss.ops import kl as divergence
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulator.emulated is None, reason="needs --emulate"),
+]
+KERNELS = (
+    "gather_fwd", "finish_fwd", "rows_bwd", "scale_bwd", "stats_fwd", "combine_fwd", "fold_fwd", "dlogits_bwd",
+    "held_bwd", "kl_fwd", "kl_bwd", "sequence_fwd", "sequence_bwd", "preference_fwd", "preference_reduce_fwd",
+    "preference_bwd", "stats_copied_fwd",
+)  # fmt: skip
+
+
+class Recorded:
+    """A kernel that keeps one launch of each kind: of types and constants."""
+
+    def __init__(self, kernel, name, launches):
+        self.kernel, self.name, self.launches = kernel, name.removesuffix("_kernel"), launches
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            kinds = [getattr(a, "dtype", type(a)) for a in arguments]
+            key = self.name, str(kinds), str(sorted(constants.items(), key=str))
+            self.launches.setdefault(key, (self.kernel, grid, copied(arguments), constants))
+            self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+def copied(arguments):
+    """The same tensors elsewhere; what shares memory does so again."""
+    storages = {}
+
+    def copy(value):
+        if isinstance(value, TensorDescriptor):
+            return TensorDescriptor(copy(value.base), value.shape, value.strides, value.block_shape)
+        if not isinstance(value, torch.Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage.clone()
+        made = torch.empty(0, dtype=value.dtype)
+        return made.set_(storages[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
+
+    return [copy(value) for value in arguments]
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """Of every kernel, with several rounds of each loop and several warps a row, by kernel, types and constants."""
+    found = {}
+
+    def addmm(out, a, b, beta=1, alpha=1):
+        product = alpha * (a.to(out.dtype) @ b.to(out.dtype))
+        out.copy_(product if beta == 0 else beta * out + product)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+            (tile, "TILE_ENTRIES", 32), (kl, "KL_BLOCK", 64), (kl, "KL_WARPS", 2), (stats, "COMBINE_BLOCK_T", 2),
+        ):  # fmt: skip
+            patch.setattr(module, name, value)
+        patch.setattr(head, "Footprint", lambda *f: sizes.Footprint(*f)._replace(device_type="cuda"))
+        patch.setattr(sizes, "LEAST_GROUP", 1)
+        for module in (walk, onepass, divergence):
+            patch.setattr(module, "addmm", addmm)
+        for module in (walk, sizes):
+            patch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
+        replace_kernels(patch, lambda module, name, kernel: Recorded(kernel, name, found))
+        torch.manual_seed(0)
+        for dtype, softcap in itertools.product((torch.bfloat16, torch.float32), (None, 2.0)):
+            hidden, weight, bias, labels = inputs(2, 20, vocabulary=600, hidden_size=264, dtype=dtype)
+            h, w, b = (leaf(t, dtype) for t in (hidden, weight, bias))
+            options = {"softcap": softcap, "backend": "triton"}
+            alignloss.sequence_logprob(hidden, weight, labels, bias, **options)
+            alignloss.CPOLoss(**options)(h, w, labels, b).loss.backward()
+            alignloss.sequence_logprob(h, w, labels, b, **options).logps.sum().backward()
+            names = ("entropy", "is_top1", "lse")
+            small = options | {"workspace_bytes": 30_000}
+            alignloss.linear_logprob_stats(h, w, labels, b, stats=names, **small).entropy.sum().backward()
+            alignloss.linear_kl(h, w, hidden, weight, labels, **options).sum().backward()
+            if dtype == torch.float32:
+                state, index = torch.zeros(7, 40), torch.zeros(40, dtype=torch.int64)
+                stats.stats_fwd(hidden.view(40, -1), weight, None, index, state, 1.0, softcap, False, "tf32")
+    return found
+
+
+def run(launch, change=lambda ptx: ptx):
+    """Whether a launch of the changed PTX is refused or leaves a finding; and the launch."""
+    kernel, grid, arguments, constants = launch
+    gpu.change = change
+    try:
+        kernel[grid](*copied(arguments), **constants)
+        return bool(gpu.findings), gpu.last
+    except PTXError:
+        return True, gpu.last
+    finally:
+        gpu.change = None
+        gpu.clear()
+
+
+def planted(launch, pattern, replacement):
+    """For each place that a launch reaches and that matches: its line, whether a fault is found, and the launch."""
+    found, whole = run(launch)
+    assert not found
+    lines = whole.program.text.ptx.split("\n")
+    for number in sorted(whole.reached):
+        text, count = re.subn(pattern, replacement, lines[number - 1])
+        if count:
+            changed = "\n".join([*lines[: number - 1], text, *lines[number:]])
+            yield number, run(launch, lambda ptx, changed=changed: changed)[0], whole
+
+
+def around(whole, number):
+    """The instructions that the warps execute between a barrier and the one before it, and the one after it."""
+    before, after, sides, at_barrier = set(), set(), [set()], []
+    for place in whole.path:
+        for instruction in whole.program.text.blocks[place]:
+            if instruction.opcode.startswith("bar"):
+                at_barrier.append(instruction.line)
+                sides.append(set())
+            else:
+                sides[-1].add(instruction.opcode)
+    for place, line in enumerate(at_barrier):
+        if line == number:
+            before |= sides[place]
+            after |= sides[place + 1]
+    return before, after
+
+
+# before and after a barrier that is needed. A copy is written when it is waited for, and the kernels of the statistics
+# write no tensor that they read
+READ, WRITTEN = r"ld\.shared|ldmatrix|wgmma\.mma", r"st\.shared|stmatrix"
+ORDERED = (
+    (rf"{WRITTEN}|cp\.async\.wait", rf"{READ}|{WRITTEN}"),
+    (READ, rf"{WRITTEN}|cp\.async\.c[ag]"),
+    (r"wgmma\.wait", r"cp\.async\.bulk"),  # by an engine, over what warps have read
+    (r"st\.global", r"[ls][dt]\.global"),
+    (r"ld\.global", r"st\.global"),
+)
+
+
+def may_be_spare(whole, number):
+    """Whether what stands on the two sides of a barrier need not be ordered.
+
+    Around what one elected thread asks of an engine Triton puts several barriers, of which one suffices.
+    """
+
+    def has(side, pattern):
+        return any(re.match(pattern, opcode) for opcode in side)
+
+    before, after = around(whole, number)
+    ordered = ORDERED[:3] if whole.program.text.name.startswith("stats") else ORDERED
+    return not any(has(before, first) and has(after, then) for first, then in ordered)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if "stats" in name else ()) for name in KERNELS]
+)
+def test_a_barrier_that_is_missing(name, launches):
+    barriers = spare = 0
+    for key, launch in launches.items():
+        if key[0] == name:
+            for number, found, whole in planted(launch, r"bar\.sync", "// bar.sync"):
+                barriers += 1
+                assert found or may_be_spare(whole, number), f"{key}, line {number}"
+                spare += not found
+    if name.startswith(("fold", "kl", "combine", "stats_fwd", "sequence_fwd", "preference_reduce")):
+        assert barriers > 2 * spare
+
+
+# what is planted, and on which GPUs there is a place for it
+EVERY = tuple(emulator.ROWS)
+WAITS = {
+    "copies": (EVERY, r"cp\.async\.wait_group\s+(?:0x)?(\d+)", lambda m: f"cp.async.wait_group {int(m[1]) + 1}"),
+    "products": (
+        ("sm_90",), r"(wgmma\.wait_group\.sync\.aligned) (\d+)", lambda m: f"{m[1]} {int(m[2]) + 1}",
+    ),
+    "an mbarrier": (("sm_90", "sm_100"), r"mbarrier\.try_wait\S+\s+(\S+),.*", lambda m: f"mov.pred {m[1]}, -1;"),
+    "a signal of an engine": (("sm_100",), r"@\S+ tcgen05\.commit.*", ""),
+    "what threads have written": (("sm_90", "sm_100"), r"fence\.proxy\.async.*", ""),
+}  # fmt: skip
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_that_is_too_weak(wait, launches):
+    architectures, pattern, replacement = WAITS[wait]
+    places = 0
+    for key, launch in launches.items():
+        if key[0].startswith("stats"):
+            for number, found, _ in planted(launch, pattern, replacement):
+                places += 1
+                assert found, f"{key}, line {number}"
+    assert bool(places) == (emulator.emulated in architectures)
+
+
+@triton.jit
+def doubled_kernel(x, out, n, seen, stride, BLOCK: tl.constexpr):
+    row, v = tl.program_id(0), tl.arange(0, BLOCK)
+    tl.store(out + row * stride + v, 2 * tl.load(x + row * 100 + v, mask=v < seen), mask=v < n)
+
+
+@pytest.mark.parametrize(
+    ("n", "seen", "stride", "message"),
+    [
+        (100, 100, 100, None),
+        (100, 101, 100, "outside of every tensor"),
+        (101, 100, 100, "outside of every tensor"),
+        (100, 100, 101, "outside of every tensor"),
+        (100, 100, 99, "write two values"),
+    ],
+)
+def test_a_mask_or_a_stride_that_is_wrong(n, seen, stride, message):
+    x = torch.randn(3, 100)
+    out = torch.empty_like(x)
+    try:
+        doubled_kernel[(3,)](x, out, n, seen, stride, BLOCK=128)
+        found = gpu.report()
+    except PTXError as error:
+        found = str(error)
+    gpu.clear()
+    if message is None:
+        torch.testing.assert_close(out, 2 * x, rtol=0, atol=0)
+        assert not found
+    else:
+        assert message in found
