@@ -185,6 +185,7 @@ def test_a_barrier_that_is_missing(name, launches):
                 barriers += 1
                 assert found or may_be_spare(whole, number), f"{key}, line {number}"
                 spare += not found
+    print(f"{name}: {barriers} barriers, {spare} spare")
     if name.startswith(("fold", "kl", "combine", "stats_fwd", "sequence_fwd", "preference_reduce")):
         assert barriers > 2 * spare
 
@@ -212,6 +213,7 @@ def test_a_wait_that_is_too_weak(wait, launches):
             for number, found, _ in planted(launch, pattern, replacement):
                 places += 1
                 assert found, f"{key}, line {number}"
+    print(f"{wait}: {places} places")
     assert bool(places) == (emulator.emulated in architectures)
 
 
