@@ -262,10 +262,10 @@ def _elect(operands, given, found, guard):
     return execute
 
 
-@instruction(r"redux\.sync\.(max\.f32|add\.s32)", 3)
+@instruction(r"redux\.sync\.(max\.f32|(?:add|max|min)\.s32)", 3)
 def _reduce(operands, given, found, guard):
     name, type_ = found[1].split(".")
-    function = {"max": np.fmax, "add": np.add}[name]
+    function = {"max": np.fmax if type_ == "f32" else np.maximum, "min": np.minimum, "add": np.add}[name]
     value, write = operands.read(given.operands[1], type_), operands.write(given.operands[0], type_, guard)
     whole = _whole_warp(operands, given.operands[2])
 

@@ -384,28 +384,27 @@ def _store_tensor(operands, given, found, guard):
     return execute
 
 
-@instruction(r"tcgen05\.ld\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", 3)
+@instruction(r"tcgen05\.ld\.sync\.aligned\.(32x32b)\.x(\d+)\.b32", 2)
+@instruction(r"tcgen05\.ld\.sync\.aligned\.(16x32bx2)\.x(\d+)\.b32", 3)
 def _load_tensor(operands, given, found, guard):
-    """Lanes 16 to 31 read the same lanes of tensor memory as lanes 0 to 15, so many columns further."""
+    """Each lane its own of tensor memory; or lanes 16 to 31 those of lanes 0 to 15, so many columns further."""
     unguarded(guard, "a load of tensor memory")
-    names, address, apart = (
-        operands.vector(given.operands[0]),
-        operands.address(given.operands[1], "b32"),
-        given.operands[2],
-    )
-    if len(names) != int(found[1]):
+    outputs, source, *apart = given.operands
+    names, address = operands.vector(outputs), operands.address(source, "b32")
+    if len(names) != int(found[2]):
         raise PTXError("columns")
     writers = [operands.write(name, "b32", None) for name in names]
+    lane_of, further = (LANES % 16, int(apart[0]) * (LANES // 16)) if apart else (LANES, 0 * LANES)
 
     def execute(w: Warps) -> None:
         addresses = _uniform(w.full(address(w)), "addresses").astype(np.int64)
-        lanes = (addresses >> 16)[:, None] + LANES % 16
+        lanes = (addresses >> 16)[:, None] + lane_of
         if (lanes // 32 != w.indices[:, None] % 4).any():
             raise PTXError("a warp reaches into lanes of tensor memory of another")
-        columns = (addresses & 0xFFFF)[:, None] + int(apart) * (LANES // 16)
+        columns = (addresses & 0xFFFF)[:, None] + further
         for row in range(len(w.slots)):
-            for part in (0, 16):
-                _usable(w, row, range(int(columns[row, part]), int(columns[row, part]) + len(writers)), given.line)
+            for first in np.unique(columns[row]).tolist():
+                _usable(w, row, range(first, first + len(writers)), given.line)
         memory = tensor_memory(w.batch)
         for i, write in enumerate(writers):
             write(w, memory[w.slots[:, None], lanes, columns + i])

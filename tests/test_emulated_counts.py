@@ -1,0 +1,53 @@
+"""With `--emulate`: what a kernel executes, counted in instructions of PTX, since nothing is timed here."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import emulator
+from alignloss.kernels import stats
+from emulator.driver import gpu
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulator.emulated not in ("sm_90", "sm_100"), reason="needs --emulate sm_90 or sm_100"),
+]
+PROGRAMS, BLOCK_V = 3, 256
+
+
+def executed(tiles, label, monkeypatch):
+    """Instructions of a thread of the first program, with so many tiles to each program."""
+    V, H = PROGRAMS * tiles * BLOCK_V, 64
+    counts = []
+    labels, state = torch.full((128,), label), torch.zeros(7, 128)
+    state[0] = -1e30
+    monkeypatch.setattr(stats, "multiprocessors", lambda device: PROGRAMS)
+    kernel = stats.stats_copied_fwd_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                kernel[grid](*arguments, **options)
+                blocks = gpu.last.program.text.blocks
+                counts.append(sum(len(blocks[place]) for place in gpu.last.path))
+
+            return launch
+
+    monkeypatch.setattr(stats, "stats_copied_fwd_kernel", Counted())
+    hidden, weight = torch.randn(128, H).bfloat16(), torch.randn(V, H).bfloat16()
+    stats.stats_fwd(hidden, weight, None, labels, state, 1.0, None, False, "ieee")
+    monkeypatch.undo()
+    return counts[0]
+
+
+def test_a_tile_without_a_label_compares_no_entry_with_one(monkeypatch):
+    """A step of the product and the statistics of 128 x 256 logits, 128 of them in each thread."""
+    counts = {}
+    for label in (0, -100):  # in the first tile; in none
+        few, many = (executed(tiles, label, monkeypatch) for tiles in (2, 5))
+        counts[label] = (few, (many - few) / 3)
+    print(f"{emulator.emulated}: {counts[-100][1]:.0f} instructions a thread and tile, without a label in it")
+    assert counts[0][1] == counts[-100][1] <= 1200
+    # two comparisons, their conjunction and a choice for each of 128
+    assert counts[0][0] - counts[-100][0] >= 3 * 128
