@@ -89,7 +89,9 @@ def launches():
         replace_kernels(patch, lambda module, name, kernel: Recorded(kernel, name, found))
         torch.manual_seed(0)
         for dtype, softcap in itertools.product((torch.bfloat16, torch.float32), (None, 2.0)):
-            hidden, weight, bias, labels = inputs(2, 20, vocabulary=600, hidden_size=200, dtype=dtype)
+            # rows of several warps with labels: what they write over zeros of the last copies, which fill with zeros,
+            # must not be zero again
+            hidden, weight, bias, labels = inputs(2, 40, vocabulary=600, hidden_size=200, dtype=dtype)
             h, w, b = (leaf(t, dtype) for t in (hidden, weight, bias))
             options = {"softcap": softcap, "backend": "triton"}
             alignloss.sequence_logprob(hidden, weight, labels, bias, **options)
@@ -100,8 +102,8 @@ def launches():
             alignloss.linear_logprob_stats(h, w, labels, b, stats=names, **small).entropy.sum().backward()
             alignloss.linear_kl(h, w, hidden, weight, labels, **options).sum().backward()
             if dtype == torch.float32:
-                state, index = torch.zeros(7, 40), torch.zeros(40, dtype=torch.int64)
-                stats.stats_fwd(hidden.view(40, -1), weight, None, index, state, 1.0, softcap, False, "tf32")
+                state, index = torch.zeros(7, 80), torch.zeros(80, dtype=torch.int64)
+                stats.stats_fwd(hidden.view(80, -1), weight, None, index, state, 1.0, softcap, False, "tf32")
     return found
 
 
@@ -183,10 +185,7 @@ def test_a_barrier_that_is_missing(name, launches):
         if key[0] == name:
             for number, found, whole in planted(launch, r"bar\.sync", "// bar.sync"):
                 barriers += 1
-                # after the last copies of float32 operands, before the epilogue reuses their buffers: not explained yet
-                before = whole.program.text.ptx.split("\n")[number - 2]
-                unexplained = "'BLOCK_H', 32" in key[2] and re.search(r"cp\.async\.wait_group\s+0", before)
-                assert found or may_be_spare(whole, number) or unexplained, f"{key}, line {number}"
+                assert found or may_be_spare(whole, number), f"{key}, line {number}"
                 spare += not found
     print(f"{name}: {barriers} barriers, {spare} spare")
     if name.startswith(("fold", "kl", "combine", "stats_fwd", "sequence_fwd", "preference_reduce")):
