@@ -98,8 +98,9 @@ def run_all(plan: Plan, out: Path) -> list[dict[str, str]]:
             found = {MT_BENCH: judged.get(of.name, ""), **scored["scores"]}
             scores |= {prefix + name: score for name, score in found.items()}
             where["device"] = scored["environment"]["device"]
+        loss = _entries(plan, run.method, options)[1].loss
         setting = {
-            "beta": _beta(run.method, options),
+            "beta": 1.0 if loss is None else float(loss.function.options.get("beta", 1.0)),
             "learning_rate": options.learning_rate,
             "rows": model.rows,
             "made_of": model.made_of,
@@ -163,15 +164,6 @@ def _check_options(plan: Plan, name: str, method: str, options: Options, model: 
             configuration(settings, source(model, None, "auto", bool(cpu), int(lora), bool(qlora)), Path("run"), False)
     except (UserError, TypeError, ValueError) as error:
         raise SystemExit(f"{name}: {error}") from None
-
-
-def _beta(method: str, options: Options) -> float:
-    """That of the loss; 1 where it has none."""
-    from alignloss.commands.training.objective import known_options, objective
-
-    given = {name: value for name, value in options.model_dump().items() if name in known_options(method)}
-    loss = objective(method, given).loss
-    return float(loss.function.options.get("beta", 1.0)) if loss is not None else 1.0
 
 
 def _where() -> dict[str, Any]:
