@@ -60,6 +60,31 @@ def within(got, naive, exact, times: float = 2, beyond: float = 0.0) -> bool:
     return all(error(g.view(e.shape), e) <= times * error(n, e) + beyond for g, n, e in tensors)
 
 
+def replace_products(monkeypatch, addmm):
+    from alignloss.ops import kl, onepass, walk
+
+    for module in (walk, onepass, kl):
+        monkeypatch.setattr(module, "addmm", addmm)
+
+
+def as_on_a_gpu(monkeypatch):
+    """Sizes, operand dtypes and wide products of a GPU on CPU tensors."""
+    from alignloss.ops import head, sizes, walk
+
+    def footprint(*fields):
+        return sizes.Footprint(*fields)._replace(device_type="cuda")
+
+    def addmm(out, a, b, beta=1, alpha=1):
+        product = alpha * (a.to(out.dtype) @ b.to(out.dtype))
+        out.copy_(product if beta == 0 else beta * out + product)
+
+    monkeypatch.setattr(head, "Footprint", footprint)
+    for module in (walk, sizes):
+        monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
+    replace_products(monkeypatch, addmm)
+    monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
+
+
 def replace_kernels(monkeypatch, replacement):
     """Put replacement(module, name, kernel) in place of every Triton kernel."""
     from alignloss.kernels import kl, rows, sequence, stats, tile

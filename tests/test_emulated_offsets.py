@@ -90,14 +90,12 @@ def test_rows_of_a_head():
     hidden, state = torch.randn(N, H).bfloat16(), torch.zeros(7, N)
     labels = torch.full((N,), V - 3)
     gpu.only |= {"stats_fwd_kernel": {tiles - 1}}
-    partials = []
     real = torch.empty
 
     def kept(*shape, **options):
         made = real(*shape, **options)
         if made.dim() == 3:
-            partials.append(made.fill_(-torch.inf))
-            made[1:] = 0
+            made[0], made[1:] = -torch.inf, 0  # the partial maxima and sums of the tiles that do not run
         return made
 
     with pytest.MonkeyPatch.context() as patch:

@@ -15,14 +15,24 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
-from reference import error, inputs, leaf, replace_kernels, statistics, token_logps, within
+from reference import (
+    as_on_a_gpu,
+    error,
+    inputs,
+    leaf,
+    replace_kernels,
+    replace_products,
+    statistics,
+    token_logps,
+    within,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
 from alignloss.backends import _torch
 from alignloss.commands.measure import peak_bytes
 from alignloss.modules import groups
-from alignloss.ops import head, kl, onepass, sizes, walk
+from alignloss.ops import onepass, walk
 from alignloss.ops.walk import addmm as real_addmm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests run on it")
@@ -38,18 +48,7 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    def footprint(*fields):
-        return sizes.Footprint(*fields)._replace(device_type="cuda")
-
-    def addmm(out, a, b, beta=1, alpha=1):
-        product = alpha * (a.to(out.dtype) @ b.to(out.dtype))
-        out.copy_(product if beta == 0 else beta * out + product)
-
-    monkeypatch.setattr(head, "Footprint", footprint)
-    for module in (walk, sizes):
-        monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
-    replace_products(monkeypatch, addmm)
-    monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
+    as_on_a_gpu(monkeypatch)
 
 
 @pytest.fixture
@@ -63,11 +62,6 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(groups, "one_pass", one_pass)
     return counts
-
-
-def replace_products(monkeypatch, addmm):
-    for module in (walk, onepass, kl):
-        monkeypatch.setattr(module, "addmm", addmm)
 
 
 def problem(dtype, sequences=2 * B):

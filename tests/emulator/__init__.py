@@ -19,26 +19,23 @@ is faster, and cuBLAS.
 
 import torch
 
-# Triton's target and the row of the table of blocks
-ROWS = {"sm_80": "sm_80", "sm_86": "small", "sm_89": "small", "sm_90": "sm_90", "sm_100": "sm_100", "sm_120": "small"}
-
-
 emulated: str | None = None  # the GPU that kernels are compiled for
 
 
 def emulate(name: str) -> None:
     """Compile for this GPU and launch on it from now on, with its block sizes."""
     global emulated
-    from alignloss.kernels import blocks, stats
+    from alignloss.kernels import aot, blocks, stats
 
     from alignloss import backends
 
     from . import driver
 
     emulated = name
-    driver.install(int(name.removeprefix("sm_")))
+    target, row, shared_bytes = aot.TARGETS[name]
+    driver.install(target, shared_bytes)
     for module in (blocks, stats):
-        module.architecture = lambda device: ROWS[name]
+        module.architecture = lambda device: row
     problem = backends._triton_problem
     # to the backend it is a GPU
     backends._triton_problem = lambda device, dtype: problem(torch.device("cuda"), dtype)

@@ -3,6 +3,7 @@
 Until the wait that ends it a copy is under way in the shadow. `Settings.late` moves the data only then.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -87,21 +88,21 @@ def _copy(operands, given, found, guard):
     length = operands.read(given_text[0], "u32") if given_text else lambda w: np.full((1, 1), size, np.uint32)
 
     def execute(w: Warps) -> None:
-        lanes = w.lanes(None if guard is None else guard(w))
+        lanes = w.lanes(guard)
         rows, columns = np.nonzero(np.ones(w.shape, bool)) if lanes is None else lanes
         if not len(rows):
             return
         there = w.full(length(w))[rows, columns]
         if not np.isin(there, (0, size)).all():
-            raise PTXError(f"a copy of a part at {w.batch.launch.program.text.source(given.line)}")
+            raise PTXError("a copy of a part")
         there = there > 0
         source, shaded = np.zeros(len(rows), np.int64), None
         if there.any():
             picked = rows[there], columns[there]
-            source[there], shaded, shadow = locate(w, "global", of(w), size, picked, given.line)
+            source[there], shaded, shadow = locate(w, "global", of(w), size, picked)
             if shadow is not None:
                 shadow.read(w.who(picked), shadow.places(shaded, size), given.line, must_be_written=False)
-        target, _, shadow = locate(w, "shared", to(w), size, (rows, columns), given.line)
+        target, _, shadow = locate(w, "shared", to(w), size, (rows, columns))
         copy = Copy(rows, w.threads[rows, columns], w.slots[rows], target, source, there, size, given.line)
         if shadow is not None:
             at = shadow.places(target, size)
@@ -163,7 +164,7 @@ class Signal:
 
 def each(w: Warps, guard: Reader | None) -> list[tuple[int, int]]:
     """(row, lane) of the lanes that execute."""
-    lanes = w.lanes(None if guard is None else guard(w))
+    lanes = w.lanes(guard)
     if lanes is None:
         return [(row, lane) for row in range(w.shape[0]) for lane in range(32)]
     return list(zip(*(part.tolist() for part in lanes), strict=True))
@@ -186,7 +187,7 @@ def mbarrier(w: Warps, row: int, address: int, line: int) -> Mbarrier:
     slot = int(w.slots[row])
     found = w.batch.mbarriers.get((slot, address))
     if found is None:
-        raise PTXError(f"no mbarrier is initialized at {w.batch.launch.program.text.source(line)}")
+        raise PTXError("no mbarrier is initialized")
     thread, epoch = found.initialized
     if epoch == w.batch.epochs[slot] and thread // 32 != w.threads[row, 0] // 32:
         w.batch.launch.report("an mbarrier is used by another warp than initialized it, without a barrier", line)
@@ -214,7 +215,7 @@ def _invalidate(operands, given, found, guard):
     def act(w: Warps, row: int, lane: int, address: int) -> None:
         barrier = w.batch.mbarriers.pop((int(w.slots[row]), address), None)
         if barrier is None:
-            raise PTXError(f"no mbarrier to end at {w.batch.launch.program.text.source(given.line)}")
+            raise PTXError("no mbarrier to end")
         now = int(w.batch.epochs[w.slots[row]])
         if any(epoch == now and warp != w.indices[row] for warp, epoch in barrier.used.items()):
             w.batch.launch.report("an mbarrier ends while another warp may use it", given.line)
@@ -354,7 +355,7 @@ class Box:
 @instruction(r"cp\.async\.bulk\.tensor\.2d\.shared::(?:cta|cluster)\.global\.mbarrier::complete_tx::bytes", 3)
 def _copy_box(operands, given, found, guard):
     to, source, signal = given.operands
-    inner = operands.vector("{" + source.strip("[ ]").replace("{", "").replace("}", "") + "}")
+    inner = [part.strip() for part in re.sub(r"[\[\]{}]", "", source).split(",")]
     if len(inner) != 3:
         raise PTXError("coordinates of a box")
     target, barrier = operands.address(to, "b32"), operands.address(signal, "b32")
@@ -388,13 +389,13 @@ def _box(w: Warps, thread: tuple[int, int], tensor: TensorMap, into: int, first:
     who = Threads(w.threads[row : row + 1, lane], w.batch.epochs[w.slots[row : row + 1]])
     if given.any():
         addresses = (tensor.first + r[given] * tensor.pitch + c[given] * size).astype(np.uint64)
-        of[given], shaded = w.batch.launch.memory.locate(addresses, size, w.batch.launch.program.text.source(line))
+        of[given], shaded = w.batch.launch.memory.locate(addresses, size)
         if (shadow := w.batch.launch.memory.shadow) is not None:
             shadow.read(who, shadow.places(shaded, size).reshape(1, -1), line, must_be_written=False)
     at = into + np.arange(rows)[:, None] * tensor.swizzle + np.arange(columns) * size
     at = swizzled(at.astype(np.int64), tensor.swizzle)
     slots = np.full(at.size, w.slots[row])
-    to = shared.locate(slots, at.ravel(), size, w.batch.launch.program.text.source(line)).reshape(at.shape)
+    to = shared.locate(slots, at.ravel(), size).reshape(at.shape)
     assert SHARED % 1024 == 0  # the swizzle is by address
     box = Box(to, of, given, size)
     if (shadow := shared.shadow) is not None:

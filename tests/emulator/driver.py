@@ -20,8 +20,6 @@ from .text import PTXError, parse
 from .translation import translate
 
 assert plain and asynchronous and products  # their instructions are in the table now
-# bytes of shared memory of a block
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 _FORMATS = {"f32": "<f", "f64": "<d"}
 _programs: dict[str, Program] = {}
 
@@ -33,10 +31,11 @@ class Gpu:
     settings: Settings = field(default_factory=Settings)
     findings: Counter[Finding] = field(default_factory=Counter)
     details: dict[Finding, str] = field(default_factory=dict)
-    launches: Counter[str] = field(default_factory=Counter)
+    target: GPUTarget | None = None
+    shared_bytes: int = 0  # of a block, at most
     only: dict[str, set[int]] = field(default_factory=dict)  # kernel -> the blocks of its grid that run; absent: all
     change: Callable[[str], str] | None = None  # of the PTX, before it runs
-    last: Launch | None = None
+    launches: dict[str, Launch] = field(default_factory=dict)  # kernel -> its last one
 
     def clear(self) -> None:
         for found in (self.findings, self.details, self.launches):
@@ -124,19 +123,18 @@ class Launcher:
         raw = {p.name: _raw(value, p.type) for p, value in zip(parameters, values, strict=True)}
         launch = Launch(program, raw, regions(tensors), self.metadata.shared, gpu.settings)
         launch.tensor_maps = maps
-        gpu.last = launch
+        gpu.launches[program.text.name] = launch
         launch.run((x, y, z), gpu.only.get(program.text.name))
         gpu.findings += launch.findings
         for finding, detail in launch.details.items():
             gpu.details.setdefault(finding, detail)
-        gpu.launches[program.text.name] += 1
 
 
 class Utils:
     pending: Program
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES[device], "multiprocessor_count": 3, "warpSize": 32}
+        return {"max_shared_mem": gpu.shared_bytes, "multiprocessor_count": 3, "warpSize": 32}
 
     def load_binary(self, *arguments: Any) -> tuple:
         return None, Utils.pending, 0, 0, 1024
@@ -157,10 +155,11 @@ class Driver(DriverBase):
         return type_
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", gpu.settings.architecture, 32)
+        assert gpu.target is not None
+        return gpu.target
 
     def get_current_device(self) -> int:
-        return gpu.settings.architecture
+        return 0
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -184,7 +183,7 @@ def program_of(ptx: str) -> Program:
     return _programs[ptx]
 
 
-def install(architecture: int = 80) -> None:
+def install(target: GPUTarget, shared_bytes: int) -> None:
     real = triton.compiler.CompiledKernel._init_handles
 
     def init_handles(kernel: Any) -> None:
@@ -192,6 +191,6 @@ def install(architecture: int = 80) -> None:
             Utils.pending = program_of(kernel.asm["ptx"])
         real(kernel)
 
-    gpu.settings.architecture = architecture
+    gpu.target, gpu.shared_bytes = target, shared_bytes
     triton.compiler.CompiledKernel._init_handles = init_handles
     triton.runtime.driver.set_active(Driver())

@@ -23,7 +23,6 @@ Operation = Callable[["Warps"], None]
 
 @dataclass
 class Settings:
-    architecture: int = 80
     # between two barriers: all warps in lockstep, or one after the other, from the first or from the last
     order: str = "together"  # "forward", "reverse"
     late: bool = True  # engines do their work when somebody waits for it; else at once
@@ -121,14 +120,19 @@ class Warps:
     def full(self, x: np.ndarray) -> np.ndarray:
         return np.broadcast_to(x, self.shape)
 
-    def lanes(self, guard: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
-        """(rows, lanes) of those that execute an instruction; None for all."""
-        if self.active is not None:
-            guard = self.active if guard is None else guard & self.active
+    def mask(self, guard: Reader | None) -> np.ndarray | None:
+        """Which lanes execute an instruction; None for all."""
         if guard is None:
+            return self.active
+        return guard(self) if self.active is None else guard(self) & self.active
+
+    def lanes(self, guard: Reader | None) -> tuple[np.ndarray, np.ndarray] | None:
+        """(rows, lanes) of those that execute an instruction; None for all."""
+        mask = self.mask(guard)
+        if mask is None:
             return None
-        guard = self.full(guard)
-        return None if guard.all() else np.nonzero(guard)
+        mask = self.full(mask)
+        return None if mask.all() else np.nonzero(mask)
 
     def who(self, lanes: tuple[np.ndarray, np.ndarray] | None) -> Threads:
         epochs = self.batch.epochs[self.slots]
@@ -226,7 +230,10 @@ class Batch:
             for place, operation in enumerate(block.operations):
                 if warps.busy and not warps.busy.isdisjoint(block.registers[place]):
                     self.launch.report("a register is used while a product into it is under way", block.lines[place])
-                operation(warps)
+                try:
+                    operation(warps)
+                except PTXError as error:
+                    raise PTXError(f"{error} at {self.launch.program.text.source(block.lines[place])}") from None
             match block.end:
                 case Jump(target):
                     warps.place = target

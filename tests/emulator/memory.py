@@ -117,9 +117,9 @@ class Shadow:
         np.subtract.at(self.flying_writes if writes else self.flying_reads, at.ravel(), 1)
 
 
-def _aligned(address: np.ndarray, size: int, where: str) -> None:
+def _aligned(address: np.ndarray, size: int) -> None:
     if (address % address.dtype.type(size)).any():
-        raise PTXError(f"misaligned access of {size} bytes at {where}")
+        raise PTXError(f"misaligned access of {size} bytes")
 
 
 class Global:
@@ -139,7 +139,7 @@ class Global:
         flat = np.frombuffer(whole, np.uint8)
         self.words = {size: flat[: len(flat) // size * size].view(word) for size, word in BITS.items()}
 
-    def locate(self, address: np.ndarray, size: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, address: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Bytes from the origin, and bytes in the shadow."""
         region = np.searchsorted(self.first, address, side="right") - 1
         offset = (address - self.first[region]).astype(np.int64) if len(self.regions) else np.zeros(0, np.int64)
@@ -147,8 +147,8 @@ class Global:
         if bad.any():
             at, near = int(address[bad][0]), int(region[bad][0])
             name = "" if near < 0 else f": {at - self.regions[near].first} bytes into {self.regions[near]}"
-            raise PTXError(f"access of {size} bytes outside of every tensor at {where}{name}")
-        _aligned(address, size, where)
+            raise PTXError(f"access of {size} bytes outside of every tensor{name}")
+        _aligned(address, size)
         return (address - np.uint64(self.origin)).astype(np.int64), self.start[region] + offset
 
 
@@ -161,9 +161,9 @@ class Shared:
         flat = np.full(blocks * self.stride, 0xFF, np.uint8)
         self.words = {size: flat.view(word) for size, word in BITS.items()}
 
-    def locate(self, slots: np.ndarray, address: np.ndarray, size: int, where: str) -> np.ndarray:
+    def locate(self, slots: np.ndarray, address: np.ndarray, size: int) -> np.ndarray:
         offset = address.astype(np.int64) - SHARED
         if len(offset) and (offset.min() < 0 or offset.max() + size > self.size):
-            raise PTXError(f"access of {size} bytes outside of the {self.size} of shared memory at {where}")
-        _aligned(address, size, where)
+            raise PTXError(f"access of {size} bytes outside of the {self.size} of shared memory")
+        _aligned(address, size)
         return offset + slots * self.stride

@@ -291,17 +291,14 @@ def _parameter(operands, given, found, guard):
     return execute
 
 
-def locate(
-    w: Warps, space: str, address: np.ndarray, size: int, lanes, line: int
-) -> tuple[np.ndarray, np.ndarray, Shadow | None]:
+def locate(w: Warps, space: str, address: np.ndarray, size: int, lanes) -> tuple[np.ndarray, np.ndarray, Shadow | None]:
     """Of the lanes that take part: bytes in memory, bytes in the shadow, and the shadow."""
     picked = w.full(address).ravel() if lanes is None else w.full(address)[lanes]
-    where = w.batch.launch.program.text.source(line)
     if space == "global":
-        index, shaded = w.batch.launch.memory.locate(picked, size, where)
+        index, shaded = w.batch.launch.memory.locate(picked, size)
         return index, shaded, w.batch.launch.memory.shadow
     slots = np.repeat(w.slots, 32) if lanes is None else w.slots[lanes[0]]
-    index = w.batch.shared.locate(slots, picked, size, where)
+    index = w.batch.shared.locate(slots, picked, size)
     return index, index, w.batch.shared.shadow
 
 
@@ -312,7 +309,7 @@ def words(w: Warps, space: str, size: int) -> np.ndarray:
 def store(w: Warps, space: str, address: np.ndarray, values: list[np.ndarray], size: int, lanes, line: int) -> None:
     """values: of every lane of the warps, unsigned words of this size."""
     total = size * len(values)
-    index, shaded, shadow = locate(w, space, address, total, lanes, line)
+    index, shaded, shadow = locate(w, space, address, total, lanes)
     memory = words(w, space, size)
     data = np.stack([w.full(v).ravel() if lanes is None else w.full(v)[lanes] for v in values], 1)
     place = (index // size)[:, None] + np.arange(len(values))
@@ -344,10 +341,10 @@ def _load(operands, given, found, guard):
     line, total, dtype = given.line, size * len(names), TYPES[found[3]]
 
     def execute(w: Warps) -> None:
-        lanes = w.lanes(None if guard is None else guard(w))
+        lanes = w.lanes(guard)
         if lanes is not None and not len(lanes[0]):
             return
-        index, shaded, shadow = locate(w, space, address(w), total, lanes, line)
+        index, shaded, shadow = locate(w, space, address(w), total, lanes)
         if shadow is not None:
             shadow.read(w.who(lanes), shadow.places(shaded, total), line, must_be_written=space == "shared")
         memory = words(w, space, size)
@@ -368,7 +365,7 @@ def _store(operands, given, found, guard):
     line = given.line
 
     def execute(w: Warps) -> None:
-        lanes = w.lanes(None if guard is None else guard(w))
+        lanes = w.lanes(guard)
         if lanes is None or len(lanes[0]):
             store(w, space, address(w), [read(w) for read in readers], size, lanes, line)
 

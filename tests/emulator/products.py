@@ -13,7 +13,7 @@ import numpy as np
 from .arithmetic import accumulated, of_bf16
 from .asynchronous import Signal, each, mbarrier, seen_by_engines, swizzled, under_way
 from .machine import LANES, Batch, Reader, Warps
-from .memory import SHARED, Threads
+from .memory import Shadow, Threads
 from .plain import locate, store
 from .registers import Operands, unguarded
 from .text import PTXError
@@ -70,7 +70,7 @@ def _load_matrix(operands, given, found, guard):
     writers = [operands.write(name, "b32", None) for name in names]
 
     def read(w: Warps, at: np.ndarray, size: int) -> np.ndarray:
-        index, shaded, shadow = locate(w, "shared", at, size, None, given.line)
+        index, shaded, shadow = locate(w, "shared", at, size, None)
         if shadow is not None:
             shadow.read(w.who(None), shadow.places(shaded, size), given.line, must_be_written=True)
         return w.batch.shared.words[size][index // size].reshape(w.shape)
@@ -80,7 +80,7 @@ def _load_matrix(operands, given, found, guard):
         for j, write in enumerate(writers):
             rows = addresses[:, 8 * j : 8 * j + 8]
             if (rows % 16).any():
-                raise PTXError(f"misaligned ldmatrix at {w.batch.launch.program.text.source(given.line)}")
+                raise PTXError("misaligned ldmatrix")
             if found[2]:
                 low, high = (read(w, rows[:, 2 * IN_GROUP + h] + (2 * GROUP).astype(np.uint32), 2) for h in range(2))
                 write(w, low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16)))
@@ -161,22 +161,22 @@ def matrix(
     at = start[:, None, None] + r % 8 * span + r // 8 * stride[:, None, None] + np.arange(width) * size
     at = swizzled(at, span)
     slots = np.repeat(w.slots[rows], count * width)
-    return w.batch.shared.locate(slots, at.ravel(), size, f"an operand of {engine}").reshape(at.shape)
+    return w.batch.shared.locate(slots, at.ravel(), size).reshape(at.shape)
+
+
+def places_of(shadow: Shadow, at: np.ndarray, size: int) -> np.ndarray:
+    """(rows, grains) of the entries of an operand."""
+    return shadow.places(at.reshape(len(at), -1), size).reshape(len(at), -1)
 
 
 def reads_shared(w: Warps, rows: np.ndarray, at: np.ndarray, size: int, line: int) -> None:
     """An engine begins to read: what it reads must be written, visible to it, and stay until it is done."""
     if (shadow := w.batch.shared.shadow) is not None:
-        places = shadow.places(at.reshape(len(at), -1), size).reshape(len(at), -1)
+        places = places_of(shadow, at, size)
         who = Threads(w.threads[rows, 0], w.batch.epochs[w.slots[rows]])
         shadow.read(who, places, line, must_be_written=True)
         seen_by_engines(w, rows, places, line)
         shadow.fly(places, writes=False, line=line)
-
-
-def has_read_shared(batch: Batch, at: np.ndarray, size: int) -> None:
-    if (shadow := batch.shared.shadow) is not None:
-        shadow.land(shadow.places(at.reshape(len(at), -1), size).reshape(len(at), -1), writes=False)
 
 
 class Product(NamedTuple):
@@ -212,9 +212,9 @@ class Product(NamedTuple):
         shadow = w.batch.shared.shadow
         for at in (self.a, self.b):
             if at.dtype != ALL and shadow is not None:
-                has_read_shared(w.batch, at, self.size)
+                places = places_of(shadow, at, self.size)
+                shadow.land(places, writes=False)
                 # the warps that have waited read up to here: what others write before the next barrier races with it
-                places = shadow.places(at.reshape(len(at), -1), self.size).reshape(len(at), -1)
                 who = Threads(w.threads[:, 0], w.batch.epochs[w.slots])
                 shadow.read(who, places, self.line, must_be_written=True)
 
@@ -305,17 +305,17 @@ def one_of_each(w: Warps, guard: Reader | None) -> list[tuple[int, int]]:
     return list(first.items())
 
 
-def _allocated(w: Warps, row: int, columns: range, line: int) -> None:
+def _allocated(w: Warps, row: int, columns: range) -> None:
     slot = int(w.slots[row])
     tensor_memory(w.batch)
     allocated = w.batch.allocated[slot]
     if columns.start < allocated.start or columns.stop > allocated.stop:
-        raise PTXError(f"tensor memory outside of what is allocated at {w.batch.launch.program.text.source(line)}")
+        raise PTXError("tensor memory outside of what is allocated")
 
 
 def _usable(w: Warps, row: int, columns: range, line: int) -> None:
     """Allocated, and no product into these columns is under way."""
-    _allocated(w, row, columns, line)
+    _allocated(w, row, columns)
     for item in w.batch.work[int(w.slots[row])]:
         if isinstance(item, TensorProduct):
             into = range(item.column, item.column + len(item.b))
@@ -436,8 +436,9 @@ class TensorProduct:
     def run(self, batch: Batch, slot: int) -> None:
         if not self.done:
             self.multiply(batch, slot)
-        for at in (self.a, self.b):
-            has_read_shared(batch, at[None], self.size)
+        if (shadow := batch.shared.shadow) is not None:
+            for at in (self.a, self.b):
+                shadow.land(places_of(shadow, at[None], self.size), writes=False)
 
 
 # section "Instruction descriptor": formats of D, A and B -> K, bytes and kind
@@ -463,7 +464,7 @@ def _tensor_product(operands: Operands, given, found, guard):
             if (kind == "tf32") != (found[1] == "tf32"):
                 raise PTXError("kind of a product")
             column = int(where) & 0xFFFF
-            _allocated(w, row, range(column, column + n), given.line)
+            _allocated(w, row, range(column, column + n))
             one, zero = np.array([row]), np.zeros(1, np.int64)
             at_a = matrix(w, one, np.array([of_a]), zero, (m, k), size, "tcgen05")
             at_b = matrix(w, one, np.array([of_b]), zero, (n, k), size, "tcgen05")
@@ -489,6 +490,3 @@ def _tensor_commit(operands, given, found, guard):
             w.batch.work[int(w.slots[row])].append(Signal(at))
 
     return execute
-
-
-assert SHARED % 1024 == 0  # a swizzle is by address

@@ -12,7 +12,6 @@ from .text import PTXError, Text, split
 
 Writer = Callable[[Warps, np.ndarray], None]
 PARAMETERS = 1 << 28  # where the parameters lie; 32 bits hold it, and no tensor lies so low
-_STORED = {"pred": np.bool_, **{t + n: BITS[int(n) // 8] for t in "bsuf" for n in ("16", "32", "64")}}
 
 
 def _block(axis: int) -> Reader:
@@ -41,7 +40,9 @@ class Operands:
     def __init__(self, text: Text):
         self.text = text
         self.index = {name: number for number, name in enumerate(text.registers)}
-        self.stored = [_STORED[kind] for kind in text.registers.values()]
+        self.stored = [
+            np.bool_ if kind == "pred" else BITS[np.dtype(TYPES[kind]).itemsize] for kind in text.registers.values()
+        ]
         self.grain, self.uses_tensor_memory = 16, False  # what the instructions translated so far ask for
         self.starts, start = {}, 0
         for parameter in text.parameters:
@@ -111,7 +112,7 @@ class Operands:
                 value = value if value.dtype == stored else value.view(stored)
             else:
                 value = value.astype(signed[stored.itemsize] if dtype.kind == "i" else stored).view(stored)
-            mask = w.active if guard is None else guard(w) if w.active is None else guard(w) & w.active
+            mask = w.mask(guard)
             w.registers[number] = value if mask is None else np.where(mask, value, w.registers[number])
 
         return put
