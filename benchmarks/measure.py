@@ -23,9 +23,22 @@ from alignloss.ops.sizes import gemm_dtype
 from alignloss.planning import Plan
 
 from .cases import Case, Inputs, make_inputs
-from .providers import GEMMS, MODES, PROVIDERS, Provider, backward, dpo_of, forward, logps_of_logits, require, step
+from .providers import (
+    GEMMS,
+    MODES,
+    PROVIDERS,
+    Provider,
+    backward,
+    dpo_of,
+    forward,
+    logps_of_logits,
+    require,
+    sft_of,
+    step,
+)
 
 BARE = "bare GEMMs"
+LINEAR = "F.linear"
 Row = dict[str, Any]
 K, T = TypeVar("K"), TypeVar("T")
 
@@ -59,13 +72,14 @@ def synchronize(device: str) -> None:
 def planned(case: Case, mode: str) -> Plan:
     """What alignloss runs in a mode."""
     train_hidden, train_head = MODES[mode]
+    units = {"DPO step": 2, "SFT step": 1}  # sequences that stay together
     return alignloss.plan(
         case.labelled,
         case.hidden,
         case.vocabulary,
         train_hidden=train_hidden,
         train_head=train_head,
-        pair_tokens=-(-2 * case.labelled // case.sequences) if mode == "DPO step" else None,
+        pair_tokens=-(-units[mode] * case.labelled // case.sequences) if mode in units else None,
         positions=case.tokens,
         softcap=case.softcap,
         dtype=getattr(torch, case.dtype),
@@ -106,6 +120,22 @@ def bare_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
     return run
 
 
+def linear_gemms(case: Case, inputs: Inputs, mode: str) -> Callable[[], None]:
+    """F.linear of every labelled row, and its backward: the products as PyTorch makes them for logits that are kept."""
+    wanted = MODES[mode]
+    leaves = [
+        t.detach().requires_grad_(need)
+        for t, need in zip((inputs.hidden.flatten(0, 1)[: case.labelled], inputs.weight), wanted, strict=True)
+    ]
+
+    def run() -> None:
+        logits = torch.nn.functional.linear(*leaves)
+        if any(wanted):
+            torch.autograd.grad(logits, [leaf for leaf in leaves if leaf.requires_grad], logits.detach())
+
+    return run
+
+
 def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[Row]:
     """Seconds of forward and backward, interleaved, the medians over rounds; ratios are of one round each.
 
@@ -115,8 +145,8 @@ def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[
     work: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
     for mode in dict.fromkeys(mode for _, mode in pairs):
         # those of a mode one after the other: a ratio is of neighbours in time
-        gemms = bare_gemms(case, inputs, mode)
-        work[BARE, mode] = lambda gemms=gemms: (timed(case.device, gemms), 0.0)
+        for name, gemms in ((BARE, bare_gemms(case, inputs, mode)), (LINEAR, linear_gemms(case, inputs, mode))):
+            work[name, mode] = lambda gemms=gemms: (timed(case.device, gemms), 0.0)
         for name in (name for name, its_mode in pairs if its_mode == mode):
             work[name, mode] = _timed_step(case, PROVIDERS[name], inputs, mode)
     seconds, failed = interleave(work, rounds)
@@ -378,10 +408,12 @@ def measure_error(case: Case, pairs: list[tuple[str, str]]) -> list[Row]:
     """Errors against full logits in float64: of log-probabilities in nats, of gradients relative to their norm."""
     inputs = make_inputs(case)
     logps, *gradients = exact(inputs, inputs.upstream.double())
-    leaf = logps.clone().requires_grad_()
-    dpo_of(leaf, inputs).backward()
-    assert leaf.grad is not None
-    truths = {"trainable head": gradients, "DPO step": exact(inputs, leaf.grad)[1:]}
+    truths = {"trainable head": gradients}
+    for mode, loss in (("DPO step", dpo_of), ("SFT step", sft_of)):
+        if any(mode == of for _, of in pairs):
+            leaf = logps.clone().requires_grad_()
+            (upstream,) = torch.autograd.grad(loss(leaf, inputs), leaf)
+            truths[mode] = exact(inputs, upstream)[1:]
     rows = []
     for name, mode in pairs:
         if mode == "frozen head":

@@ -1,7 +1,8 @@
-"""One way each to compute token log-probabilities and a DPO step, each as its users call it.
+"""One way each to compute token log-probabilities, a DPO step and an SFT step, each as its users call it.
 
 The DPO step has a reference whose log-probabilities are 0, since Liger's takes none; every provider has beta = 0.1 and
-the mean over pairs. What a provider cannot do here is a line in the output, never a crash.
+the mean over pairs. An SFT step is the mean negative log-likelihood of the labelled tokens. What a provider cannot do
+here is a line in the output, never a crash.
 """
 
 from collections.abc import Callable
@@ -21,23 +22,28 @@ MODES = {
     "frozen head": (True, False),
     "trainable head": (True, True),
     "DPO step": (True, True),
+    "SFT step": (True, True),
 }
-# the fewest GEMMs that a mode needs when the logits are not kept between forward and backward; in a DPO step they are
-GEMMS = {"forward": 1, "frozen head": 2, "trainable head": 4, "DPO step": 3}
+# the fewest GEMMs that a mode needs when the logits are not kept between forward and backward; in a step they are
+GEMMS = {"forward": 1, "frozen head": 2, "trainable head": 4, "DPO step": 3, "SFT step": 3}
 
 
 class Provider(NamedTuple):
-    logps: Callable[[Inputs], Tensor] | None  # (M,) in nats, 0 where masked
-    dpo: Callable[[Inputs], Tensor] | None = None  # 0-d; by default from logps
+    logps: Callable[[Inputs], Tensor] | None = None  # (M,) in nats, 0 where masked
+    dpo: Callable[[Inputs], Tensor] | None = None  # 0-d; by default from logps, like the next
+    sft: Callable[[Inputs], Tensor] | None = None
 
     def run(self, inputs: Inputs, mode: str) -> Tensor:
-        if mode != "DPO step":
-            assert self.logps is not None
-            return self.logps(inputs)
-        return dpo_of(self.logps(inputs), inputs) if self.dpo is None else self.dpo(inputs)
+        whole, of_logps = {"DPO step": (self.dpo, dpo_of), "SFT step": (self.sft, sft_of)}.get(mode, (None, None))
+        if whole is not None:
+            return whole(inputs)
+        assert self.logps is not None
+        logps = self.logps(inputs)
+        return logps if of_logps is None else of_logps(logps, inputs)
 
     def modes(self) -> list[str]:
-        return list(MODES) if self.logps is not None else ["DPO step"]
+        steps = {"DPO step": self.dpo, "SFT step": self.sft}
+        return [mode for mode in MODES if self.logps is not None or steps.get(mode) is not None]
 
 
 def dpo_of(logps: Tensor, inputs: Inputs) -> Tensor:
@@ -46,6 +52,11 @@ def dpo_of(logps: Tensor, inputs: Inputs) -> Tensor:
     chosen, rejected = sums.chunk(2)
     zero = torch.zeros_like(chosen)
     return alignloss.losses.dpo_loss(chosen, rejected, zero, zero, beta=0.1)[0].mean()
+
+
+def sft_of(logps: Tensor, inputs: Inputs) -> Tensor:
+    """The mean negative log-likelihood of token log-probabilities (M,), 0 where masked."""
+    return -logps.sum() / (inputs.labels != -100).sum()
 
 
 def flat(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,6 +75,14 @@ def fused_dpo(inputs: Inputs) -> Tensor:
     loss_fn = dpo_loss(beta=0.1, softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes)
     ref_logps = torch.zeros(len(inputs.labels), device=inputs.labels.device)
     return loss_fn(inputs.hidden, inputs.weight, inputs.labels, ref_logps=ref_logps).loss
+
+
+sft_loss = cache(alignloss.SFTLoss)
+
+
+def fused_sft(inputs: Inputs) -> Tensor:
+    loss_fn = sft_loss(softcap=inputs.softcap, workspace_bytes=inputs.workspace_bytes)
+    return loss_fn(inputs.hidden, inputs.weight, inputs.labels).loss
 
 
 def logps_of_logits(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
@@ -123,6 +142,32 @@ def liger_dpo(inputs: Inputs) -> Tensor:
     return liger_loss()(inputs.weight, inputs.hidden, inputs.labels)[0]
 
 
+def liger_sft(inputs: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    hidden, weight, labels = flat(inputs)
+    return LigerFusedLinearCrossEntropyLoss(softcap=inputs.softcap)(weight, hidden, labels)
+
+
+def liger_hopper(inputs: Inputs) -> Tensor:
+    """Its kernels for sm_90, which need the package nvidia-cutlass-dsl; elsewhere its name stands for another way."""
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    refuse_softcap(inputs)
+    found = LigerFusedScaledCrossEntropySM90Function.apply(*flat(inputs))
+    return -(found if isinstance(found, Tensor) else found[0])
+
+
+def quack_sft(inputs: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import scaled_exp_lce_supported, scaled_exp_linear_cross_entropy
+
+    refuse_softcap(inputs)
+    hidden, weight, labels = flat(inputs)
+    if not scaled_exp_lce_supported(hidden, weight, 4096, "mean"):
+        raise NotImplementedError("it takes bfloat16 on sm_90 with a vocabulary of a multiple of 128")
+    return scaled_exp_linear_cross_entropy(hidden, weight, labels)
+
+
 def cce(inputs: Inputs) -> Tensor:
     return cce_with(inputs, filter_eps="high")
 
@@ -151,7 +196,7 @@ def refuse_softcap(inputs: Inputs) -> None:
 
 
 PROVIDERS = {
-    "alignloss": Provider(fused_logps, fused_dpo),
+    "alignloss": Provider(fused_logps, fused_dpo, fused_sft),
     "full logits": Provider(full_logits),
     "TRL": Provider(trl),
     "cross entropy": Provider(cross_entropy),
@@ -160,7 +205,9 @@ PROVIDERS = {
     "torch chunked": Provider(torch_chunked),
     # the slowest to begin come last, where time may run out
     "compiled logits": Provider(compiled_logits),
-    "Liger": Provider(None, liger_dpo),
+    "Liger": Provider(dpo=liger_dpo, sft=liger_sft),
+    "Liger SM90": Provider(liger_hopper),
+    "quack": Provider(sft=quack_sft),
 }
 
 
@@ -178,7 +225,7 @@ def forward(provider: Provider, inputs: Inputs, mode: str) -> Tensor:
 
 def backward(output: Tensor, inputs: Inputs, mode: str) -> None:
     if any(MODES[mode]):
-        output.backward(None if mode == "DPO step" else inputs.upstream.to(output.dtype))
+        output.backward(inputs.upstream.to(output.dtype) if output.dim() else None)
 
 
 def step(provider: Provider, inputs: Inputs, mode: str) -> None:

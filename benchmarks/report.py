@@ -94,7 +94,16 @@ def record(path: Path, command: str, results: list[tuple[Case, list[dict[str, An
     """Write every row with device, versions and commit."""
     document = {
         "command": command,
-        **environment("alignloss", "torch", "triton", "trl", "liger_kernel", "cut_cross_entropy"),
+        **environment(
+            "alignloss",
+            "torch",
+            "triton",
+            "trl",
+            "liger_kernel",
+            "cut_cross_entropy",
+            "quack_kernels",
+            "nvidia_cutlass_dsl",
+        ),
         "units": {
             "seconds": "medians over rounds; ratios are medians of the ratios within a round",
             "bytes": "inputs, gradients of the leaves, and workspace: the peak above both, as the allocator counts; "
