@@ -19,6 +19,7 @@ from .ops.sizes import (
     Footprint,
     Tile,
     accumulation_dtype,
+    architecture,
     default_workspace,
     fill_groups,
     one_pass_workspace,
@@ -141,7 +142,7 @@ def plan(
     pairs = None if pair_tokens is None else _pairs(tokens, pair_tokens)
     kind, options, most = _options(dtype, stored, softcap, device, device_memory, backend, workspace_bytes)
     budget = options.workspace_bytes
-    head = options.footprint(vocabulary, hidden_size, stored, stored, kind, positions > tokens)
+    head = options.footprint(vocabulary, hidden_size, stored, stored, kind, positions > tokens, bias=bias)
     arranged, one_pass_bytes = _Arranged(0, 0, tokens), None
     if train_hidden and train_head and pairs is not None:
         arranged, one_pass_bytes = _arrange(head, tokens, pairs, most), _least_budget(head, tokens, pairs)
@@ -263,16 +264,10 @@ def _workspace(head: Footprint, regime: int, arranged: _Arranged, tiles: list[Ti
     if regime == 1 and head.backend == "triton" and not head.casts_weight:
         # the fused kernel holds partial statistics of a block of rows instead of a tile
         rows = tiles[0].rows
-        block_v = blocks.gemm_blocks(_architecture(head), head.gemm_dtype.itemsize, head.softcap)[1]
+        block_v = blocks.gemm_blocks(architecture(head.device_type), head.gemm_dtype.itemsize, head.softcap)[1]
         partials = rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
         return rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
     return tiles[0].bytes, tiles[1].bytes if regime == 4 else 0
-
-
-def _architecture(head: Footprint) -> str:
-    """The key of the table of blocks; without a GPU that of Hopper."""
-    here = head.device_type == "cpu" or torch.cuda.is_available()
-    return blocks.architecture(torch.device(head.device_type)) if here else "sm_90"
 
 
 def _arrange(head: Footprint, tokens: int, pairs: int | list[int], workspace_bytes: int) -> _Arranged:

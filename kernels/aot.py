@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import kl, rows, sequence, stats, tile
+from . import exps, kl, rows, sequence, stats, tile
 from .blocks import (
     CAPPED_SLICE,
     COMBINE_BLOCK_N,
@@ -28,6 +28,7 @@ from .blocks import (
     COPY_ENGINE,
     KL_BLOCK,
     OPTIONS,
+    REPAIR_STAGES,
     ROW_WARPS,
     SEQUENCE_BLOCK,
     SLICE,
@@ -132,9 +133,33 @@ def _of_gemms(blocks: str) -> list[Variant]:
             found.append(
                 found[-1]._replace(name=f"stats_copied_fwd[{name}]", kernel=stats.stats_copied_fwd_kernel, types=copied)
             )
+            if dtype == "bf16" and not full:
+                found += _of_exponentials(blocks, copied)
         if precision != "tf32":
             combine = flags | {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T, "BLOCK_H": 64}
             found.append(Variant(f"combine_fwd[{name}]", stats.combine_fwd_kernel, pointers, combine))
+    return found
+
+
+def _of_exponentials(blocks: str, operands: dict[str, str]) -> list[Variant]:
+    block_n, block_v, block_h, warps, stages = gemm_blocks(blocks, 2, False)
+    operands = operands | {"exps": f"tensordesc<bf16[{block_n}, {block_v}]>"}
+    size = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h}
+    small, loop = {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_H": 64}, {"BLOCK_T": COMBINE_BLOCK_T}
+    narrow = {"hidden": "*bf16", "weight": "*bf16"}
+    found = [Variant("reference_fwd[bf16]", exps.reference_fwd_kernel, narrow, small)]
+    found += [
+        Variant(f"settle_fwd[begun={begun}]", exps.settle_fwd_kernel, {}, {"BEGUN": begun} | loop | small)
+        for begun in (False, True)
+    ]
+    # the width of a slice is a multiple of 16, but for the last one of some vocabularies
+    for suffix, divisible in (("", ()), (", whole", ("Vs",))):
+        for name, kernel, constants, pipelined in (
+            ("exps_fwd", exps.exps_fwd_kernel, {"GROUP": 8} | size, stages),
+            ("repair_fwd", exps.repair_fwd_kernel, loop | size, REPAIR_STAGES.get(blocks, stages)),
+        ):
+            name = f"{name}[bf16{suffix}]"
+            found.append(Variant(name, kernel, operands, constants, warps, pipelined, True, divisible))
     return found
 
 

@@ -18,6 +18,10 @@ GEMM_BLOCKS = {
 }
 # with an engine that copies blocks of 16-bit operands while the tensor cores multiply others; and the interpreter
 COPY_ENGINE = ("sm_90", "sm_100", "interpreter")
+# where a GEMM writes exponentials: measured on sm_90 (docs/gpu.md); compiled and emulated for sm_100 as well
+EXPONENTIALS = ("sm_90",)
+# of the kernel that repairs them, where those of the GEMM spill registers
+REPAIR_STAGES = {"sm_100": 1}
 # with a softcap or further statistics in the epilogue, wider tiles spill
 FULL_EPILOGUE_BLOCK_V = 128
 # of every launch: products and sums fuse, by default up to Triton 3.9
@@ -49,6 +53,12 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "small")
+
+
+def reached(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine, of an architecture that has one, reaches the blocks of a matrix: 16 bytes at a time."""
+    size, (pitch, step) = tensor.element_size(), tensor.stride()
+    return tensor.data_ptr() % 16 == 0 and pitch * size % 16 == 0 and pitch >= tensor.shape[1] and step == 1
 
 
 def gemm_blocks(architecture: str, itemsize: int, full_epilogue: bool) -> tuple[int, int, int, int, int]:

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, COPY_ENGINE, OPTIONS, architecture, gemm_blocks
+from . import blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, COPY_ENGINE, OPTIONS, gemm_blocks, reached
 from .math import LOWEST, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, softcap_logit
 
 
@@ -152,6 +153,31 @@ def stats_copied_fwd_kernel(
 
 
 @triton.jit
+def target_logit(
+    hidden, weight, bias, labels, n, N, V, H, hidden_stride, weight_stride, linear,
+    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """x of the targets of rows n by a dot product of their own; NaN for a label outside of the vocabulary."""
+    label = tl.load(labels + n, mask=n < N, other=-1)
+    known = (label >= 0) & (label < V)
+    row = tl.where(known, label, 0)
+    h_rows = hidden + tl.minimum(n, N - 1).to(tl.int64)[:, None] * hidden_stride
+    w_rows = weight + row[:, None] * weight_stride
+    k = tl.arange(0, BLOCK_H)
+    x = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        mask = (start + k < H)[None, :] & known[:, None]
+        h = tl.load(h_rows + (start + k)[None, :], mask=mask, other=0.0)
+        # of a wider weight what the GEMM takes of it
+        w = tl.load(w_rows + (start + k)[None, :], mask=mask, other=0.0).to(h.dtype)
+        x += tl.sum(tl.where(mask, h.to(tl.float32) * w.to(tl.float32), 0.0), 1)
+    x *= linear
+    if HAS_BIAS:
+        x += tl.load(bias + row, mask=known, other=0.0)
+    return tl.where(known, x, float("nan"))
+
+
+@triton.jit
 def combine_fwd_kernel(
     partials,  # (fields, tiles, N)
     hidden,  # (N, H)
@@ -201,23 +227,9 @@ def combine_fwd_kernel(
             z += tl.sum(tl.load(partials + at + 3 * field, mask=mask, other=0.0), 0)
             ee += tl.sum(tl.load(partials + at + 4 * field, mask=mask, other=0.0) * decay * decay, 0)
 
-    label = tl.load(labels + n, mask=inside, other=-1)
-    known = (label >= 0) & (label < V)
-    row = tl.where(known, label, 0)
-    h_rows = hidden + tl.minimum(n, N - 1).to(tl.int64)[:, None] * hidden_stride
-    w_rows = weight + row[:, None] * weight_stride
-    k = tl.arange(0, BLOCK_H)
-    x = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        mask = (start + k < H)[None, :] & known[:, None]
-        h = tl.load(h_rows + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(w_rows + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += tl.sum(tl.where(mask, h * w, 0.0), 1)
-    x *= linear
-    if HAS_BIAS:
-        x += tl.load(bias + row, mask=known, other=0.0)
-    x = tl.where(known, x, float("nan"))
-
+    x = target_logit(
+        hidden, weight, bias, labels, n, N, V, H, hidden_stride, weight_stride, linear, HAS_BIAS, BLOCK_N, BLOCK_H
+    )
     out = state + n
     step = tl.cast(state_stride, tl.int64)
     tl.store(out, m, mask=inside)
@@ -230,14 +242,10 @@ def combine_fwd_kernel(
 
 
 def copies(kind: str, *operands: Tensor) -> bool:
-    """Whether the copy engine of this architecture reaches the blocks of the operands: 16 bytes at a time."""
-    size = operands[0].element_size()
-    if kind not in COPY_ENGINE or (size != 2 and kind != "interpreter"):
+    """Whether the copy engine of this architecture reaches the blocks of the operands."""
+    if kind not in COPY_ENGINE or (operands[0].element_size() != 2 and kind != "interpreter"):
         return False
-    return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * size % 16 == 0 and t.stride(0) >= t.shape[1] and t.stride(1) == 1
-        for t in operands
-    )
+    return all(map(reached, operands))
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -257,7 +265,7 @@ def stats_fwd(
 ) -> None:
     """Fill `state` with the sums over v != y, the target logit and the maximum of each row."""
     (N, H), V = hidden.shape, weight.shape[0]
-    kind = architecture(hidden.device)
+    kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), extras or cap is not None)
     tiles = triton.cdiv(V, block_v)
     programs = triton.cdiv(N, block_n) * tiles

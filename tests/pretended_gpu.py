@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from alignloss.kernels import blocks, stats
+from alignloss.kernels import blocks
 from reference import body_of, replace_kernels
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -157,8 +157,7 @@ patch.setattr(torch, "tensor", tensor)
 for module in (context, onepass, preference, sequence):
     patch.setattr(module, "device_guard", lambda tensor: nullcontext())
 patch.setattr(backends, "resolve", resolve)
-for module in (blocks, stats):
-    patch.setattr(module, "architecture", lambda device: "interpreter")
+patch.setattr(blocks, "architecture", lambda device: "interpreter")
 replace_kernels(patch, lambda module, name, kernel: OnCpu(kernel))
 torch._C._set_only_lift_cpu_tensors(True)
 mode.__enter__()

@@ -84,7 +84,7 @@ def test_rows_of_hidden_states():
 def test_rows_of_a_head():
     V, H, N = 560_000, 4096, 16
     weight, _ = last_row_of(V, H, torch.bfloat16)
-    block_v = stats.gemm_blocks(stats.architecture(torch.device("cpu")), 2, False)[1]
+    block_v = stats.gemm_blocks(stats.blocks.architecture(torch.device("cpu")), 2, False)[1]
     tiles = -(-V // block_v)
     weight[-block_v:] = torch.randn(block_v, H) / 64
     hidden, state = torch.randn(N, H).bfloat16(), torch.zeros(7, N)

@@ -9,7 +9,7 @@ from reference import error, inputs, leaf, logits, replace_kernels
 
 pytest.importorskip("triton")
 
-from alignloss.kernels import blocks, kl, rows, sequence, stats, tile
+from alignloss.kernels import blocks, exps, kl, rows, sequence, stats, tile
 
 import alignloss
 from alignloss import losses
@@ -89,6 +89,66 @@ def test_statistics_of_operands_that_the_copy_engine_reaches_and_of_others(opera
         assert float((got - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
     reached &= blocks.architecture(torch.device(DEVICE)) in blocks.COPY_ENGINE
     assert launched == ["stats_copied_fwd_kernel" if reached else "stats_fwd_kernel"]
+
+
+def exponentials(hidden, weight, labels, linear, columns):
+    """state, U, and for each slice its tile in memory of its own, with the references that it is relative to."""
+    block_v = blocks.gemm_blocks(blocks.architecture(hidden.device), hidden.element_size(), False)[1]
+    state, u, tiles = fresh_state(len(hidden)), None, []
+    exps.reference_fwd(hidden, weight, labels, state, linear)
+    for first in range(0, len(weight), columns):
+        part = weight[first : first + columns]
+        padded = -(-len(part) // blocks.PITCH) * blocks.PITCH
+        out = torch.full((len(hidden), padded), torch.nan, device=DEVICE, dtype=weight.dtype)
+        exps.exps_fwd(hidden, part, labels, state, u, out[:, : len(part)], first, linear)
+        assert not out[:, : -(-len(part) // block_v) * block_v].isnan().any()
+        assert not out[:, len(part) :].nan_to_num().any()
+        product = out[:, : len(part)].float() @ part.float()
+        u = product if u is None else u + product
+        tiles.append((out[:, : len(part)].double(), state[0].double()))
+    return state, u, tiles
+
+
+# the interpreter has no bf16, and warns of the infinities that are repaired
+WRITTEN = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+copied = [
+    pytest.mark.skipif(
+        "blocks.architecture(torch.device(DEVICE)) not in blocks.COPY_ENGINE", reason="a GPU with a copy engine"
+    ),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+
+
+@pytest.mark.parametrize("mark", [pytest.param("", marks=copied)])
+@pytest.mark.parametrize("far", [0, 30, 60, 100, 200])
+@pytest.mark.parametrize(("N", "H", "V", "columns"), [(150, 48, 337, 337), (37, 72, 600, 256)])
+def test_exponentials_written_by_the_gemm_whatever_the_reference_of_a_row(N, H, V, columns, far, mark):
+    """Half of the targets lie `far` nats above the others, or below; their rows end near their largest logit."""
+    linear = 1.5
+    hidden, weight, _, labels = inputs(N, hidden_size=H, vocabulary=V, masked=0.0)
+    hidden[:, -1], weight[:, -1] = 1, 0
+    labels[::4], labels[1::4] = 5, V - 2
+    weight[5], weight[V - 2] = 0, 0
+    weight[5, -1], weight[V - 2, -1] = far / linear, -far / linear
+    hidden, weight, labels = hidden.to(DEVICE, WRITTEN), weight.to(DEVICE, WRITTEN), labels.to(DEVICE)
+    state, u, tiles = exponentials(hidden, weight, labels, linear, columns)
+    z = hidden.double() @ weight.double().T * linear
+    target = z.gather(1, labels[:, None]).squeeze(1)
+    rest = z.scatter(1, labels[:, None], -torch.inf)
+    off = rest.amax(1) - state[0].double()
+    assert float(off.abs().max()) <= 60.1
+    # those whose targets are near stay where they began
+    near = (rest.amax(1) - target).abs() < 50
+    assert torch.equal(state[0][near], state[2][near]) and float((state[2] - target).abs().max()) <= 1e-4
+    e = (rest - state[0].double()[:, None]).exp()
+    assert float((state[1] / e.sum(1) - 1).abs().max()) <= 2e-5
+    rounding = torch.finfo(WRITTEN).eps
+    for (got, reference), part in zip(tiles, rest.split(columns, 1), strict=True):
+        expected = (part - reference[:, None]).exp()
+        assert float(((got - expected).abs() - (rounding + 2e-5) * expected).max()) <= 1e-30
+    expected = e @ weight.double()
+    scale = e.sum(1) * weight.double().abs().max()
+    assert float(((u.double() - expected).abs().amax(1) / scale).max()) <= rounding + 2e-5
 
 
 def set_precision(switch, value):

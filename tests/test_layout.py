@@ -18,8 +18,8 @@ FLOORS = [
     "checks", "losses", "kernels", "backends", "ops", "planning", "logprob", "recipes", "modules", "hf", "trl",
     "commands",
 ]  # fmt: skip
-# primitives for which the torch backend has a formula of its own elsewhere: `losses`
-TRITON_ALONE = {"preference", "preference_backward"}
+# primitives for which the torch backend has a formula of its own elsewhere, `losses`; and of a GEMM of our own
+TRITON_ALONE = {"preference", "preference_backward", "references", "exponentials"}
 FILES = {
     ".".join(("alignloss", *(["kernels"] * (folder == KERNELS)), *path.relative_to(folder).with_suffix("").parts)): path
     for folder in (ROOT, KERNELS)

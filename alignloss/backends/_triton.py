@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import blocks
+from ..kernels import exps as exps_kernels
 from ..kernels import kl as kl_kernels
 from ..kernels import rows as row_kernels
 from ..kernels import sequence as sequence_kernels
@@ -91,6 +92,25 @@ def fold(
     return tile_kernels.fold_fwd(
         tile, bias, spare, state, labels, u, u2, first, transform.cap, derivatives, extras, dtype, out
     )
+
+
+def references(rows: Tensor, weight: Tensor, labels: Tensor, state: Tensor, transform: Transform) -> None:
+    """Begin with the logits of the targets what `exponentials` go on with."""
+    exps_kernels.reference_fwd(rows, weight, labels, state, transform.linear)
+
+
+def exponentials(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    u: Tensor | None,
+    out: Tensor,
+    first: int,
+    transform: Transform,
+) -> None:
+    """`fold` of one derivative with the GEMM before it, for operands that the copy engine reaches."""
+    exps_kernels.exps_fwd(rows, weight, labels, state, u, out, first, transform.linear)
 
 
 def finish(

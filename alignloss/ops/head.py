@@ -21,8 +21,16 @@ from ..checks import (
     savable,
     validates,
 )
+from ..kernels import blocks
 from .columns import first_trained, trained_columns
-from .sizes import Footprint, accumulation_dtype, default_workspace, one_pass_workspace, total_memory
+from .sizes import (
+    Footprint,
+    accumulation_dtype,
+    architecture,
+    default_workspace,
+    one_pass_workspace,
+    total_memory,
+)
 
 
 class Options(NamedTuple):
@@ -51,15 +59,31 @@ class Options(NamedTuple):
         device_type: str,
         indexed: bool,  # the scored tokens are picked out of the positions
         trained_from: int = 0,
+        bias: bool = False,
     ) -> Footprint:
-        """What the sizes of a call's buffers follow from."""
+        """What the sizes of a call's buffers follow from, for operands in contiguous rows."""
         dtypes, softcap = (self.compute_dtype, hidden_dtype, weight_dtype), self.softcap is not None
-        return Footprint(vocabulary, width, *dtypes, indexed, softcap, device_type, self.backend, trained_from)
+        exponentials = (
+            self.backend == "triton"
+            and self.compute_dtype == torch.bfloat16
+            and not (softcap or bias or width % 8)
+            and architecture(device_type) in blocks.EXPONENTIALS
+        )
+        return Footprint(
+            vocabulary, width, *dtypes, indexed, softcap, device_type, self.backend, trained_from, exponentials
+        )
 
-    def footprint_of(self, hidden: Tensor, weight: Tensor, indexed: bool, trained_from: int = 0) -> Footprint:
+    def footprint_of(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, indexed: bool, trained_from: int = 0
+    ) -> Footprint:
         vocabulary, width = weight.shape
         dtypes = hidden.dtype, weight.dtype
-        return self.footprint(vocabulary, width, *dtypes, weight.device.type, indexed, trained_from)
+        found = self.footprint(vocabulary, width, *dtypes, weight.device.type, indexed, trained_from, bias is not None)
+        if found.exponentials:
+            reached = (found.copies_rows or blocks.reached(hidden)) and weight.stride(1) == 1
+            reached &= found.casts_weight or blocks.reached(weight)
+            found = found._replace(exponentials=reached)
+        return found
 
 
 class Projection(NamedTuple):
@@ -87,7 +111,8 @@ class Projection(NamedTuple):
 
     @property
     def footprint(self) -> Footprint:
-        return self.options.footprint_of(self.hidden, self.weight, self.token_index is not None, self.trained_from)
+        indexed = self.token_index is not None
+        return self.options.footprint_of(self.hidden, self.weight, self.bias, indexed, self.trained_from)
 
     @property
     def trained_from(self) -> int:

@@ -53,7 +53,6 @@ class _OnePass(torch.autograd.Function):
         held: int,
         stats: Sequence[Tensor | None],
     ) -> Tensor:
-        ctx.trained_from = first_trained(weight, columns)
         projection = projection._replace(hidden=hidden, weight=weight, bias=bias)
         _, weight_needs, bias_needs, ctx.columns_need, *_ = ctx.needs_input_grad
         ctx.needs = weight_needs or ctx.columns_need, bias_needs
@@ -68,11 +67,12 @@ class _OnePass(torch.autograd.Function):
             losses.append(share.detach())
             return slopes[-1]
 
-        gradient, state, dlogp = _pass(projection, indices, held, ctx.needs, differentiate, ctx.trained_from, stats)
+        trained_from, bits = first_trained(weight, columns), backends.asked(stats)
+        gradient, state, dlogp = _pass(projection, indices, held, ctx.needs, differentiate, trained_from, bits, stats)
         dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
         ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
         ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
-        ctx.options, ctx.gradient, ctx.held = projection.options, gradient, held
+        ctx.options, ctx.gradient, ctx.rest = projection.options, gradient, (held, trained_from, bits)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @staticmethod
@@ -93,7 +93,8 @@ class _OnePass(torch.autograd.Function):
         check_kept(ctx.kept, values=gradient is None, hidden=hidden, weight=weight, bias=bias)
         if gradient is None:
             projection = Projection(hidden, weight, bias, labels, None, True, ctx.options.workspace_bytes, ctx.options)
-            gradient, *_ = _pass(projection, indices, ctx.held, ctx.needs, lambda i, logps: dlogps, ctx.trained_from)
+            held, trained_from, bits = ctx.rest
+            gradient, *_ = _pass(projection, indices, held, ctx.needs, lambda i, logps: dlogps, trained_from, bits)
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
         head, unused = (None, None, None), dlogp.new_empty(0)
         dhidden, *_ = linear_logprob_bwd(
@@ -123,13 +124,14 @@ def _pass(
     needs: tuple[bool, bool],  # dweight, dbias
     differentiate: Callable[[int, Tensor], Tensor],  # group, log-probabilities (M,) -> their gradient (M,)
     trained_from: int,  # the first column of weight that trains where it does
+    bits: int,  # of the stats that the first pass was asked for: a second one has to go the same way
     stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS; filled
 ) -> tuple["HeadGradient", Tensor, Tensor]:
     """The gradient of the head, and state (7, N) and d logp / d hidden (N, H) of the groups, one after the other."""
     hidden, weight, bias, labels, *_, options = projection
     wanted = list(stats) or [None] * len(backends.STATS)
-    bits, several = backends.asked(wanted), len(indices) > 1
-    footprint = options.footprint_of(hidden, weight, indices[0] is not None, trained_from)
+    several = len(indices) > 1
+    footprint = options.footprint_of(hidden, weight, bias, indices[0] is not None, trained_from)
     options = options._replace(
         select=False, workspace_bytes=options.workspace_bytes - footprint.accumulator_bytes(several)
     )
@@ -150,7 +152,7 @@ def _pass(
                 tiles = None
             with computing(hidden, options.compute_dtype):
                 walk = Walk(hidden, weight, bias, labels, index, options, trained_from)
-                kept = None if tiles is None else HeldTiles(walk, tiles)
+                kept = None if tiles is None else HeldTiles(walk, tiles, bits)
                 walk.forward(state[:, part], [logps, *wanted], bits, dlogp[part], None, kept, recomputed=True)
             dlogps = differentiate(i, logps)
             with computing(hidden, options.compute_dtype):
@@ -191,11 +193,9 @@ class HeadGradient:
         scaled = walk.empty(walk.rows, walk.width, dtype=walk.gemm_dtype)
         upstream.weigh(slice(0, walk.rows), walk.row_buffer(walk.rows), scaled)
         wide = self.dweight.dtype == walk.accum_dtype or walk.footprint.gemm_rounds_dweight
-        partial = None if self.dweight.dim() < 2 or wide else walk.empty(held.columns, self.dweight.shape[1])
-        for first in range(0, walk.vocabulary, held.columns):
-            last = min(first + held.columns, walk.vocabulary)
-            reference = held.references[first // held.columns]
-            dz = held.tile(first, last)
+        most = min(held.columns, walk.footprint.slice)
+        partial = None if self.dweight.dim() < 2 or wide else walk.empty(most, self.dweight.shape[1])
+        for first, last, dz, reference in held.parts():
             walk.primitives.held_dlogits(
                 dz, reference, upstream.state, walk.labels, first, walk.transform, upstream.coefficient
             )

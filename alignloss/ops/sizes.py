@@ -3,6 +3,7 @@
 Notation: N scored tokens of M positions, H hidden, V vocabulary; a GEMM is 2 N V H FLOPs.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -45,6 +46,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def architecture(device_type: str) -> str:
+    """The key of the tables of blocks; without a GPU that of Hopper."""
+    here = device_type == "cpu" or torch.cuda.is_available()
+    return blocks.architecture(torch.device(device_type)) if here else "sm_90"
+
+
 def gemm_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype of the operands of the GEMMs: CPU GEMMs round the result to 16 bits, so operands are widened there."""
     return accumulation_dtype(dtype) if device_type == "cpu" else dtype
@@ -63,7 +70,7 @@ class Sizes(NamedTuple):
 
     row: int  # per row of a block
     column: int  # per vocabulary entry of a slice
-    cell: int  # per entry of the tile
+    cell: float  # per entry of the tile
 
 
 class Footprint(NamedTuple):
@@ -79,6 +86,7 @@ class Footprint(NamedTuple):
     device_type: str
     backend: str  # "torch" or "triton"
     trained_from: int = 0  # the first column of the weight that trains where it does
+    exponentials: bool = False  # a GEMM can write those of a tile
 
     @property
     def trained_width(self) -> int:
@@ -156,6 +164,19 @@ class Footprint(NamedTuple):
         """
         return self.dtype == self.accum_dtype
 
+    def writes_exponentials(self, stats: int, derivatives: int) -> bool:
+        """Whether a GEMM writes the exponentials of a forward: of one derivative, and with no sums but their own."""
+        return self.exponentials and derivatives == 1 and not stats & ~backends.LSE
+
+    @property
+    def _exponential_bytes(self) -> Sizes:
+        gemm = self.gemm_dtype.itemsize
+        block_v = blocks.gemm_blocks(architecture(self.device_type), gemm, False)[1]
+        partials = blocks.partial_bytes_per_row(block_v, block_v, extras=False)
+        # a last tile has as many partials as a whole one
+        row = self.width * (self.accum_dtype.itemsize + self.copies_rows * gemm) + partials
+        return Sizes(row, self.slice_bytes, gemm + partials / block_v)
+
     def _forward_bytes(self, stats: int, derivatives: int) -> Sizes:
         accum, gemm = self.accum_dtype.itemsize, self.gemm_dtype.itemsize
         return Sizes(
@@ -185,6 +206,8 @@ class Footprint(NamedTuple):
 
         recomputed: a backward will recompute it; direct: as in `backward_tile`.
         """
+        if self.writes_exponentials(stats, derivatives):
+            return self.fit_tile(rows, self._exponential_bytes, workspace_bytes, 2 * self.slice, most=self.vocabulary)
         sizes, wide = self._forward_bytes(stats, derivatives), self.slice  # a slice reads and writes U once
         if not (recomputed and self.recomputes_exactly):
             return self.fit_tile(rows, sizes, workspace_bytes, wide)
@@ -225,13 +248,16 @@ class Footprint(NamedTuple):
         workspace_bytes: int,
         wide: int,  # vocabulary entries of a slice beyond which a GPU gains more from further rows
         other: Sizes | None = None,  # of another walk that the same tile has to fit
+        most: int | None = None,  # vocabulary entries of a slice on a GPU, by default what registers hold
     ) -> Tile:
         """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16."""
-        row_bytes, column_bytes, cell_bytes = map(max, sizes, other or sizes)
+        other = other or sizes
+        row_bytes, column_bytes = max(sizes.row, other.row), max(sizes.column, other.column)
+        cell_bytes = max(sizes.cell, other.cell)
         if self.device_type == "cuda":
-            most_columns = self.slice
+            most_columns = most or self.slice
             wide = max(16, min(wide, self.vocabulary, workspace_bytes // 4 // max(column_bytes, 1)))
-            most_rows = (workspace_bytes - wide * column_bytes) // (row_bytes + wide * cell_bytes)
+            most_rows = (workspace_bytes - wide * column_bytes) // math.ceil(row_bytes + wide * cell_bytes)
         else:
             # a tile that stays in the cache between the passes over it; more rows where every block casts the weight
             most_columns = 2048
@@ -239,15 +265,18 @@ class Footprint(NamedTuple):
         block = _even_parts(rows, max(16, most_rows), 16)
         free = workspace_bytes - block * row_bytes
         least = self.pitch(16)
-        most = max(least, min(most_columns, free // (block * cell_bytes + column_bytes)))
-        columns = min(self.vocabulary, _even_parts(self.pitch(self.vocabulary), most, 128 if most >= 128 else least))
+        widest = max(least, min(most_columns, int(free // (block * cell_bytes + column_bytes))))
+        multiple = 128 if widest >= 128 else least
+        columns = min(self.vocabulary, _even_parts(self.pitch(self.vocabulary), widest, multiple))
         cells = block * self.pitch(columns)
-        return Tile(block, columns, block * sizes.row + columns * sizes.column + cells * sizes.cell)
+        return Tile(block, columns, int(block * sizes.row + columns * sizes.column + cells * sizes.cell))
 
-    def held_columns(self, rows: int) -> int:
+    def held_columns(self, rows: int, stats: int = 0) -> int:
         """Vocabulary entries of a tile that is held: on a CPU, what the cache holds between two passes over it."""
         if self.device_type != "cuda":
             return min(self.vocabulary, max(256, min(2048, MIB // max(rows, 1) // 128 * 128)))
+        if self.writes_exponentials(stats, 1) and not self.casts_weight:
+            return self.vocabulary
         return min(self.vocabulary, self.slice)
 
     def weigh_bytes(self, rows: int) -> int:
@@ -266,11 +295,13 @@ class Footprint(NamedTuple):
         direct = self.wide_weight or self.gemm_rounds_dweight
         held = rows * (self.pitch(self.vocabulary) * gemm + accum * -(-self.vocabulary // columns))
         held += self.accumulator_bytes(several)
-        cell = accum * (self.fold_scratch(stats, 1) + (gemm != accum))
-        first = rows * (self.pitch(columns) * cell + self.width * (accum + gemm * copies) + self.target_bytes)
+        cell: float = accum * (self.fold_scratch(stats, 1) + (gemm != accum))
+        if self.writes_exponentials(stats, 1):  # where they are held
+            cell = self._exponential_bytes.cell - gemm
+        first = rows * (int(self.pitch(columns) * cell) + self.width * (accum + gemm * copies) + self.target_bytes)
         first += columns * self.slice_bytes
         second = rows * self.width * gemm * (1 + copies)
-        second += columns * self.trained_width * accum * (not direct and not several)
+        second += min(columns, self.slice) * self.trained_width * accum * (not direct and not several)
         return held + max(first, second)
 
     @lru_cache  # noqa: B019
@@ -278,7 +309,7 @@ class Footprint(NamedTuple):
         """How many tokens a group of one pass may hold, if there are `several` groups or one; 0 for none."""
         if several and self.dtype == torch.float16:
             return 0  # sums of several groups would need one scale
-        columns = self.held_columns(1)
+        columns = self.held_columns(1, stats)
         low, high = 0, workspace_bytes // (self.vocabulary * self.gemm_dtype.itemsize)
         while low < high:
             middle = (low + high + 1) // 2

@@ -18,6 +18,8 @@ With the target y left out of every sum, q_v = exp(z_v - m) / s over v != y, and
 so every gradient is a well-scaled matrix with one factor g (1 - p_y) per row, which is applied in fp32 to rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ class Walk(Scored):
         super().__init__(hidden, labels, token_index, options)
         self.hidden, self.weight, self.workspace_bytes = hidden, weight, options.workspace_bytes
         self.vocabulary, self.width = weight.shape
-        self.footprint = options.footprint_of(hidden, weight, self.tokens.token_index is not None, trained_from)
+        indexed = self.tokens.token_index is not None
+        self.footprint = options.footprint_of(hidden, weight, bias, indexed, trained_from)
         # b * linear in the accumulation dtype, of what the compute dtype holds of b
         self.bias = None
         if bias is not None:
@@ -117,7 +120,7 @@ class Walk(Scored):
 
         A tile of logits is one GEMM. It is folded into the running sums of its rows, and what is left of it, the
         exponentials, is multiplied by the slice again into U where a derivative is wanted: at the end of a block the
-        sums and U are all that its results need.
+        sums and U are all that its results need. Some GEMMs write the exponentials themselves.
         """
         if self.rows == 0:
             return
@@ -128,7 +131,8 @@ class Walk(Scored):
         )
         if held is not None:
             block, columns = self.rows, held.columns
-        in_place = held is not None and held.in_place
+        written = self.footprint.writes_exponentials(stats, derivatives)
+        in_place = held is not None and (held.in_place or written)
         row_buffer = self.row_buffer(block)
         weight_buffer = tile = scratch = accumulators = None
         for start in range(0, self.rows, block):
@@ -146,12 +150,14 @@ class Walk(Scored):
             ):
                 if tile is None:
                     cells = block * self.footprint.pitch(columns)
-                    tile = self.empty(cells * (not in_place))
+                    tile = self.empty(cells * (not in_place), dtype=self.gemm_dtype if written else None)
                     scratch = self.empty(self.footprint.fold_scratch(stats, derivatives), cells)
                     weight_buffer = self.weight_buffer(columns)
                     accumulators = self.empty(derivatives, block, self.width)
                 assert scratch is not None and accumulators is not None
                 u, u2 = (accumulators[i, :count] if i < derivatives else None for i in range(2))
+                if written:
+                    primitives.references(rows, self.weight, labels, sums, transform)
                 for first in range(0, self.vocabulary, columns):
                     last = min(first + columns, self.vocabulary)
                     weight = self.weight_slice(first, last, weight_buffer)
@@ -160,13 +166,17 @@ class Walk(Scored):
                         x, keep = keep, None
                     else:
                         x = self.tile_view(tile, count, last - first)
-                    self.product_tile(rows, weight, x)
-                    bias, spare = self.bias_slice(first, last), self.tile_view(scratch, count, last - first)
                     begun = (u, u2) if first else (None, None)
-                    exps, z_exps = primitives.fold(
-                        x, bias, spare, sums, labels, first, transform, stats, derivatives, *begun, self.gemm_dtype,
-                        keep,
-                    )  # fmt: skip
+                    exps, z_exps = x, x
+                    if written:
+                        primitives.exponentials(rows, weight, labels, sums, begun[0], x, first, transform)
+                    else:
+                        self.product_tile(rows, weight, x)
+                        bias, spare = self.bias_slice(first, last), self.tile_view(scratch, count, last - first)
+                        exps, z_exps = primitives.fold(
+                            x, bias, spare, sums, labels, first, transform, stats, derivatives, *begun,
+                            self.gemm_dtype, keep,
+                        )  # fmt: skip
                     if held is not None:
                         held.references[first // columns].copy_(sums[REF])
                     if u is not None:
@@ -249,15 +259,24 @@ class Walk(Scored):
 class HeldTiles:
     """The tiles of a walk, kept as exponentials in the dtype of the GEMM, with the references they are relative to."""
 
-    def __init__(self, walk: Walk, tiles: Tensor) -> None:
+    def __init__(self, walk: Walk, tiles: Tensor, stats: int) -> None:
         self.walk = walk
-        self.columns = walk.footprint.held_columns(max(walk.rows, 1))
+        self.columns = walk.footprint.held_columns(max(walk.rows, 1), stats)
         self.tiles = tiles  # room for N rows of V entries
         self.references = walk.empty(-(-walk.vocabulary // self.columns), walk.rows)
         self.in_place = walk.gemm_dtype == walk.accum_dtype  # logits are computed where they are held
 
     def tile(self, first: int, last: int) -> Tensor:
         return self.walk.tile_view(self.tiles[self.walk.rows * first :], self.walk.rows, last - first)
+
+    def parts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Slices of the vocabulary for kernels that hold a row: first and last entry, exponentials, references."""
+        for begin, reference in zip(range(0, self.walk.vocabulary, self.columns), self.references, strict=True):
+            end = min(begin + self.columns, self.walk.vocabulary)
+            tile = self.tile(begin, end)
+            for first in range(begin, end, self.walk.footprint.slice):
+                last = min(first + self.walk.footprint.slice, end)
+                yield first, last, tile[:, first - begin : last - begin], reference
 
 
 class Upstream:

@@ -25,7 +25,7 @@ emulated: str | None = None  # the GPU that kernels are compiled for
 def emulate(name: str) -> None:
     """Compile for this GPU and launch on it from now on, with its block sizes."""
     global emulated
-    from alignloss.kernels import aot, blocks, stats
+    from alignloss.kernels import aot, blocks
 
     from alignloss import backends
 
@@ -34,8 +34,7 @@ def emulate(name: str) -> None:
     emulated = name
     target, row, shared_bytes = aot.TARGETS[name]
     driver.install(target, shared_bytes)
-    for module in (blocks, stats):
-        module.architecture = lambda device: row
+    blocks.architecture = lambda device: row
     problem = backends._triton_problem
     # to the backend it is a GPU
     backends._triton_problem = lambda device, dtype: problem(torch.device("cuda"), dtype)

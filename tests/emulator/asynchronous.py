@@ -352,56 +352,183 @@ class Box:
             shadow.writer[at] = -1  # seen by all that have waited
 
 
+def _map_and_corner(operands: Operands, text: str) -> tuple[Callable[[Warps], Any], ...]:
+    """Address of the tensor map, and column and row where the box begins, of `[map, {column, row}]`."""
+    inner = [part.strip() for part in re.sub(r"[\[\]{}]", "", text).split(",")]
+    if len(inner) != 3:
+        raise PTXError("coordinates of a box")
+    return operands.read(inner[0], "b64"), *(operands.read(text, "s32") for text in inner[1:])
+
+
+def _tensor_map(w: Warps, names: dict[int, str], address: int) -> TensorMap:
+    if address not in names or names[address] not in w.batch.launch.tensor_maps:
+        raise PTXError("no tensor map at an address")
+    return w.batch.launch.tensor_maps[names[address]]
+
+
 @instruction(r"cp\.async\.bulk\.tensor\.2d\.shared::(?:cta|cluster)\.global\.mbarrier::complete_tx::bytes", 3)
 def _copy_box(operands, given, found, guard):
     to, source, signal = given.operands
-    inner = [part.strip() for part in re.sub(r"[\[\]{}]", "", source).split(",")]
-    if len(inner) != 3:
-        raise PTXError("coordinates of a box")
-    target, barrier = operands.address(to, "b32"), operands.address(signal, "b32")
-    map_address, column, row_ = operands.read(inner[0], "b64"), *(operands.read(text, "s32") for text in inner[1:])
+    places = operands.address(to, "b32"), operands.address(signal, "b32"), *_map_and_corner(operands, source)
     operands.grain = min(operands.grain, 2)
     names = {address: name for name, address in operands.starts.items()}
 
     def execute(w: Warps) -> None:
         for row, lane in each(w, guard):
-            values = [int(w.full(read(w))[row, lane]) for read in (target, barrier, map_address, column, row_)]
-            into, signalled, where, first_column, first_row = values
-            if where not in names or names[where] not in w.batch.launch.tensor_maps:
-                raise PTXError("no tensor map at an address")
-            tensor = w.batch.launch.tensor_maps[names[where]]
-            box = _box(w, (row, lane), tensor, into, (first_row, first_column), given.line)
+            into, signalled, where, column, first = (int(w.full(read(w))[row, lane]) for read in places)
+            tensor = _tensor_map(w, names, where)
+            box = _box(w, (row, lane), tensor, into, (first, column), given.line)
             mbarrier(w, row, signalled, given.line)
             w.batch.boxes[int(w.slots[row])].append((box, Signal(signalled, box.size * box.to.size)))
 
     return execute
 
 
-def _box(w: Warps, thread: tuple[int, int], tensor: TensorMap, into: int, first: tuple[int, int], line: int) -> Box:
-    """first: row and column of the matrix."""
-    (row, lane), (first_row, first_column) = thread, first
+def _places(
+    w: Warps, slot: int, tensor: TensorMap, corner: tuple[int, int], at: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the entries of a box: bytes in shared memory, which are inside the matrix, bytes of those in global memory and
+    in its shadow. corner: row and column of the matrix."""
     (rows, columns), size = tensor.box, tensor.size
-    if into % 128 or columns * size != tensor.swizzle:
+    if at % 128 or columns * size != tensor.swizzle:
         raise PTXError("a box that is not as wide as its swizzle")
-    r, c = np.mgrid[first_row : first_row + rows, first_column : first_column + columns]
-    given = (r >= 0) & (r < tensor.rows) & (c >= 0) & (c < tensor.columns)
-    of, shared = np.zeros(r.shape, np.int64), w.batch.shared
-    who = Threads(w.threads[row : row + 1, lane], w.batch.epochs[w.slots[row : row + 1]])
-    if given.any():
-        addresses = (tensor.first + r[given] * tensor.pitch + c[given] * size).astype(np.uint64)
-        of[given], shaded = w.batch.launch.memory.locate(addresses, size)
-        if (shadow := w.batch.launch.memory.shadow) is not None:
-            shadow.read(who, shadow.places(shaded, size).reshape(1, -1), line, must_be_written=False)
-    at = into + np.arange(rows)[:, None] * tensor.swizzle + np.arange(columns) * size
-    at = swizzled(at.astype(np.int64), tensor.swizzle)
-    slots = np.full(at.size, w.slots[row])
-    to = shared.locate(slots, at.ravel(), size).reshape(at.shape)
+    r, c = np.mgrid[corner[0] : corner[0] + rows, corner[1] : corner[1] + columns]
+    inside = (r >= 0) & (r < tensor.rows) & (c >= 0) & (c < tensor.columns)
+    addresses = (tensor.first + r[inside] * tensor.pitch + c[inside] * size).astype(np.uint64)
+    beyond, shaded = w.batch.launch.memory.locate(addresses, size)
+    here = at + np.arange(rows)[:, None] * tensor.swizzle + np.arange(columns) * size
+    here = swizzled(here.astype(np.int64), tensor.swizzle)
     assert SHARED % 1024 == 0  # the swizzle is by address
-    box = Box(to, of, given, size)
-    if (shadow := shared.shadow) is not None:
+    here = w.batch.shared.locate(np.full(here.size, slot), here.ravel(), size).reshape(here.shape)
+    return here, inside, beyond, shaded
+
+
+def _box(w: Warps, thread: tuple[int, int], tensor: TensorMap, into: int, corner: tuple[int, int], line: int) -> Box:
+    row, lane = thread
+    to, inside, beyond, shaded = _places(w, int(w.slots[row]), tensor, corner, into)
+    of, size = np.zeros(to.shape, np.int64), tensor.size
+    of[inside] = beyond
+    who = Threads(w.threads[row : row + 1, lane], w.batch.epochs[w.slots[row : row + 1]])
+    if inside.any() and (shadow := w.batch.launch.memory.shadow) is not None:
+        shadow.read(who, shadow.places(shaded, size).reshape(1, -1), line, must_be_written=False)
+    box = Box(to, of, inside, size)
+    if (shadow := w.batch.shared.shadow) is not None:
         places = np.unique(shadow.places(to, size))
         shadow.write(who, places[None], line, None)
         shadow.fly(places, writes=True, line=line)
     if not w.batch.launch.settings.late:
         box.move(w.batch)
     return box
+
+
+@dataclass
+class Outgoing:
+    """Boxes on their way from shared to global memory that one instruction of some warps sent."""
+
+    boxes: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]  # warp, bytes here, there, in its shadow
+    size: int
+    line: int
+    taken: bool = False  # out of shared memory
+
+    def take(self, rows: np.ndarray) -> "Outgoing":
+        number = np.cumsum(rows) - 1
+        return Outgoing(
+            [(int(number[row]), *box) for row, *box in self.boxes if rows[row]], self.size, self.line, self.taken
+        )
+
+    def move(self, batch: Batch) -> None:
+        for _, of, to, _ in self.boxes:
+            words = batch.shared.words[self.size][of // self.size]
+            batch.launch.memory.words[self.size][to // self.size] = words
+
+    def leave(self, w: Warps) -> None:
+        """Shared memory may be written again."""
+        if self.taken:
+            return
+        if w.batch.launch.settings.late:
+            self.move(w.batch)
+        if (shadow := w.batch.shared.shadow) is not None:
+            for row, of, *_ in self.boxes:
+                places = np.unique(shadow.places(of, self.size))
+                shadow.land(places, writes=False)
+                who = Threads(w.threads[row : row + 1, 0], w.batch.epochs[w.slots[row : row + 1]])
+                shadow.read(who, places[None], self.line, must_be_written=True)
+        self.taken = True
+
+    def land(self, w: Warps) -> None:
+        self.leave(w)
+        if (shadow := w.batch.launch.memory.shadow) is not None:
+            for *_, shaded in self.boxes:
+                shadow.land(shadow.places(shaded, self.size), writes=True)
+
+
+class OutgoingGroups(Groups):
+    """Of `Outgoing`: under way until they have left shared memory; global memory has them at the end of the kernel."""
+
+    def under_way(self) -> list[Any]:
+        return [job for job in super().under_way() if job.boxes and not job.taken]
+
+    def take(self, rows: np.ndarray) -> "OutgoingGroups":
+        return OutgoingGroups(*vars(super().take(rows)).values())
+
+    def wait_until_read(self, w: Warps, most: int, line: int) -> None:
+        for group in self.groups[: max(0, len(self.groups) - most)]:
+            for job in group:
+                if job.boxes and not job.taken:
+                    w.batch.launch.reached.add(line)
+                job.leave(w)
+
+
+def _outgoing(w: Warps) -> OutgoingGroups:
+    return w.jobs.setdefault("cp.async.bulk", OutgoingGroups())
+
+
+@instruction(r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta\.bulk_group", 2)
+def _store_box(operands, given, found, guard):
+    target, source = given.operands
+    places = operands.address(source, "b32"), *_map_and_corner(operands, target)
+    operands.grain = min(operands.grain, 2)
+    names = {address: name for name, address in operands.starts.items()}
+
+    def execute(w: Warps) -> None:
+        boxes, size = [], 0
+        for row, lane in each(w, guard):
+            at, where, column, first = (int(w.full(read(w))[row, lane]) for read in places)
+            tensor = _tensor_map(w, names, where)
+            of, inside, to, shaded = _places(w, int(w.slots[row]), tensor, (first, column), at)
+            boxes.append((row, of[inside], to, shaded))
+            size = tensor.size
+            who = Threads(w.threads[row : row + 1, lane], w.batch.epochs[w.slots[row : row + 1]])
+            if (shadow := w.batch.shared.shadow) is not None:
+                read = np.unique(shadow.places(of[inside], size))
+                shadow.read(who, read[None], given.line, must_be_written=True)
+                seen_by_engines(w, np.array([row]), read[None], given.line)
+                shadow.fly(read, writes=False, line=given.line)
+            if (shadow := w.batch.launch.memory.shadow) is not None:
+                written = shadow.places(shaded, size)
+                shadow.write(who, written.reshape(1, -1), given.line, None)
+                shadow.fly(written, writes=True, line=given.line)
+        job = Outgoing(boxes, size, given.line)
+        if boxes and not w.batch.launch.settings.late:
+            job.move(w.batch)
+        _outgoing(w).begun.append(job)
+
+    return execute
+
+
+@instruction(r"cp\.async\.bulk\.commit_group", 0)
+def _commit_boxes(operands, given, found, guard):
+    unguarded(guard, "a group of copies")
+    return lambda w: _outgoing(w).commit()
+
+
+@instruction(r"cp\.async\.bulk\.wait_group(\.read)?", 1)
+def _wait_for_boxes(operands, given, found, guard):
+    unguarded(guard, "a wait for copies")
+    most, read = int(given.operands[0], 0), found[1] is not None
+
+    def execute(w: Warps) -> None:
+        groups = _outgoing(w)
+        (groups.wait_until_read if read else groups.wait)(w, most, given.line)
+
+    return execute

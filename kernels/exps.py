@@ -1,0 +1,266 @@
+"""Exponentials of the logits of every row, written in 16 bits by the GEMM that computes the logits.
+
+    e_v = exp(z_v - m) and 0 at the target,  s = sum e_v
+
+The reference m of a row is known before its GEMM: the logit of its target. It need not be near the largest logit: bf16
+has the range of fp32, and a rounding of e_v is as large relative to it whatever m is. What leaves that range is
+repaired without the host's knowing: `exps_fwd_kernel` also writes, for each row and each tile of BLOCK_V entries, the
+sum and the maximum of z - m; where the maximum over the slice is further than `FAR` nats, `repair_fwd_kernel` computes
+the blocks of such rows again with m moved to the largest logit, and returns at once from every other;
+`settle_fwd_kernel` adds the slice to the running state of the rows, and rescales U where m moved.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, gemm_blocks
+from .math import SUM, TARGET
+from .stats import multiprocessors, place, target_logit
+from .tile import column, reach
+
+# nats: a sum over 2^20 entries stays below e^75, far inside fp32, and what is 20 below the largest is above its least
+FAR = tl.constexpr(60.0)
+
+
+@triton.jit
+def reference_fwd_kernel(
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    labels,  # (N,) int64
+    state,  # (7, N) fp32: m and x_y are filled
+    N,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    state_stride,
+    linear,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = target_logit(
+        hidden, weight, None, labels, n, N, V, H, hidden_stride, weight_stride, linear, False, BLOCK_N, BLOCK_H
+    )
+    # any finite number serves a row whose target has none
+    tl.store(state + n, tl.where(tl.abs(x) < float("inf"), x, 0.0), mask=n < N)
+    tl.store(state + n + TARGET * tl.cast(state_stride, tl.int64), x, mask=n < N)
+
+
+@triton.jit
+def multiply(
+    hidden, weight, block_n, tile, H, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    """The products of a block of rows and a tile of entries, (BLOCK_N, BLOCK_V)."""
+    x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for step in range(tl.cdiv(H, BLOCK_H)):
+        h = hidden.load([block_n * BLOCK_N, step * BLOCK_H])
+        w = weight.load([tile * BLOCK_V, step * BLOCK_H])
+        x = tl.dot(h, w.T, x, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def shifted(
+    x,  # (BLOCK_N, BLOCK_V) products
+    reference,  # (BLOCK_N,)
+    n,
+    tile,
+    labels,
+    N,
+    first,
+    Vs,
+    linear,
+    BLOCK_V: tl.constexpr,
+):
+    """z - m, and -inf at the target and past the end of the slice."""
+    x = x * linear - reference[:, None]
+    label = column(tl.load(labels + n, mask=n < N, other=-1), first, Vs)
+    # few tiles hold the end of the vocabulary or a label of theirs; elsewhere nothing is compared entry by entry
+    begin = tile * BLOCK_V
+    here = tl.max(((label >= begin) & (label < begin + BLOCK_V)).to(tl.int32), 0)
+    if (here > 0) | (begin + BLOCK_V > Vs):
+        v = begin + tl.arange(0, BLOCK_V)
+        x = tl.where((v < Vs)[None, :] & (v[None, :] != label[:, None]), x, -float("inf"))
+    return x
+
+
+@triton.jit
+def exps_fwd_kernel(
+    hidden,  # descriptor of blocks (BLOCK_N, BLOCK_H) of (N, H); what lies beyond reads as 0
+    weight,  # descriptor of blocks (BLOCK_V, BLOCK_H) of the slice, (Vs, H)
+    exps,  # descriptor of blocks (BLOCK_N, BLOCK_V) of (N, Vs) and its padding; filled
+    labels,  # (N,) int64
+    state,  # (7, N) fp32: m
+    partials,  # (2, tiles, N) fp32: sum of e and max of z - m
+    N,
+    Vs,
+    H,
+    first,  # vocabulary index of column 0
+    linear,  # z = h w * linear
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    blocks_n, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(Vs, BLOCK_V)
+    field = tl.cast(tiles, tl.int64) * N
+    # as one loop with the one inside it: the copies for the next tile are under way while this one is written
+    for program in tl.range(tl.program_id(0), blocks_n * tiles, tl.num_programs(0), flatten=True):
+        block_n, tile = place(program, blocks_n, tiles, GROUP)
+        x = multiply(hidden, weight, block_n, tile, H, BLOCK_N, BLOCK_V, BLOCK_H)
+        n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        reference = tl.load(state + n, mask=n < N, other=0.0)
+        x = shifted(x, reference, n, tile, labels, N, first, Vs, linear, BLOCK_V)
+        out = partials + tile.to(tl.int64) * N + n
+        # before x is overwritten: in the other order registers spill
+        tl.store(out + field, tl.max(x, 1), mask=n < N)
+        e = tl.exp(x)
+        tl.store(out, tl.sum(e, 1), mask=n < N)
+        exps.store([block_n * BLOCK_N, tile * BLOCK_V], e.to(exps.dtype))
+
+
+@triton.jit
+def largest(partials, n, N, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The largest z - m of rows over the slice."""
+    t = tl.arange(0, BLOCK_T)
+    tops = partials + tl.cast(tiles, tl.int64) * N
+    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
+        mask = (start + t < tiles)[:, None] & (n < N)[None, :]
+        top = tl.maximum(top, tl.max(tl.load(tops + at, mask=mask, other=-float("inf")), 0))
+    return top
+
+
+@triton.jit
+def moved(reference, top, s):
+    """The reference after a slice whose largest z - m is `top`, on top of a sum s: once there is one, it only rises."""
+    too_low = (s == 0) & (top < -FAR) & (top > -float("inf"))
+    return tl.where((top > FAR) | too_low, reference + top, reference)
+
+
+@triton.jit
+def repair_fwd_kernel(
+    hidden,  # as in exps_fwd_kernel
+    weight,
+    exps,
+    labels,
+    state,  # (7, N) fp32: m, s before the slice
+    partials,  # (2, tiles, N) fp32: of e, written anew; max of z - m, relative to the m of the state
+    N,
+    Vs,
+    H,
+    first,
+    state_stride,
+    linear,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    block_n, tiles = tl.program_id(0), tl.cdiv(Vs, BLOCK_V)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    reference = tl.load(state + n, mask=n < N, other=0.0)
+    s = tl.load(state + n + SUM * tl.cast(state_stride, tl.int64), mask=n < N, other=1.0)
+    found = moved(reference, largest(partials, n, N, tiles, BLOCK_N, BLOCK_T), s)
+    if tl.max((found != reference).to(tl.int32), 0) > 0:
+        for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+            x = multiply(hidden, weight, block_n, tile, H, BLOCK_N, BLOCK_V, BLOCK_H)
+            e = tl.exp(shifted(x, found, n, tile, labels, N, first, Vs, linear, BLOCK_V))
+            tl.store(partials + tl.cast(tile, tl.int64) * N + n, tl.sum(e, 1), mask=n < N)
+            exps.store([block_n * BLOCK_N, tile * BLOCK_V], e.to(exps.dtype))
+
+
+@triton.jit
+def settle_fwd_kernel(
+    state,  # (7, N) fp32: m and s are those after the slice
+    partials,  # (2, tiles, N) fp32: sum of e relative to the m after the slice, max of z - m to that before it
+    u,  # (N, H) fp32, once it holds sums; rescaled where m moved
+    N,
+    H,
+    tiles,
+    state_stride,
+    BEGUN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, t = n < N, tl.arange(0, BLOCK_T)
+    sums = state + n + SUM * tl.cast(state_stride, tl.int64)
+    reference, s = tl.load(state + n, mask=inside, other=0.0), tl.load(sums, mask=inside, other=1.0)
+    # reductions between these loads and the stores below: no warp reads what another has written
+    found = moved(reference, largest(partials, n, N, tiles, BLOCK_N, BLOCK_T), s)
+    decay = tl.where(s == 0, 0.0, tl.exp(reference - found))
+    total = s * decay
+    for start in range(0, tiles, BLOCK_T):
+        at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
+        mask = (start + t < tiles)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(partials + at, mask=mask, other=0.0), 0)
+    tl.store(state + n, found, mask=inside)
+    tl.store(sums, total, mask=inside)
+    if BEGUN:
+        if tl.max((found != reference).to(tl.int32), 0) > 0:
+            k = tl.arange(0, BLOCK_H)
+            for start in range(0, H, BLOCK_H):
+                at = u + n.to(tl.int64)[:, None] * H + (start + k)[None, :]
+                mask = inside[:, None] & (start + k < H)[None, :]
+                tl.store(at, tl.load(at, mask=mask, other=0.0) * decay[:, None], mask=mask)
+
+
+def reference_fwd(
+    hidden: Tensor,  # (N, H), rows contiguous
+    weight: Tensor,  # (V, H), rows contiguous
+    labels: Tensor,  # (N,) int64
+    state: Tensor,  # (7, N) fp32, rows contiguous
+    linear: float,
+) -> None:
+    """Begin `state` with the logits of the targets, which the first exponentials are relative to."""
+    (N, H), V = hidden.shape, weight.shape[0]
+    reference_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
+        hidden, weight, labels, state, N, V, H, hidden.stride(0), weight.stride(0), state.stride(0), linear,
+        BLOCK_N=COMBINE_BLOCK_N, BLOCK_H=64, **OPTIONS,
+    )  # fmt: skip
+
+
+def exps_fwd(
+    hidden: Tensor,  # (N, H), reached by the copy engine, as are weight and out
+    weight: Tensor,  # (Vs, H) of the same dtype
+    labels: Tensor,  # (N,) int64
+    state: Tensor,  # (7, N) fp32, rows contiguous
+    u: Tensor | None,  # (N, H) contiguous, once it holds sums
+    out: Tensor,  # (N, Vs); filled
+    first: int,
+    linear: float,
+) -> None:
+    """Write the exponentials of a slice, add their sums to `state`, and rescale u where the reference moved."""
+    (N, H), Vs = hidden.shape, weight.shape[0]
+    kind = blocks.architecture(hidden.device)
+    block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), False)
+    blocks_n, tiles = triton.cdiv(N, block_n), triton.cdiv(Vs, block_v)
+    partials = torch.empty((2, tiles, N), dtype=torch.float32, device=hidden.device)
+    # with its padding, which is written as zeros
+    filled = TensorDescriptor(out, [N, reach(out)], list(out.stride()), [block_n, block_v])
+    operands = (
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, block_h])
+        for t, rows in ((hidden, block_n), (weight, block_v))
+    )
+    shared = *operands, filled, labels, state, partials, N, Vs, H, first
+    constants = {
+        "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h,
+        "num_warps": warps, "num_stages": stages,
+    } | OPTIONS  # fmt: skip
+    most = multiprocessors(hidden.device)
+    exps_fwd_kernel[(min(blocks_n * tiles, most),)](*shared, linear, GROUP=8, **constants)
+    parts = min(tiles, triton.cdiv(most, blocks_n))
+    constants["num_stages"] = REPAIR_STAGES.get(kind, stages)
+    repair_fwd_kernel[(blocks_n, parts)](*shared, state.stride(0), linear, BLOCK_T=COMBINE_BLOCK_T, **constants)
+    settle_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
+        state, partials, u, N, H, tiles, state.stride(0), BEGUN=u is not None,
+        BLOCK_N=COMBINE_BLOCK_N, BLOCK_T=COMBINE_BLOCK_T, BLOCK_H=64, **OPTIONS,
+    )  # fmt: skip
