@@ -194,7 +194,6 @@ def settle_fwd_kernel(
     inside, t = n < N, tl.arange(0, BLOCK_T)
     sums = state + n + SUM * tl.cast(state_stride, tl.int64)
     reference, s = tl.load(state + n, mask=inside, other=0.0), tl.load(sums, mask=inside, other=1.0)
-    # reductions between these loads and the stores below: no warp reads what another has written
     found = moved(reference, largest(partials, n, N, tiles, BLOCK_N, BLOCK_T), s)
     decay = tl.where(s == 0, 0.0, tl.exp(reference - found))
     total = s * decay
@@ -202,6 +201,7 @@ def settle_fwd_kernel(
         at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
         mask = (start + t < tiles)[:, None] & inside[None, :]
         total += tl.sum(tl.load(partials + at, mask=mask, other=0.0), 0)
+    tl.debug_barrier()  # before a faster warp overwrites the state that another has to read
     tl.store(state + n, found, mask=inside)
     tl.store(sums, total, mask=inside)
     if BEGUN:

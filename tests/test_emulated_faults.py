@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import emulator
 import triton
 import triton.language as tl
-from alignloss.kernels import kl, stats, tile
+from alignloss.kernels import blocks, exps, kl, stats, tile
 from emulator.driver import gpu
 from emulator.text import PTXError
 from reference import as_on_a_gpu, inputs, leaf, replace_kernels
@@ -26,8 +26,9 @@ pytestmark = [
 KERNELS = (
     "gather_fwd", "finish_fwd", "rows_bwd", "scale_bwd", "stats_fwd", "combine_fwd", "fold_fwd", "dlogits_bwd",
     "held_bwd", "kl_fwd", "kl_bwd", "sequence_fwd", "sequence_bwd", "preference_fwd", "preference_reduce_fwd",
-    "preference_bwd", "stats_copied_fwd",
+    "preference_bwd", "reference_fwd", "settle_fwd", "stats_copied_fwd", "exps_fwd", "repair_fwd",
 )  # fmt: skip
+GEMMS = ("stats", "exps", "repair")
 
 
 class Recorded:
@@ -72,6 +73,7 @@ def launches():
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
             (tile, "TILE_ENTRIES", 32), (kl, "KL_BLOCK", 64), (kl, "KL_WARPS", 2), (stats, "COMBINE_BLOCK_T", 2),
+            (exps, "COMBINE_BLOCK_T", 2), (exps, "multiprocessors", lambda device: 1),
         ):  # fmt: skip
             patch.setattr(module, name, value)
         as_on_a_gpu(patch)
@@ -93,7 +95,23 @@ def launches():
             if dtype == torch.float32:
                 state, index = torch.zeros(7, 80), torch.zeros(80, dtype=torch.int64)
                 stats.stats_fwd(hidden.view(80, -1), weight, None, index, state, 1.0, softcap, False, "tf32")
+        if emulator.emulated in blocks.COPY_ENGINE:
+            write_exponentials()
     return found
+
+
+def write_exponentials():
+    """Of two slices, with rows whose references are moved in each and sums that follow them."""
+    hidden, weight, _, labels = inputs(80, vocabulary=600, hidden_size=200, masked=0.0, dtype=torch.bfloat16)
+    hidden[:, -1] = 1
+    labels[::2] = 7
+    weight[7], weight[500] = 0, 0
+    weight[7, -1], weight[500, -1] = -100, 100
+    state = torch.zeros(7, 80)
+    exps.reference_fwd(hidden, weight, labels, state, 1.0)
+    for first, u in ((0, None), (300, torch.randn(80, 200))):
+        out = torch.empty(80, 320, dtype=torch.bfloat16)[:, :300]
+        exps.exps_fwd(hidden, weight[first : first + 300], labels, state, u, out, first, 1.0)
 
 
 def run(launch, change=lambda ptx: ptx):
@@ -146,6 +164,8 @@ ORDERED = (
     (rf"{WRITTEN}|cp\.async\.wait", rf"{READ}|{WRITTEN}"),
     (READ, rf"{WRITTEN}|cp\.async\.c[ag]"),
     (r"wgmma\.wait", r"cp\.async\.bulk"),  # by an engine, over what warps have read
+    (WRITTEN, r"cp\.async\.bulk\.tensor\.2d\.global"),  # which an engine reads
+    (r"cp\.async\.bulk\.wait", WRITTEN),
     (r"st\.global", r"[ls][dt]\.global"),
     (r"ld\.global", r"st\.global"),
 )
@@ -161,12 +181,12 @@ def may_be_spare(whole, number):
         return any(re.match(pattern, opcode) for opcode in side)
 
     before, after = around(whole, number)
-    ordered = ORDERED[:3] if whole.program.text.name.startswith("stats") else ORDERED
+    ordered = ORDERED[:5] if whole.program.text.name.startswith(GEMMS) else ORDERED
     return not any(has(before, first) and has(after, then) for first, then in ordered)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly if "stats" in name else ()) for name in KERNELS]
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name.startswith(GEMMS) else ()) for name in KERNELS]
 )
 def test_a_barrier_that_is_missing(name, launches):
     barriers = spare = 0
@@ -191,6 +211,10 @@ WAITS = {
     "an mbarrier": (("sm_90", "sm_100"), r"mbarrier\.try_wait\S+\s+(\S+),.*", lambda m: f"mov.pred {m[1]}, -1;"),
     "a signal of an engine": (("sm_100",), r"@\S+ tcgen05\.commit.*", ""),
     "what threads have written": (("sm_90", "sm_100"), r"fence\.proxy\.async.*", ""),
+    "what an engine reads": (
+        ("sm_90", "sm_100"),
+        r"(cp\.async\.bulk\.wait_group(?:\.read)?)\s+(\d+)", lambda m: f"{m[1]} {int(m[2]) + 1}",
+    ),
 }  # fmt: skip
 
 
@@ -200,7 +224,7 @@ def test_a_wait_that_is_too_weak(wait, launches):
     architectures, pattern, replacement = WAITS[wait]
     places = 0
     for key, launch in launches.items():
-        if key[0].startswith("stats"):
+        if key[0].startswith(GEMMS):
             for number, found, _ in planted(launch, pattern, replacement):
                 places += 1
                 assert found, f"{key}, line {number}"
