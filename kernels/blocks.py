@@ -5,6 +5,9 @@ Shared memory bounds the GEMM tile: 227 KB on sm_90 and sm_100, 163 KB on sm_80,
 sm_90 and the warps of the kernels over tiles were compared with others (docs/gpu.md).
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 
 # architecture -> operand bytes -> (BLOCK_N, BLOCK_V, BLOCK_H, num_warps, num_stages) of stats_fwd_kernel
@@ -51,8 +54,19 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "small")
+    known = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    properties = gpu_properties(device)
+    return known.get((properties.major, properties.minor), "small")
+
+
+def gpu_properties(device: torch.device) -> Any:
+    """torch's, of a GPU or the current one: kept, since a call asks several times and torch takes 5 microseconds."""
+    return _properties(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
 
 
 def reached(tensor: torch.Tensor) -> bool:

@@ -249,7 +249,7 @@ def copies(kind: str, *operands: Tensor) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return blocks.gpu_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def stats_fwd(

@@ -38,7 +38,7 @@ def one_pass_workspace(device_type: str, total_memory: int) -> int:
 
 def total_memory(device: torch.device) -> int:
     """Total bytes of a GPU; 0 for any other device."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return blocks.gpu_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
