@@ -115,7 +115,8 @@ def plan(
         dtype: of the computation: of the inputs, or of autocast.
         weight_dtype: of hidden states, weight and bias, if autocast makes it another one.
         device: "cpu" or "cuda"; by default a GPU if there is one.
-        device_memory: total bytes of a GPU that is not in this machine; by default those of the current one.
+        device_memory: total bytes of a GPU that is not in this machine; by default those of the current one. Where
+            there is no GPU here, what runs is what runs on Hopper: elsewhere one pass takes more workspace.
         backend, workspace_bytes: as in `linear_logprob`.
 
     Returns:

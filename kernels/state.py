@@ -1,6 +1,8 @@
 """The rows of `state`, the running sums of a walk, by name: for the kernels, their launches and plain torch alike."""
 
-REF = 0  # reference m that the exponentials are relative to; at most 20 nats below the largest z
+# reference m that the exponentials are relative to: at most 20 nats below the largest z, or at most 60 from it where
+# a GEMM wrote them
+REF = 0
 SUM = 1  # sum of exp(z - m) over v != y
 TARGET = 2  # x of the target; NaN while no slice has held it, so a label outside the vocabulary ends as NaN
 SUM_ZE = 3  # sum of (z - m) exp(z - m) over v != y
