@@ -45,7 +45,7 @@ def test_every_number_is_recorded_with_device_versions_and_commit(measured):
     document = json.loads(measured[1].read_text())
     assert {"command", "device", "threads", "versions", "commit", "units"} <= set(document)
     rows = {(row["tokens"], row["provider"], row["mode"]): row for row in document["rows"]}
-    assert {provider for _, provider, _ in rows} == {"bare GEMMs", "alignloss", "full logits"}
+    assert {provider for _, provider, _ in rows} == {"bare GEMMs", "F.linear", "alignloss", "full logits"}
     for tokens in (64, 128):
         step = rows[tokens, "alignloss", "DPO step"]
         assert step["labelled"] == tokens // 2
