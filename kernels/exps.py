@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import blocks
 from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, gemm_blocks
 from .math import SUM, TARGET
-from .stats import multiprocessors, place, target_logit
+from .stats import blocks_of, largest, multiply, multiprocessors, place, target_logit
 from .tile import column, reach
 
 # nats: a sum over 2^20 entries stays below e^75, far inside fp32, and what is 20 below the largest is above its least
@@ -49,19 +49,6 @@ def reference_fwd_kernel(
     # any finite number serves a row whose target has none
     tl.store(state + n, tl.where(tl.abs(x) < float("inf"), x, 0.0), mask=n < N)
     tl.store(state + n + TARGET * tl.cast(state_stride, tl.int64), x, mask=n < N)
-
-
-@triton.jit
-def multiply(
-    hidden, weight, block_n, tile, H, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
-):  # fmt: skip
-    """The products of a block of rows and a tile of entries, (BLOCK_N, BLOCK_V)."""
-    x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for step in range(tl.cdiv(H, BLOCK_H)):
-        h = hidden.load([block_n * BLOCK_N, step * BLOCK_H])
-        w = weight.load([tile * BLOCK_V, step * BLOCK_H])
-        x = tl.dot(h, w.T, x, input_precision="ieee")
-    return x
 
 
 @triton.jit
@@ -112,7 +99,7 @@ def exps_fwd_kernel(
     # as one loop with the one inside it: the copies for the next tile are under way while this one is written
     for program in tl.range(tl.program_id(0), blocks_n * tiles, tl.num_programs(0), flatten=True):
         block_n, tile = place(program, blocks_n, tiles, GROUP)
-        x = multiply(hidden, weight, block_n, tile, H, BLOCK_N, BLOCK_V, BLOCK_H)
+        x = multiply(hidden, weight, block_n, tile, H, "ieee", BLOCK_N, BLOCK_V, BLOCK_H)
         n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         reference = tl.load(state + n, mask=n < N, other=0.0)
         x = shifted(x, reference, n, tile, labels, N, first, Vs, linear, BLOCK_V)
@@ -122,19 +109,6 @@ def exps_fwd_kernel(
         e = tl.exp(x)
         tl.store(out, tl.sum(e, 1), mask=n < N)
         exps.store([block_n * BLOCK_N, tile * BLOCK_V], e.to(exps.dtype))
-
-
-@triton.jit
-def largest(partials, n, N, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The largest z - m of rows over the slice."""
-    t = tl.arange(0, BLOCK_T)
-    tops = partials + tl.cast(tiles, tl.int64) * N
-    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
-        mask = (start + t < tiles)[:, None] & (n < N)[None, :]
-        top = tl.maximum(top, tl.max(tl.load(tops + at, mask=mask, other=-float("inf")), 0))
-    return top
 
 
 @triton.jit
@@ -167,10 +141,11 @@ def repair_fwd_kernel(
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     reference = tl.load(state + n, mask=n < N, other=0.0)
     s = tl.load(state + n + SUM * tl.cast(state_stride, tl.int64), mask=n < N, other=1.0)
-    found = moved(reference, largest(partials, n, N, tiles, BLOCK_N, BLOCK_T), s)
+    tops = partials + tl.cast(tiles, tl.int64) * N
+    found = moved(reference, largest(tops, n, N, tiles, BLOCK_N, BLOCK_T), s)
     if tl.max((found != reference).to(tl.int32), 0) > 0:
         for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-            x = multiply(hidden, weight, block_n, tile, H, BLOCK_N, BLOCK_V, BLOCK_H)
+            x = multiply(hidden, weight, block_n, tile, H, "ieee", BLOCK_N, BLOCK_V, BLOCK_H)
             e = tl.exp(shifted(x, found, n, tile, labels, N, first, Vs, linear, BLOCK_V))
             tl.store(partials + tl.cast(tile, tl.int64) * N + n, tl.sum(e, 1), mask=n < N)
             exps.store([block_n * BLOCK_N, tile * BLOCK_V], e.to(exps.dtype))
@@ -194,7 +169,8 @@ def settle_fwd_kernel(
     inside, t = n < N, tl.arange(0, BLOCK_T)
     sums = state + n + SUM * tl.cast(state_stride, tl.int64)
     reference, s = tl.load(state + n, mask=inside, other=0.0), tl.load(sums, mask=inside, other=1.0)
-    found = moved(reference, largest(partials, n, N, tiles, BLOCK_N, BLOCK_T), s)
+    tops = partials + tl.cast(tiles, tl.int64) * N
+    found = moved(reference, largest(tops, n, N, tiles, BLOCK_N, BLOCK_T), s)
     decay = tl.where(s == 0, 0.0, tl.exp(reference - found))
     total = s * decay
     for start in range(0, tiles, BLOCK_T):
@@ -246,11 +222,7 @@ def exps_fwd(
     partials = torch.empty((2, tiles, N), dtype=torch.float32, device=hidden.device)
     # with its padding, which is written as zeros
     filled = TensorDescriptor(out, [N, reach(out)], list(out.stride()), [block_n, block_v])
-    operands = (
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, block_h])
-        for t, rows in ((hidden, block_n), (weight, block_v))
-    )
-    shared = *operands, filled, labels, state, partials, N, Vs, H, first
+    shared = *blocks_of(hidden, weight, block_n, block_v, block_h), filled, labels, state, partials, N, Vs, H, first
     constants = {
         "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h,
         "num_warps": warps, "num_stages": stages,

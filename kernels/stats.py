@@ -117,6 +117,20 @@ def stats_fwd_kernel(
 
 
 @triton.jit
+def multiply(
+    hidden, weight, block_n, tile, H,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The products of a block of rows and a tile of entries, (BLOCK_N, BLOCK_V), which the copy engine brings."""
+    x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for step in range(tl.cdiv(H, BLOCK_H)):
+        h = hidden.load([block_n * BLOCK_N, step * BLOCK_H])
+        w = weight.load([tile * BLOCK_V, step * BLOCK_H])
+        x = tl.dot(h, w.T, x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
 def stats_copied_fwd_kernel(
     hidden,  # descriptor of blocks (BLOCK_N, BLOCK_H) of (N, H); what lies beyond reads as 0
     weight,  # descriptor of blocks (BLOCK_V, BLOCK_H) of (V, H)
@@ -138,18 +152,26 @@ def stats_copied_fwd_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """`stats_fwd_kernel` for operands that the copy engine reaches: a program takes one tile after the other."""
-    blocks_n, tiles, steps = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), tl.cdiv(H, BLOCK_H)
+    blocks_n, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
     # as one loop with the one inside it: the copies for the next tile are under way while statistics are taken
     for program in tl.range(tl.program_id(0), blocks_n * tiles, tl.num_programs(0), flatten=True):
         block_n, tile = place(program, blocks_n, tiles, GROUP)
-        x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for step in range(steps):
-            h = hidden.load([block_n * BLOCK_N, step * BLOCK_H])
-            w = weight.load([tile * BLOCK_V, step * BLOCK_H])
-            x = tl.dot(h, w.T, x, input_precision=PRECISION)
+        x = multiply(hidden, weight, block_n, tile, H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H)
         store_statistics(
             x, block_n, tile, bias, labels, partials, N, V, linear, cap, HAS_BIAS, HAS_CAP, EXTRAS, BLOCK_N, BLOCK_V
         )
+
+
+@triton.jit
+def largest(tops, n, N, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Of rows n the maximum of `tops`, (tiles, N)."""
+    t = tl.arange(0, BLOCK_T)
+    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
+        mask = (start + t < tiles)[:, None] & (n < N)[None, :]
+        top = tl.maximum(top, tl.max(tl.load(tops + at, mask=mask, other=-float("inf")), 0))
+    return top
 
 
 @triton.jit
@@ -203,11 +225,7 @@ def combine_fwd_kernel(
     inside = n < N
     t = tl.arange(0, BLOCK_T)
     field = tl.cast(tiles, tl.int64) * N
-    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
-        mask = (start + t < tiles)[:, None] & inside[None, :]
-        top = tl.maximum(top, tl.max(tl.load(partials + at, mask=mask, other=-float("inf")), 0))
+    top = largest(partials, n, N, tiles, BLOCK_N, BLOCK_T)
     m = tl.where(top == -float("inf"), LOWEST, top)
     s = tl.zeros((BLOCK_N,), tl.float32)
     ze = tl.zeros((BLOCK_N,), tl.float32)
@@ -252,6 +270,14 @@ def multiprocessors(device: torch.device) -> int:
     return blocks.gpu_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+def blocks_of(hidden: Tensor, weight: Tensor, block_n: int, block_v: int, block_h: int) -> list[TensorDescriptor]:
+    """What the copy engine reads the operands of a GEMM by."""
+    return [
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, block_h])
+        for t, rows in ((hidden, block_n), (weight, block_v))
+    ]
+
+
 def stats_fwd(
     hidden: Tensor,  # (N, H), rows contiguous
     weight: Tensor,  # (V, H) of the same dtype, rows contiguous
@@ -276,11 +302,8 @@ def stats_fwd(
         "BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h, "num_warps": warps, "num_stages": stages,
     } | OPTIONS  # fmt: skip
     if copies(kind, hidden, weight):
-        blocks_of = (
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, block_h])
-            for t, rows in ((hidden, block_n), (weight, block_v))
-        )
-        stats_copied_fwd_kernel[(min(programs, multiprocessors(hidden.device)),)](*blocks_of, *shared, **constants)
+        operands = blocks_of(hidden, weight, block_n, block_v, block_h)
+        stats_copied_fwd_kernel[(min(programs, multiprocessors(hidden.device)),)](*operands, *shared, **constants)
     else:
         strides = hidden.stride(0), weight.stride(0)
         stats_fwd_kernel[(programs,)](hidden, weight, *shared, *strides, **constants)

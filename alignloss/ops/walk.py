@@ -167,7 +167,7 @@ class Walk(Scored):
                     else:
                         x = self.tile_view(tile, count, last - first)
                     begun = (u, u2) if first else (None, None)
-                    exps, z_exps = x, x
+                    exps = x
                     if written:
                         primitives.exponentials(rows, weight, labels, sums, begun[0], x, first, transform)
                     else:
@@ -177,12 +177,12 @@ class Walk(Scored):
                             x, bias, spare, sums, labels, first, transform, stats, derivatives, *begun,
                             self.gemm_dtype, keep,
                         )  # fmt: skip
+                        if u2 is not None:
+                            addmm(u2, z_exps, weight, beta=int(first > 0))
                     if held is not None:
                         held.references[first // columns].copy_(sums[REF])
                     if u is not None:
                         addmm(u, exps, weight, beta=int(first > 0))
-                    if u2 is not None:
-                        addmm(u2, z_exps, weight, beta=int(first > 0))
             found = (None if t is None else t[part] for t in (dlogp, dentropy))
             primitives.finish(self.tokens, part, labels, sums, u, u2, self.weight, transform, outputs, *found)
 
