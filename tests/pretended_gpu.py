@@ -27,6 +27,18 @@ from alignloss.ops import context, onepass, preference, sequence
 CUDA = torch.device("cuda:0")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--first-and-last", action="store_true", help="of the cases of each test")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first-and-last"):
+        cases = {}
+        for item in items:
+            cases.setdefault(item.function, []).append(item)
+        items[:] = [item for found in cases.values() for item in dict.fromkeys((found[0], found[-1]))]
+
+
 class OnGpu(torch.Tensor):
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)

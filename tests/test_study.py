@@ -71,7 +71,7 @@ def test_a_run_is_had_again_from_its_line(folder, tmp_path):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 40])
+@pytest.mark.parametrize("cut", [2, *(pytest.param(cut, marks=pytest.mark.nightly) for cut in (1, 40))])
 def test_what_was_cut_off_is_run_again(folder, cut):
     table = folder / "runs.csv"
     whole = schedule.read_table(table)

@@ -932,7 +932,7 @@ WAYS = {
     ("points", "options"),
     [
         (OPENS, []),
-        (TIMES, []),
+        pytest.param(TIMES, [], marks=pytest.mark.nightly),
         *(pytest.param(points, WAYS[way], marks=pytest.mark.nightly) for way in WAYS for points in (OPENS, TIMES)),
     ],
 )
