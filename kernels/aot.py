@@ -135,10 +135,11 @@ def _of_gemms(blocks: str) -> list[Variant]:
             )
             if dtype == "bf16" and not full:
                 found += _of_exponentials(blocks, copied)
-        if precision != "tf32":
-            combine = flags | {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T, "BLOCK_H": 64}
-            found.append(Variant(f"combine_fwd[{name}]", stats.combine_fwd_kernel, pointers, combine))
-    return found
+    combine = {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_T": COMBINE_BLOCK_T}
+    return found + [
+        Variant(f"combine_fwd[all={full}]", stats.combine_fwd_kernel, {}, combine | {"EXTRAS": full})
+        for full in (False, True)
+    ]
 
 
 def _of_exponentials(blocks: str, operands: dict[str, str]) -> list[Variant]:
@@ -146,9 +147,7 @@ def _of_exponentials(blocks: str, operands: dict[str, str]) -> list[Variant]:
     operands = operands | {"exps": f"tensordesc<bf16[{block_n}, {block_v}]>"}
     size = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h}
     small, loop = {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_H": 64}, {"BLOCK_T": COMBINE_BLOCK_T}
-    narrow = {"hidden": "*bf16", "weight": "*bf16"}
-    found = [Variant("reference_fwd[bf16]", exps.reference_fwd_kernel, narrow, small)]
-    found += [
+    found = [
         Variant(f"settle_fwd[begun={begun}]", exps.settle_fwd_kernel, {}, {"BEGUN": begun} | loop | small)
         for begun in (False, True)
     ]
@@ -218,7 +217,9 @@ def _of_rows() -> list[Variant]:
         compute = {"COMPUTE": rows.DTYPES[torch.bfloat16 if types else torch.float32]}
         for full in (False, True):
             flags = {"HAS_INDEX": full, "HAS_CAP": full, "ENTROPY": full} | block
-            gather = {"HAS_INDEX": full, "HAS_ROWS": full} | compute | block
+            gather = (
+                dict.fromkeys(("HAS_INDEX", "HAS_ROWS", "TARGETS", "HAS_BIAS", "REFERENCE"), full) | compute | block
+            )
             finish = dict.fromkeys(("LSE", "MEAN_LOGITS", "LOG_SUM_SQ", "IS_TOP1"), full) | {"SAVE": 1 + full} | flags
             weigh = dict.fromkeys(("HAS_UNIT", "DHIDDEN", "ROWS", "SCALED"), full) | compute | flags
             finish_types = types | {"is_top1": "*i1", "cap": "fp64"}

@@ -2,12 +2,12 @@
 
     e_v = exp(z_v - m) and 0 at the target,  s = sum e_v
 
-The reference m of a row is known before its GEMM: the logit of its target. It need not be near the largest logit: bf16
-has the range of fp32, and a rounding of e_v is as large relative to it whatever m is. What leaves that range is
-repaired without the host's knowing: `exps_fwd_kernel` also writes, for each row and each tile of BLOCK_V entries, the
-sum and the maximum of z - m; where the maximum over the slice is further than `FAR` nats, `repair_fwd_kernel` computes
-the blocks of such rows again with m moved to the largest logit, and returns at once from every other;
-`settle_fwd_kernel` adds the slice to the running state of the rows, and rescales U where m moved.
+The reference m of a row is known before its GEMM: the logit of its target, from `rows.gather_fwd_kernel`. It need not
+be near the largest logit: bf16 has the range of fp32, and a rounding of e_v is as large relative to it whatever m is.
+What leaves that range is repaired without the host's knowing: `exps_fwd_kernel` also writes, for each row and each tile
+of BLOCK_V entries, the sum and the maximum of z - m; where the maximum over the slice is further than `FAR` nats,
+`repair_fwd_kernel` computes the blocks of such rows again with m moved to the largest logit, and returns at once from
+every other; `settle_fwd_kernel` adds the slice to the running state of the rows, and rescales U where m moved.
 """
 
 import torch
@@ -18,37 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import blocks
 from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, gemm_blocks
-from .math import SUM, TARGET
-from .stats import blocks_of, largest, multiply, multiprocessors, place, target_logit
+from .math import SUM
+from .stats import blocks_of, largest, multiply, multiprocessors, place
 from .tile import column, reach
 
 # nats: a sum over 2^20 entries stays below e^75, far inside fp32, and what is 20 below the largest is above its least
 FAR = tl.constexpr(60.0)
-
-
-@triton.jit
-def reference_fwd_kernel(
-    hidden,  # (N, H)
-    weight,  # (V, H)
-    labels,  # (N,) int64
-    state,  # (7, N) fp32: m and x_y are filled
-    N,
-    V,
-    H,
-    hidden_stride,
-    weight_stride,
-    state_stride,
-    linear,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = target_logit(
-        hidden, weight, None, labels, n, N, V, H, hidden_stride, weight_stride, linear, False, BLOCK_N, BLOCK_H
-    )
-    # any finite number serves a row whose target has none
-    tl.store(state + n, tl.where(tl.abs(x) < float("inf"), x, 0.0), mask=n < N)
-    tl.store(state + n + TARGET * tl.cast(state_stride, tl.int64), x, mask=n < N)
 
 
 @triton.jit
@@ -187,21 +162,6 @@ def settle_fwd_kernel(
                 at = u + n.to(tl.int64)[:, None] * H + (start + k)[None, :]
                 mask = inside[:, None] & (start + k < H)[None, :]
                 tl.store(at, tl.load(at, mask=mask, other=0.0) * decay[:, None], mask=mask)
-
-
-def reference_fwd(
-    hidden: Tensor,  # (N, H), rows contiguous
-    weight: Tensor,  # (V, H), rows contiguous
-    labels: Tensor,  # (N,) int64
-    state: Tensor,  # (7, N) fp32, rows contiguous
-    linear: float,
-) -> None:
-    """Begin `state` with the logits of the targets, which the first exponentials are relative to."""
-    (N, H), V = hidden.shape, weight.shape[0]
-    reference_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
-        hidden, weight, labels, state, N, V, H, hidden.stride(0), weight.stride(0), state.stride(0), linear,
-        BLOCK_N=COMBINE_BLOCK_N, BLOCK_H=64, **OPTIONS,
-    )  # fmt: skip
 
 
 def exps_fwd(

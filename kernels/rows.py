@@ -1,8 +1,9 @@
 """Kernels on rows, one program each: what a block of rows needs before and after the GEMMs of its tiles.
 
-`gather_fwd_kernel` collects the scored rows and begins their running statistics; `finish_fwd_kernel` turns the sums
-over the whole vocabulary into results per token and, from the accumulated U, into the derivative; `rows_bwd_kernel`
-weighs the rows by their upstream gradient. The arithmetic of a row is done in fp64, little beside a row of H.
+`gather_fwd_kernel` collects the scored rows and begins their running statistics; with the target's logit, by a dot
+product of its own, where the GEMM to come leaves no logits. `finish_fwd_kernel` turns the sums over the whole
+vocabulary into results per token and, from the accumulated U, into the derivative; `rows_bwd_kernel` weighs the rows by
+their upstream gradient. The arithmetic of a row is done in fp64, little beside a row of H.
 
 With s, m and x_y as in `state`, gap = log s - (z_y - m) = log((1 - p_y) / p_y): log p_y = log sigmoid(-gap) and
 1 - p_y = sigmoid(gap), both exact as p_y -> 1.
@@ -46,14 +47,23 @@ def gather_fwd_kernel(
     rows,  # (N, H) in the dtype of the GEMM
     row_labels,  # (N,) int64
     state,  # (7, N) fp32
+    weight,  # (V, H)
+    bias,  # (V,) fp32, times linear
     M,
     H,
+    V,
     hidden_stride,
     hidden_step,
+    weight_stride,
+    weight_step,
     state_stride,
     ignore_index,
+    linear,
     HAS_INDEX: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    TARGETS: tl.constexpr,  # whether the state begins with x_y
+    HAS_BIAS: tl.constexpr,
+    REFERENCE: tl.constexpr,  # whether m does
     COMPUTE: tl.constexpr,  # dtype that rows are rounded to first
     BLOCK: tl.constexpr,
 ):
@@ -62,21 +72,37 @@ def gather_fwd_kernel(
     label = tl.load(labels + position, mask=there, other=ignore_index)
     if HAS_INDEX:
         tl.store(row_labels + n, label)
-    step = tl.cast(state_stride, tl.int64)
-    tl.store(state + n, LOWEST)
-    tl.store(state + n + SUM * step, 0.0)
-    tl.store(state + n + TARGET * step, float("nan"))
-    tl.store(state + n + SUM_ZE * step, 0.0)
-    tl.store(state + n + SUM_Z * step, 0.0)
-    tl.store(state + n + SUM_EE * step, 0.0)
-    tl.store(state + n + TOP * step, -float("inf"))
-    if HAS_ROWS:
+    known = (label >= 0) & (label < V)
+    w_row = weight + tl.where(known, label, 0) * weight_stride
+    x = 0.0
+    if HAS_ROWS or TARGETS:
         k = tl.arange(0, BLOCK)
+        products = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, H, BLOCK):
             inside = (start + k < H) & (label != ignore_index)
             at = position * hidden_stride + (start + k).to(tl.int64) * hidden_step
             h = tl.load(hidden + at, mask=inside, other=0.0).to(COMPUTE)
-            tl.store(rows + n * H + start + k, h.to(rows.dtype.element_ty), mask=start + k < H)
+            if HAS_ROWS:
+                tl.store(rows + n * H + start + k, h.to(rows.dtype.element_ty), mask=start + k < H)
+            if TARGETS:
+                # of a wider weight what the GEMM takes of it
+                at = (start + k).to(tl.int64) * weight_step
+                w = tl.load(w_row + at, mask=inside & known, other=0.0).to(COMPUTE)
+                products += h.to(tl.float32) * w.to(tl.float32)
+        if TARGETS:
+            x = tl.sum(products, 0) * linear
+            if HAS_BIAS:
+                x += tl.load(bias + label, mask=known, other=0.0)
+    x = tl.where(known & TARGETS, x, float("nan"))
+    step = tl.cast(state_stride, tl.int64)
+    # any finite number serves a row whose target has none
+    tl.store(state + n, tl.where(tl.abs(x) < float("inf"), x, 0.0) if REFERENCE else LOWEST)
+    tl.store(state + n + SUM * step, 0.0)
+    tl.store(state + n + TARGET * step, x)
+    tl.store(state + n + SUM_ZE * step, 0.0)
+    tl.store(state + n + SUM_Z * step, 0.0)
+    tl.store(state + n + SUM_EE * step, 0.0)
+    tl.store(state + n + TOP * step, -float("inf"))
 
 
 @triton.jit
@@ -312,9 +338,15 @@ def gather_fwd(
     state: Tensor,  # (7, N), rows contiguous; filled
     ignore_index: int,
     compute_dtype: torch.dtype,
+    weight: Tensor
+    | None = None,  # (V, H): the state begins with x_y = (h w_y + b_y) * linear, NaN for a label of no row
+    bias: Tensor | None = None,  # (V,) fp32, times linear
+    linear: float = 1.0,
+    reference: bool = False,  # and with it as the reference m
 ) -> None:
     """Collect rows, zero where the label is ignored, and labels, and begin the state."""
-    H = hidden.shape[1]
+    (V, H), targets = hidden.shape if weight is None else weight.shape, weight is not None
+    weight = hidden if weight is None else weight
     gather_fwd_kernel[(state.shape[1],)](
         hidden,
         labels,
@@ -322,14 +354,23 @@ def gather_fwd(
         rows,
         row_labels,
         state,
+        weight,
+        bias,
         len(labels),
         H,
+        V,
         hidden.stride(0),
         hidden.stride(1),
+        weight.stride(0),
+        weight.stride(1),
         state.stride(0),
         ignore_index,
+        linear,
         HAS_INDEX=index is not None,
         HAS_ROWS=rows is not None,
+        TARGETS=targets,
+        HAS_BIAS=bias is not None,
+        REFERENCE=reference,
         COMPUTE=DTYPES[compute_dtype],
         BLOCK=_block(H),
         num_warps=ROW_WARPS,

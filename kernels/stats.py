@@ -4,8 +4,7 @@ For each row and each tile of BLOCK_V vocabulary entries, over v != y:
 
     m = max z_v,  s = sum e_v,  and on request sum (z_v - m) e_v, sum z_v (y included), sum e_v^2,  e_v = exp(z_v - m)
 
-`combine_fwd_kernel` merges the tiles of a row in a fixed order and adds the target logit from a dot product of its own:
-the GEMM's accumulator needs no gather, and a logit known to the sums in another rounding can leave no trace in them.
+`combine_fwd_kernel` merges the tiles of a row in a fixed order. The logit of the target is in the state before.
 """
 
 import torch
@@ -16,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import blocks
 from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, COPY_ENGINE, OPTIONS, gemm_blocks, reached
-from .math import LOWEST, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, softcap_logit
+from .math import LOWEST, SUM, SUM_EE, SUM_Z, SUM_ZE, TOP, softcap_logit
 
 
 @triton.jit
@@ -175,51 +174,15 @@ def largest(tops, n, N, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def target_logit(
-    hidden, weight, bias, labels, n, N, V, H, hidden_stride, weight_stride, linear,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """x of the targets of rows n by a dot product of their own; NaN for a label outside of the vocabulary."""
-    label = tl.load(labels + n, mask=n < N, other=-1)
-    known = (label >= 0) & (label < V)
-    row = tl.where(known, label, 0)
-    h_rows = hidden + tl.minimum(n, N - 1).to(tl.int64)[:, None] * hidden_stride
-    w_rows = weight + row[:, None] * weight_stride
-    k = tl.arange(0, BLOCK_H)
-    x = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        mask = (start + k < H)[None, :] & known[:, None]
-        h = tl.load(h_rows + (start + k)[None, :], mask=mask, other=0.0)
-        # of a wider weight what the GEMM takes of it
-        w = tl.load(w_rows + (start + k)[None, :], mask=mask, other=0.0).to(h.dtype)
-        x += tl.sum(tl.where(mask, h.to(tl.float32) * w.to(tl.float32), 0.0), 1)
-    x *= linear
-    if HAS_BIAS:
-        x += tl.load(bias + row, mask=known, other=0.0)
-    return tl.where(known, x, float("nan"))
-
-
-@triton.jit
 def combine_fwd_kernel(
     partials,  # (fields, tiles, N)
-    hidden,  # (N, H)
-    weight,  # (V, H)
-    bias,  # (V,) fp32, times linear
-    labels,  # (N,) int64
-    state,  # (7, N) fp32: m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
+    state,  # (7, N) fp32: m, s, then sum (z - m) e, sum z, sum e^2, max z
     N,
-    V,
-    H,
     tiles,
-    hidden_stride,
-    weight_stride,
     state_stride,
-    linear,
-    HAS_BIAS: tl.constexpr,
     EXTRAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
@@ -239,20 +202,15 @@ def combine_fwd_kernel(
         decay = tl.exp(m_t - m[None, :])
         s += tl.sum(s_t * decay, 0)
         if EXTRAS:
+            z += tl.sum(tl.load(partials + at + 3 * field, mask=mask, other=0.0), 0)
             shift = tl.where(m_t == -float("inf"), 0.0, m_t - m[None, :])
             ze_t = tl.load(partials + at + 2 * field, mask=mask, other=0.0)
             ze += tl.sum((ze_t + s_t * shift) * decay, 0)
-            z += tl.sum(tl.load(partials + at + 3 * field, mask=mask, other=0.0), 0)
             ee += tl.sum(tl.load(partials + at + 4 * field, mask=mask, other=0.0) * decay * decay, 0)
-
-    x = target_logit(
-        hidden, weight, bias, labels, n, N, V, H, hidden_stride, weight_stride, linear, HAS_BIAS, BLOCK_N, BLOCK_H
-    )
     out = state + n
     step = tl.cast(state_stride, tl.int64)
     tl.store(out, m, mask=inside)
     tl.store(out + SUM * step, s, mask=inside)
-    tl.store(out + TARGET * step, x, mask=inside)
     tl.store(out + SUM_ZE * step, ze, mask=inside)
     tl.store(out + SUM_Z * step, z, mask=inside)
     tl.store(out + SUM_EE * step, ee, mask=inside)
@@ -283,13 +241,13 @@ def stats_fwd(
     weight: Tensor,  # (V, H) of the same dtype, rows contiguous
     bias: Tensor | None,  # (V,) fp32, times linear
     labels: Tensor,  # (N,) int64
-    state: Tensor,  # (7, N) fp32, rows contiguous; filled
+    state: Tensor,  # (7, N) fp32, rows contiguous, with the logits of the targets; all else is filled
     linear: float,
     cap: float | None,
     extras: bool,
     precision: str,
 ) -> None:
-    """Fill `state` with the sums over v != y, the target logit and the maximum of each row."""
+    """Fill `state` with the sums over v != y and the maximum of each row."""
     (N, H), V = hidden.shape, weight.shape[0]
     kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), extras or cap is not None)
@@ -308,24 +266,6 @@ def stats_fwd(
         strides = hidden.stride(0), weight.stride(0)
         stats_fwd_kernel[(programs,)](hidden, weight, *shared, *strides, **constants)
     combine_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
-        partials,
-        hidden,
-        weight,
-        bias,
-        labels,
-        state,
-        N,
-        V,
-        H,
-        tiles,
-        hidden.stride(0),
-        weight.stride(0),
-        state.stride(0),
-        linear,
-        HAS_BIAS=bias is not None,
-        EXTRAS=extras,
-        BLOCK_N=COMBINE_BLOCK_N,
-        BLOCK_T=COMBINE_BLOCK_T,
-        BLOCK_H=64,
-        **OPTIONS,
-    )
+        partials, state, N, tiles, state.stride(0),
+        EXTRAS=extras, BLOCK_N=COMBINE_BLOCK_N, BLOCK_T=COMBINE_BLOCK_T, **OPTIONS,
+    )  # fmt: skip

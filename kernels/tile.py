@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import OPTIONS, PITCH, TILE_ENTRIES, TILE_WARPS, WIDTH_BLOCK
+from .blocks import CAPPED_SLICE, OPTIONS, PITCH, SLICE, TILE_ENTRIES, TILE_WARPS, WIDTH_BLOCK
 from .math import SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
 
 
@@ -197,7 +197,7 @@ def held_bwd_kernel(
     tile_stride,
     state_stride,
     HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # of a row, one program each
 ):
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
@@ -206,7 +206,7 @@ def held_bwd_kernel(
     at_target = sech2(tl.load(state + row + TARGET * step)) if HAS_CAP else 1.0
     factor = tl.where(s == 0, 0.0, -tl.exp(tl.load(reference + row) - m) / s)
     used = tl.load(coefficient + row) != 0
-    v = tl.arange(0, BLOCK)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tile + row * tile_stride + v
     e = tl.load(at, mask=v < reach, other=0.0).to(tl.float32)
     d = tl.where(used, tl.where(v == target, at_target, e * factor), 0.0)
@@ -336,7 +336,8 @@ def held_bwd(
     """Overwrite a tile of exponentials by the gradient of its logits, divided by one factor per row."""
     C, Vs = tile.shape
     end = reach(tile)
-    held_bwd_kernel[(C,)](
+    width = min(end, SLICE if cap is None else CAPPED_SLICE)
+    held_bwd_kernel[(C, triton.cdiv(end, width))](
         tile,
         reference,
         state,
@@ -348,5 +349,5 @@ def held_bwd(
         tile.stride(0),
         state.stride(0),
         HAS_CAP=cap is not None,
-        **program(end),
+        **program(width),
     )

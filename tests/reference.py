@@ -82,7 +82,7 @@ def as_on_a_gpu(monkeypatch):
     for module in (walk, sizes):
         monkeypatch.setattr(module, "gemm_dtype", lambda dtype, device_type: dtype)
     replace_products(monkeypatch, addmm)
-    monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
+    monkeypatch.setattr(sizes.Footprint, "least_group", 1)
 
 
 def replace_kernels(monkeypatch, replacement):
@@ -93,6 +93,15 @@ def replace_kernels(monkeypatch, replacement):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, replacement(module, name, kernel))
+
+
+def state_of_targets(hidden, weight, labels, bias=None, linear=1.0, reference=False) -> Tensor:
+    """The state (7, N) that a GEMM which leaves no logits begins with, from the kernel that gathers rows."""
+    from alignloss.kernels import rows
+
+    state = torch.empty(7, len(hidden), device=hidden.device)
+    rows.gather_fwd(hidden, labels, None, None, labels, state, -100, hidden.dtype, weight, bias, linear, reference)
+    return state
 
 
 def body_of(name):

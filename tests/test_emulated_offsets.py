@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import emulator
 from alignloss.kernels import blocks, kl, rows, stats, tile
 from emulator.driver import gpu
+from reference import state_of_targets
 
 pytestmark = [
     pytest.mark.emulated,
@@ -87,8 +88,8 @@ def test_rows_of_a_head():
     block_v = stats.gemm_blocks(stats.blocks.architecture(torch.device("cpu")), 2, False)[1]
     tiles = -(-V // block_v)
     weight[-block_v:] = torch.randn(block_v, H) / 64
-    hidden, state = torch.randn(N, H).bfloat16(), torch.zeros(7, N)
-    labels = torch.full((N,), V - 3)
+    hidden, labels = torch.randn(N, H).bfloat16(), torch.full((N,), V - 3)
+    state = state_of_targets(hidden, weight, labels)
     gpu.only |= {"stats_fwd_kernel": {tiles - 1}}
     real = torch.empty
 

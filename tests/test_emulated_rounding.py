@@ -10,7 +10,7 @@ import emulator
 from alignloss.kernels import stats, tile
 from emulator import arithmetic
 from emulator.driver import gpu
-from reference import error, inputs
+from reference import error, inputs, state_of_targets
 
 pytestmark = [
     pytest.mark.emulated,
@@ -32,16 +32,12 @@ def test_statistics_and_exponentials_within_the_tolerance_of_the_others(dtype):
     x = hidden.double() @ weight.double().T
     rest = x.scatter(1, labels[:, None], -torch.inf)
 
-    def fresh():
-        state = torch.zeros(7, 40)
-        state[0], state[6] = -1e30, -torch.inf
-        return state
-
-    state = fresh()
+    state = state_of_targets(hidden, weight, labels)
     stats.stats_fwd(hidden, weight, None, labels, state, 1.0, None, False, "ieee")
     assert error(state[1], (rest - state[0, :, None].double()).exp().sum(1)) <= 2e-5
     assert error(state[2], x.gather(1, labels[:, None]).squeeze(1)) <= 2e-5
-    state = fresh()
+    state = torch.zeros(7, 40)
+    state[0], state[6] = -1e30, -torch.inf
     e, _ = tile.fold_fwd(x.float(), None, None, state, labels, None, None, 0, None, 1, False, torch.float32)
     exact = (rest - state[0, :, None].double()).exp()
     assert error(e, exact) <= 2e-6 and error(state[1], exact.sum(1)) <= 2e-6

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from reference import error, inputs, leaf, logits, replace_kernels
+from reference import error, inputs, leaf, logits, replace_kernels, state_of_targets
 
 pytest.importorskip("triton")
 
@@ -54,7 +54,7 @@ def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
     hidden, weight, bias, labels = inputs(N, hidden_size=H, vocabulary=V, masked=0.0)
     hidden, weight = hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)
     bias, labels = (bias.float().to(DEVICE) if with_bias else None), labels.to(DEVICE)
-    state = fresh_state(N)
+    state = state_of_targets(hidden, weight, labels, bias, 1.5)
     stats.stats_fwd(hidden, weight, bias, labels, state, 1.5, cap, True, "ieee")
     x = hidden.double() @ weight.double().T * 1.5 + (0 if bias is None else bias.double())
     for got, expected in zip(state, expected_state(x, labels, cap)(state[0].double()), strict=True):
@@ -78,7 +78,8 @@ def test_statistics_of_operands_that_the_copy_engine_reaches_and_of_others(opera
     given = {name: torch.randn(rows + 1, 64, device=DEVICE).half() for name, rows in (("hidden", N), ("weight", V))}
     view, reached = LAYOUTS[layout]
     given = {name: (view if name == operand else LAYOUTS["contiguous"][0])(t) for name, t in given.items()}
-    labels, state, launched = torch.arange(N, device=DEVICE), fresh_state(N), []
+    labels, launched = torch.arange(N, device=DEVICE), []
+    state = state_of_targets(*given.values(), labels)
     for name in ("stats_fwd_kernel", "stats_copied_fwd_kernel"):
         kernel = getattr(stats, name)
         noted = type("Noted", (), {"__getitem__": lambda _, grid, n=name, k=kernel: (launched.append(n), k[grid])[1]})
@@ -94,8 +95,7 @@ def test_statistics_of_operands_that_the_copy_engine_reaches_and_of_others(opera
 def exponentials(hidden, weight, labels, linear, columns):
     """state, U, and for each slice its tile in memory of its own, with the references that it is relative to."""
     block_v = blocks.gemm_blocks(blocks.architecture(hidden.device), hidden.element_size(), False)[1]
-    state, u, tiles = fresh_state(len(hidden)), None, []
-    exps.reference_fwd(hidden, weight, labels, state, linear)
+    state, u, tiles = state_of_targets(hidden, weight, labels, None, linear, reference=True), None, []
     for first in range(0, len(weight), columns):
         part = weight[first : first + columns]
         padded = -(-len(part) // blocks.PITCH) * blocks.PITCH

@@ -61,6 +61,15 @@ class Tokens(NamedTuple):
     compute_dtype: torch.dtype
 
 
+class Targets(NamedTuple):
+    """What the logits x_y of the targets follow from, for a state that begins with them: its GEMM leaves no logits."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,) of b * linear
+    linear: float
+    reference: bool  # m begins with them as well
+
+
 def get(name: str) -> ModuleType:
     """The backend module of a resolved name, "torch" or "triton"."""
     if name == "torch":

@@ -22,7 +22,7 @@ from ..kernels.state import (
     TARGET,
     TOP,
 )
-from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, LSE, MEAN_LOGITS, WEIGHED_AT_ONCE, Tokens, Transform, asked
+from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, LSE, MEAN_LOGITS, WEIGHED_AT_ONCE, Targets, Tokens, Transform, asked
 
 
 def gather(
@@ -31,6 +31,7 @@ def gather(
     labels: Tensor,  # (C,); filled if tokens.token_index is given
     rows: Tensor | None,  # (C, H) in the dtype of the GEMM; filled
     state: Tensor,  # (7, C); filled
+    targets: Targets | None = None,  # for a GEMM that leaves no logits, of which there is none here
 ) -> None:
     """Begin a block: its rows, rounded to the compute dtype, zero where the label is ignored; labels; empty sums."""
     state.zero_()

@@ -13,13 +13,16 @@ from ..kernels import rows as row_kernels
 from ..kernels import sequence as sequence_kernels
 from ..kernels import stats as stats_kernels
 from ..kernels import tile as tile_kernels
-from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, MEAN_LOGITS, Tokens, Transform
+from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, MEAN_LOGITS, Targets, Tokens, Transform
 
 
-def gather(tokens: Tokens, part: slice, labels: Tensor, rows: Tensor | None, state: Tensor) -> None:
+def gather(
+    tokens: Tokens, part: slice, labels: Tensor, rows: Tensor | None, state: Tensor, targets: Targets | None = None
+) -> None:
     hidden, all_labels, index = _of_part(tokens, part)
     assert hidden is not None
-    row_kernels.gather_fwd(hidden, all_labels, index, rows, labels, state, tokens.ignore_index, tokens.compute_dtype)
+    given = hidden, all_labels, index, rows, labels, state, tokens.ignore_index, tokens.compute_dtype
+    row_kernels.gather_fwd(*given, *(targets or ()))
 
 
 def _of_part(tokens: Tokens, part: slice) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -92,11 +95,6 @@ def fold(
     return tile_kernels.fold_fwd(
         tile, bias, spare, state, labels, u, u2, first, transform.cap, derivatives, extras, dtype, out
     )
-
-
-def references(rows: Tensor, weight: Tensor, labels: Tensor, state: Tensor, transform: Transform) -> None:
-    """Begin with the logits of the targets what `exponentials` go on with."""
-    exps_kernels.reference_fwd(rows, weight, labels, state, transform.linear)
 
 
 def exponentials(

@@ -193,19 +193,23 @@ class HeadGradient:
         scaled = walk.empty(walk.rows, walk.width, dtype=walk.gemm_dtype)
         upstream.weigh(slice(0, walk.rows), walk.row_buffer(walk.rows), scaled)
         wide = self.dweight.dtype == walk.accum_dtype or walk.footprint.gemm_rounds_dweight
-        most = min(held.columns, walk.footprint.slice)
+        # where no GEMM can write dweight itself, a slice of it in the accumulation dtype
+        most = held.columns if wide else min(held.columns, walk.footprint.slice)
         partial = None if self.dweight.dim() < 2 or wide else walk.empty(most, self.dweight.shape[1])
-        for first, last, dz, reference in held.parts():
+        for first, dz, reference in held:
             walk.primitives.held_dlogits(
                 dz, reference, upstream.state, walk.labels, first, walk.transform, upstream.coefficient
             )
+            columns = slice(first, first + dz.shape[1])
             if self.dweight.dim() == 2:
-                dw = self.dweight[first:last] if partial is None else partial[: last - first]
-                addmm(dw, dz.T, scaled[:, walk.footprint.trained_from :], beta=int(self.begun))
-                if partial is not None:
-                    self.dweight[first:last] = dw
+                parts = zip(self.dweight[columns].split(most), dz.T.split(most), strict=True)
+                for dw, dz_part in parts:
+                    out = dw if partial is None else partial[: len(dw)]
+                    addmm(out, dz_part, scaled[:, walk.footprint.trained_from :], beta=int(self.begun))
+                    if partial is not None:
+                        dw.copy_(out)
             if self.dbias.numel():
-                addmm(self.dbias[None, first:last], upstream.coefficient[None].to(dz.dtype), dz, beta=int(self.begun))
+                addmm(self.dbias[None, columns], upstream.coefficient[None].to(dz.dtype), dz, beta=int(self.begun))
         self.begun = True
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:

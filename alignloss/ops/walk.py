@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Tokens
+from ..backends import Targets, Tokens
 from ..kernels.state import REF
 from .head import Options
 from .sizes import accumulation_dtype, gemm_dtype
@@ -133,6 +133,8 @@ class Walk(Scored):
             block, columns = self.rows, held.columns
         written = self.footprint.writes_exponentials(stats, derivatives)
         in_place = held is not None and (held.in_place or written)
+        fused = not derivatives and not self.footprint.casts_weight
+        fused &= not (recomputed and self.footprint.recomputes_exactly)
         row_buffer = self.row_buffer(block)
         weight_buffer = tile = scratch = accumulators = None
         for start in range(0, self.rows, block):
@@ -141,10 +143,9 @@ class Walk(Scored):
             labels, sums = self.labels[part], state[:, part]
             copy = None if row_buffer is None else row_buffer[:count]
             rows = self.hidden[part] if copy is None else copy
-            primitives.gather(self.tokens, part, labels, copy, sums)
+            targets = Targets(self.weight, self.bias, transform.linear, written) if fused or written else None
+            primitives.gather(self.tokens, part, labels, copy, sums, targets)
             u = u2 = None
-            fused = not derivatives and not self.footprint.casts_weight
-            fused &= not (recomputed and self.footprint.recomputes_exactly)
             if not fused or not primitives.statistics(
                 rows, self.weight, self.bias, labels, sums, transform, stats, self.workspace_bytes
             ):
@@ -156,8 +157,6 @@ class Walk(Scored):
                     accumulators = self.empty(derivatives, block, self.width)
                 assert scratch is not None and accumulators is not None
                 u, u2 = (accumulators[i, :count] if i < derivatives else None for i in range(2))
-                if written:
-                    primitives.references(rows, self.weight, labels, sums, transform)
                 for first in range(0, self.vocabulary, columns):
                     last = min(first + columns, self.vocabulary)
                     weight = self.weight_slice(first, last, weight_buffer)
@@ -269,14 +268,10 @@ class HeldTiles:
     def tile(self, first: int, last: int) -> Tensor:
         return self.walk.tile_view(self.tiles[self.walk.rows * first :], self.walk.rows, last - first)
 
-    def parts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Slices of the vocabulary for kernels that hold a row: first and last entry, exponentials, references."""
-        for begin, reference in zip(range(0, self.walk.vocabulary, self.columns), self.references, strict=True):
-            end = min(begin + self.columns, self.walk.vocabulary)
-            tile = self.tile(begin, end)
-            for first in range(begin, end, self.walk.footprint.slice):
-                last = min(first + self.walk.footprint.slice, end)
-                yield first, last, tile[:, first - begin : last - begin], reference
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First vocabulary entry, exponentials and references of each tile."""
+        for first, reference in zip(range(0, self.walk.vocabulary, self.columns), self.references, strict=True):
+            yield first, self.tile(first, min(first + self.columns, self.walk.vocabulary)), reference
 
 
 class Upstream:
