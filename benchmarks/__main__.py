@@ -4,12 +4,14 @@ python -m benchmarks run --shapes smollm2-135m --tokens 1024 2048 --masked 0 0.5
 python -m benchmarks step --shapes smollm2-135m --lengths 128 --pairs 4 --masked 0.5
 python -m benchmarks step --trainers --shapes smollm2-135m --lengths 256 --pairs 2 --prompts 0.25 0.5 0.75
 python -m benchmarks kernels --shapes 1024x32768
+python -m benchmarks host --shapes smollm2-135m --rounds 300
 python -m benchmarks study --profile quick --out study
 python -m benchmarks plot benchmarks/results/NAME.json
 """
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -71,7 +73,7 @@ def main() -> None:
     if arguments.memory is None:
         total = total_memory(torch.device(arguments.device))
         arguments.memory = (total or 8 * GIB) / GIB
-    commands = {"run": run, "step": step, "references": references, "kernels": kernels}
+    commands = {"run": run, "step": step, "references": references, "kernels": kernels, "host": host}
     commands[arguments.command](arguments)
 
 
@@ -121,6 +123,9 @@ def parse() -> argparse.Namespace:
     blocks = commands.add_parser("kernels", parents=[common], help="block sizes of the Triton kernels, beside cuBLAS")
     blocks.add_argument("--tokens", nargs="+", type=int, default=[8192])
     blocks.set_defaults(pairs=4)
+    hosts = commands.add_parser("host", parents=[common], help="host time of a call, its launches doing nothing")
+    hosts.add_argument("--tokens", nargs="+", type=int, default=[512])
+    hosts.set_defaults(pairs=4)
 
     runs = commands.add_parser("curves", help="runs of `alignloss train` with SmolLM2-135M on the bundled pairs")
     runs.add_argument("--losses", nargs="+", default=["dpo", "ipo", "kto", "cpo"])
@@ -312,6 +317,15 @@ def references(arguments: argparse.Namespace) -> None:
 def kernels(arguments: argparse.Namespace) -> None:
     found = cases(arguments, arguments.tokens)
     measured(arguments, ((chosen, lambda chosen=chosen: measure_kernels(chosen, arguments.rounds)) for chosen in found))
+
+
+def host(arguments: argparse.Namespace) -> None:
+    from .host import measure_host
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("kernels are to be compiled: unset TRITON_INTERPRET")
+    found = [chosen._replace(dtype="bfloat16") for chosen in cases(arguments, arguments.tokens)]
+    measured(arguments, ((chosen, lambda chosen=chosen: measure_host(chosen, arguments.rounds)) for chosen in found))
 
 
 if __name__ == "__main__":

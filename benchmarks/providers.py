@@ -116,15 +116,16 @@ def compiled_logits(inputs: Inputs) -> Tensor:
     return compiled()(*flat(inputs), inputs.softcap)
 
 
-def trl(inputs: Inputs) -> Tensor:
+def trl(inputs: Inputs, compact: bool | None = None, chunk: int = 32768) -> Tensor:
+    """With its trainers' chunk of the vocabulary, and as they have it: labelled rows on a GPU, every row elsewhere."""
     from trl.kernels import ChunkedLogProbFunction
 
     hidden, weight, labels = flat(inputs)
     scored = labels != -100
-    compact = hidden.is_cuda  # as its trainers do: labelled rows on a GPU, every row elsewhere
+    compact = hidden.is_cuda if compact is None else compact
     rows, targets = (hidden[scored], labels[scored]) if compact else (hidden, labels.clamp(min=0))
-    # its trainers' chunk of the vocabulary; no bias, temperature 1, scale 1, no statistics
-    values = ChunkedLogProbFunction.apply(rows, weight, None, targets, 1.0, 32768, inputs.softcap, 1.0, ())[0]
+    # no bias, temperature 1, scale 1, no statistics
+    values = ChunkedLogProbFunction.apply(rows, weight, None, targets, 1.0, chunk, inputs.softcap, 1.0, ())[0]
     if compact:
         return values.new_zeros(scored.shape).masked_scatter(scored, values)
     return values.masked_fill(~scored, 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.measure import search
+from benchmarks.report import plot
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,11 +83,11 @@ def test_time_and_memory_are_plotted(measured):
         (["step"], "a whole step needs shapes of models, out of smollm2-135m"),
     ],
 )
-def test_bad_input_is_explained(arguments, message, tmp_path):
+def test_bad_input_is_explained(arguments, message, tmp_path, monkeypatch):
     command = () if arguments == ["step"] else ("run",)
-    done = benchmarks(*command, *arguments, "--out", str(tmp_path))
-    assert done.returncode == 1
-    assert message in done.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *command, *arguments, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main()
 
 
 def test_a_run_of_one_measure_is_plotted_and_one_of_nothing_says_so(tmp_path):
@@ -94,8 +97,8 @@ def test_a_run_of_one_measure_is_plotted_and_one_of_nothing_says_so(tmp_path):
     done = benchmarks(*common, "--measure", "error", "--modes", "frozen head", "--out", str(tmp_path))
     assert done.returncode == 0 and "nothing of this was to be measured" in done.stdout
     (tmp_path / "other.json").write_text("{}")
-    done = benchmarks("plot", str(tmp_path / "other.json"))
-    assert done.returncode == 1 and "is no file that `run` wrote" in done.stderr
+    with pytest.raises(SystemExit, match="is no file that `run` wrote"):
+        plot(tmp_path / "other.json")
 
 
 def test_what_fits_is_searched_for_up_to_a_limit():
@@ -127,6 +130,7 @@ def test_the_most_tokens_that_fit_are_measured(tmp_path):
     assert "GiB" in rows["alignloss"]["stopped_by"]
 
 
+@pytest.mark.nightly
 def test_a_whole_step_is_measured_beside_its_estimate(tmp_path):
     done = benchmarks(
         *("step", "--shapes", "smollm2-135m", "--lengths", "16", "--rounds", "1", "--train", "lora", "--optimizer"),
@@ -158,6 +162,21 @@ def test_block_sizes_and_profiles_are_measured(tmp_path):
     assert "aten::addmm" in {row["kernel"] for row in rows}
 
 
+@pytest.mark.nightly
+def test_the_time_of_the_host_is_measured_with_launches_that_do_nothing(tmp_path):
+    pytest.importorskip("trl")
+    toy = "host", "--shapes", "llama-3-8b", "--rounds", "2", "--out", str(tmp_path)
+    assert "kernels are to be compiled" in benchmarks(*toy, TRITON_INTERPRET="1").stderr
+    done = benchmarks(*toy, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    rows = {(r["provider"], r["mode"]): r for r in json.loads((tmp_path / "latest.json").read_text())["rows"]}
+    assert not any("failed" in row or row["seconds"] <= 0 for row in rows.values())
+    # rows and their targets, exponentials, their repair and sums, results; and the GEMM of U
+    assert rows["alignloss", "frozen head"]["calls"] == 7
+    assert rows["alignloss", "DPO step, a further group"]["groups"] > 2
+
+
+@pytest.mark.nightly
 def test_the_gpu_script_installs_tests_and_measures_without_network(tmp_path):
     source, out = tmp_path / "source", tmp_path / "results of it"
     for name in ("alignloss", "kernels", "benchmarks", "tests"):

@@ -17,7 +17,7 @@ PAIRS = [(i, i + B) for i in range(B)]
 
 @pytest.fixture(autouse=True)
 def _groups_of_a_few_tokens(monkeypatch):
-    monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
+    monkeypatch.setattr(sizes.Footprint, "least_group", 1)
 
 
 def parts(dtype, masked=0.2):

@@ -19,7 +19,7 @@ ONE, SEVERAL, SOME = 2 * B * T, 20, 6
 
 @pytest.fixture(autouse=True)
 def _groups_of_a_few_tokens(monkeypatch):
-    monkeypatch.setattr(sizes, "LEAST_GROUP", 1)
+    monkeypatch.setattr(sizes.Footprint, "least_group", 1)
 
 
 def room(tokens, dtype=torch.float32, backend=None, hidden_size=H, vocabulary=V):

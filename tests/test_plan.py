@@ -119,6 +119,11 @@ def test_groups_of_a_gpu_hold_enough_tokens_to_be_worth_a_pass_over_the_gradient
     few, enough = (plan(4096, 256, 4096, workspace_bytes=size * MIB, **shape) for size in (12, 24))
     assert (few.regime, few.gemms) == (4, 4)  # some 700 tokens would fit
     assert (enough.regime, enough.groups) == (3, 4)
+    # in 16 bits a group of a small head takes the host longer than the GPU
+    shape |= {"dtype": torch.bfloat16, "workspace_bytes": 3072 * MIB}
+    small, large = (plan(16_384, width, 131_072, **shape) for width in (64, 2048))
+    assert (small.regime, small.gemms) == (4, 4)  # some 12,000 tokens would fit, of 20,266
+    assert (large.regime, large.gemms) == (3, 3) and large.groups > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

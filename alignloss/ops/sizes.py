@@ -17,6 +17,9 @@ MIB = 1 << 20
 # tokens that a group of several has room for, on a GPU: each reads and writes dweight, 971 / tokens of a GEMM in
 # float32 on an H100 (3 TB/s, 728 TFLOP/s), and with fewer that costs more than the GEMM that it saves
 LEAST_GROUP = 1024
+# and tokens x V x H of such a group in 16 bits: it saves one GEMM of four, and takes the host 1.9 ms, in which an H100
+# makes four of this size
+LEAST_PRODUCTS = 1.7e11
 # vocabulary entries of a slice that forward and backward share, on a GPU
 BOTH_WIDE = 4096
 
@@ -207,7 +210,8 @@ class Footprint(NamedTuple):
         recomputed: a backward will recompute it; direct: as in `backward_tile`.
         """
         if self.writes_exponentials(stats, derivatives):
-            return self.fit_tile(rows, self._exponential_bytes, workspace_bytes, 2 * self.slice, most=self.vocabulary)
+            most = self.pitch(self.vocabulary)
+            return self.fit_tile(rows, self._exponential_bytes, workspace_bytes, 2 * self.slice, most=most)
         sizes, wide = self._forward_bytes(stats, derivatives), self.slice  # a slice reads and writes U once
         if not (recomputed and self.recomputes_exactly):
             return self.fit_tile(rows, sizes, workspace_bytes, wide)
@@ -322,7 +326,10 @@ class Footprint(NamedTuple):
     @property
     def least_group(self) -> int:
         """Tokens that a group of several has to have room for."""
-        return LEAST_GROUP if self.device_type == "cuda" else 1
+        if self.device_type != "cuda":
+            return 1
+        products = LEAST_PRODUCTS if self.gemm_dtype.itemsize == 2 else 0
+        return max(LEAST_GROUP, math.ceil(products / (self.vocabulary * self.width)))
 
 
 def _even_parts(total: int, most: int, multiple: int) -> int:

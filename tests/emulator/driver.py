@@ -137,7 +137,7 @@ class Utils:
         return {"max_shared_mem": gpu.shared_bytes, "multiprocessor_count": 3, "warpSize": 32}
 
     def load_binary(self, *arguments: Any) -> tuple:
-        return None, Utils.pending, 0, 0, 1024
+        return self, Utils.pending, 0, 0, 1024
 
 
 class Driver(DriverBase):
