@@ -289,7 +289,8 @@ def stand_in(monkeypatch, replacement):
     "extent", [["--first-and-last"], pytest.param([], marks=pytest.mark.nightly)], ids=["", "every case"]
 )
 @pytest.mark.parametrize(
-    "name", ["test_kernels.py", "test_onepass.py", pytest.param("test_exactness.py", marks=pytest.mark.nightly)]
+    "name",
+    ["test_kernels.py", *(pytest.param(f"test_{n}.py", marks=pytest.mark.nightly) for n in ("onepass", "exactness"))],
 )
 def test_what_runs_on_a_gpu_gets_as_far_as_its_kernels(name, extent):
     """Devices that mix, autocast of another device, sizes of a CPU: see `pretended_gpu`."""

@@ -25,8 +25,15 @@ def problem(dtype=torch.float64):
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap"])
 @pytest.mark.parametrize("trained", ["", "hidden", "weight", "hidden weight bias"], ids=lambda t: t or "nothing")
-@pytest.mark.parametrize("workspace", [4_000, 1 << 20], ids=["tiles", "one tile"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "workspace"),
+    [
+        ("torch", 4_000),
+        ("torch", 1 << 20),
+        ("triton", 4_000),
+        pytest.param("triton", 1 << 20, marks=pytest.mark.nightly),
+    ],
+)
 def test_values_and_gradients(backend, transform, trained, workspace):
     *tensors, labels = problem()
     upstream = torch.randn(2 * B, T, dtype=torch.float64)

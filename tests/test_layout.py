@@ -19,7 +19,7 @@ FLOORS = [
     "commands",
 ]  # fmt: skip
 # primitives for which the torch backend has a formula of its own elsewhere, `losses`; and of a GEMM of our own
-TRITON_ALONE = {"preference", "preference_backward", "references", "exponentials"}
+TRITON_ALONE = {"preference", "preference_backward", "exponentials"}
 FILES = {
     ".".join(("alignloss", *(["kernels"] * (folder == KERNELS)), *path.relative_to(folder).with_suffix("").parts)): path
     for folder in (ROOT, KERNELS)

@@ -81,6 +81,7 @@ def test_the_workspace_is_a_bound_in_one_pass_for_any_layout_of_the_head(layout,
     assert error(weight.grad, exact[1].grad) <= (2e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.nightly
 def test_groups_of_one_pass_share_a_widened_bias():
     sequences, length, vocabulary = 32, 8, 32768
     hidden = torch.randn(sequences, length, 16).bfloat16().requires_grad_()

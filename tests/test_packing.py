@@ -74,7 +74,11 @@ def test_padded_offsets_mean_what_the_plain_ones_do(name, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [*((n, "torch") for n in (*FUSED, "orpo", "npo", "sft")), *((n, "triton") for n in FUSED)]
+    ("name", "backend"),
+    [
+        *((n, "torch") for n in (*FUSED, "orpo", "npo", "sft")),
+        *(pytest.param(n, "triton", marks=pytest.mark.nightly if n != "dpo" else ()) for n in FUSED),
+    ],
 )
 @pytest.mark.parametrize("bad", ["repeated last", "repeated first", "short", "long", "falling", "from 1"])
 def test_unchecked_offsets_that_do_not_fit_give_no_number(bad, name, backend):

@@ -221,6 +221,7 @@ REFUSED_ALIKE = [
     ({"methods": {"dpo": {"learning_rate": 1e-3, "betta": 0.1}}}, "methods.dpo: unknown option 'betta'; did you"),
     ({"methods": {"dpo": {"learning_rate": -1}}}, "methods.dpo: --learning-rate must be a number from 0 on"),
     ({"seeds": [-1]}, "--seed must lie in"),
+    ({"train": {"stepps": 1}}, "unknown option 'stepps'"),
 ]
 
 
@@ -230,7 +231,6 @@ REFUSED_ALIKE = [
         ({"methods": {"dpo": {"learning_rate": 1e-3, "beta": -0.1}}}, "methods.dpo: .*beta must lie in"),
         ({"sft": {"learning_rate": "fast"}}, "sft.learning_rate: Input should be a valid number"),
         ({"sft": {"learning_rate": 1e-3, "epochs": 1}}, "sft: --steps and --epochs are both given"),
-        ({"train": {"stepps": 1}}, "unknown option 'stepps'"),
         ({"base": "/nowhere/model"}, "sft: there is no folder /nowhere/model"),
         *(pytest.param(*case, marks=pytest.mark.nightly) for case in REFUSED_ALIKE),
     ],

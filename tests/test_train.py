@@ -156,7 +156,13 @@ def test_a_run_trains_evaluates_and_leaves_a_model(train, toy, tmp_path):
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
 
 
-@pytest.mark.parametrize("name", sorted(alignloss.losses.LOSSES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if number % 3 else ())
+        for number, name in enumerate(sorted(alignloss.losses.LOSSES))
+    ],
+)
 def test_every_loss(train, toy, tmp_path, name):
     dice = random.Random(3)
     content = [row | {"chosen_scores": 1 + dice.random(), "rejected_scores": dice.random()} for row in pairs(8, 2)]
@@ -931,7 +937,8 @@ WAYS = {
 @pytest.mark.parametrize(
     ("points", "options"),
     [
-        (OPENS, []),
+        ((OPENS[0], OPENS[1][::2]), []),
+        pytest.param(OPENS, [], marks=pytest.mark.nightly),
         pytest.param(TIMES, [], marks=pytest.mark.nightly),
         *(pytest.param(points, WAYS[way], marks=pytest.mark.nightly) for way in WAYS for points in (OPENS, TIMES)),
     ],
@@ -939,7 +946,7 @@ WAYS = {
 def test_killed_runs_end_with_the_same_bits(killed, points, options):
     whole, *others = killed(points[0], [0, *points[1]], *options)
     assert whole["killed"] == 0 and len(whole["entries"]) >= 3 + 5 and whole["checkpoints"] == ["checkpoint-7"]
-    assert sum(other["killed"] for other in others) >= 10
+    assert sum(other["killed"] for other in others) >= 2 * len(points[1])
     for other in others:
         assert other["status"] == 0
         for name in ("entries", "weights", "checkpoints"):
