@@ -14,7 +14,8 @@ from .checks import check_keywords, check_savable, checked_labels
 from .ops.head import PROJECTION_OPTIONS, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
-from .ops.sequence import checked_token_weights, labelled_tokens, masked_weights, sequence_layout, sequence_sum
+from .ops.processes import sums_over
+from .ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
 
 
 class LogprobStats(NamedTuple):
@@ -163,6 +164,7 @@ def sequence_logprob(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     real_sequences: int | None = None,
     token_weights: Tensor | None = None,  # of the shape of labels
+    sequence_group: Any = None,
     **options: Any,
 ) -> SequenceLogprob:
     """Log-probability in nats of each sequence, for labels aligned with hidden (never HF's unshifted labels).
@@ -176,6 +178,9 @@ def sequence_logprob(
             validated, every sum NaN: a padded batch means something else than the same batch without padding.
             With it, tokens beyond the last real sequence belong to none, and must carry no label.
         token_weights: factors on the token log-probabilities, detached.
+        sequence_group: the processes, a ProcessGroup or a DeviceMesh of one dimension, that each hold a part of every
+            sequence, maybe without tokens. The results are those of the whole sequences on each of them; gradients
+            count once for each process, for a mean over them (DDP, FSDP). One collective, two with validation.
         options: the other arguments, as in `linear_logprob`, with the same errors.
 
     Returns:
@@ -196,12 +201,14 @@ def sequence_logprob(
     check_keywords("sequence_logprob takes the options", PROJECTION_OPTIONS, options)
     ignore_index = options.get("ignore_index", -100)
     labels = checked_labels("labels", labels)
-    offsets, sequences = sequence_layout(labels, cu_seqlens, options.get("validate"), real_sequences, ignore_index)
+    layout = cu_seqlens, options.get("validate"), real_sequences, ignore_index
+    offsets, sequences, group = parts_layout(labels, *layout, sequence_group)
     weights = masked_weights(checked_token_weights(token_weights, labels), labels.reshape(-1), ignore_index)
     projection = project(hidden, weight, labels, bias, **options)
     sums = sequence_sum(score(projection)[0], offsets, sequences, weights, projection.options.backend)
-    lengths = labelled_tokens(labels, offsets, sequences, ignore_index).clamp(min=1)
-    return SequenceLogprob(sums.to(projection.result_dtype), lengths)
+    lengths = labelled_tokens(labels, offsets, sequences, ignore_index)
+    sums, lengths = sums_over(group, sums, lengths)
+    return SequenceLogprob(sums.to(projection.result_dtype), lengths.long().clamp(min=1))
 
 
 def linear_kl(

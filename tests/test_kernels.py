@@ -117,7 +117,7 @@ WRITTEN = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.
     "blocks.architecture(torch.device(DEVICE)) not in blocks.COPY_ENGINE", reason="a GPU with a copy engine"
 )
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-@pytest.mark.parametrize("far", [0, 30, 60, 100, 200] if WRITTEN == torch.bfloat16 else [200])
+@pytest.mark.parametrize("far", [200] if os.environ.get("TRITON_INTERPRET") == "1" else [0, 30, 60, 100, 200])
 @pytest.mark.parametrize(("N", "H", "V", "columns"), [(150, 48, 337, 337), (37, 72, 600, 256)])
 def test_exponentials_written_by_the_gemm_whatever_the_reference_of_a_row(N, H, V, columns, far):
     """Half of the targets lie `far` nats above the others, or below; their rows end near their largest logit."""

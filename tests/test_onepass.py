@@ -247,3 +247,41 @@ def test_one_pass_is_for_steps_that_train_both(frozen, passes):
     with torch.no_grad():
         alignloss.CPOLoss()(leaf(hidden), leaf(weight), labels)
     assert passes == []
+
+
+@pytest.mark.parametrize("tokens", [ONE, SEVERAL])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_a_step_makes_the_pass_twice(tokens, reentrant, passes):
+    """Once in the forward and once for the backward, with the gradients of a step outside of it."""
+    hidden, weight, _, labels = ragged(2 * B, T, dtype=torch.float32)
+    module = alignloss.DPOLoss(workspace_bytes=room(tokens))
+    ref = torch.linspace(-20, -10, 2 * B)
+    found = []
+    for around in (False, True):
+        passes.clear()
+        h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+        step = lambda h, w: module(h, w, labels, ref_logps=ref).loss
+        loss = torch.utils.checkpoint.checkpoint(step, h, w, use_reentrant=reentrant) if around else step(h, w)
+        loss.backward()
+        found.append((loss.detach(), h.grad, w.grad))
+    # the one under torch.no_grad(), of a reentrant one, needs no gradients
+    assert len(passes) == 2 - reentrant
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_step_outside_of_what_is_saved_elsewhere_saves_little(monkeypatch):
+    """Hooks meet what the backward needs; not what the loss of a group keeps for the moment."""
+    hidden, weight, _, labels = ragged(2 * B, T, dtype=torch.float32)
+    h, w = leaf(hidden, torch.float32), leaf(weight, torch.float32)
+    module, packed = alignloss.DPOLoss(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (packed.append(t), t.clone())[1], lambda t: t)
+    with hooks:
+        loss = module(h, w, labels, ref_logps=torch.zeros(2 * B)).loss
+    loss.backward()
+    shapes = {tuple(t.shape) for t in packed}
+    assert tuple(w.shape) in shapes and not any(t.dtype == torch.float64 and t.shape == (B,) for t in packed)
+    exact = leaf(hidden), leaf(weight)
+    sums = token_logps(*exact, labels).sum(1)
+    losses.dpo_loss(*sums.chunk(2), *torch.zeros(2, B), beta=0.1)[0].mean().backward()
+    for got, truth in zip((h.grad, w.grad), exact, strict=True):
+        assert error(got, truth.grad) <= 2e-5

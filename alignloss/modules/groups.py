@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import accumulate, chain, pairwise, zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Batch(NamedTuple):
     pair_weights: Tensor | None = None  # (B,) or 0-d
     num_sequences: float | Tensor | None = None
     num_tokens: float | Tensor | None = None
+    group: Any = None  # the processes that each hold a part of every sequence
 
     @property
     def units(self) -> int:

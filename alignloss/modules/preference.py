@@ -25,7 +25,8 @@ from ..logprob import sequence_logprob
 from ..losses import LOSSES
 from ..ops.head import Projection, project
 from ..ops.preference import preference
-from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, sequence_layout, sequence_sum
+from ..ops.processes import sums_over
+from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
 from .function import LossFunction, WeightedSum, parameters_of
 from .groups import Batch, NeedsGraph, Results
 from .head import HEAD_OPTIONS, HeadLoss, divisor
@@ -134,6 +135,7 @@ class PreferenceLoss(HeadLoss):
         num_sequences: float | Tensor | None = None,
         num_tokens: float | Tensor | None = None,
         stats: Sequence[str] = (),
+        sequence_group: Any = None,
         **data: Any,
     ) -> Any:
         """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
@@ -156,6 +158,10 @@ class PreferenceLoss(HeadLoss):
                 their number, or processes with few pairs weigh theirs more.
             stats: statistics of the scored tokens for `metrics()` of the result, any of "entropy", "mean_logits",
                 "is_top1"; each costs a reduction over the logits as they pass, and has no gradient.
+            sequence_group: the processes that each hold a part of every sequence, as in `sequence_logprob`: the loss is
+                that of whole sequences, and so are its gradients once they are averaged over the processes; ref_logps,
+                pair_weights and data are those of whole sequences, the same on every process. The logits are computed
+                again in the backward, 4 GEMMs; `metrics()` counts the tokens of this process.
             data: the other positional parameters of the loss function, each (B,) or 0-d; `desirable` is bool, or 0 and
                 1, whoever's the function is: `metrics()` splits its means by it.
 
@@ -168,20 +174,19 @@ class PreferenceLoss(HeadLoss):
         """
         check_keywords(f"{type(self).__name__} takes the data", self.data, data)
         self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-        if not self.nll_weight and (nll_labels is not None or num_tokens is not None):
-            raise ValueError(f"{type(self).__name__} has nll_weight=0: nll_labels and num_tokens would be ignored")
-        labels = checked_labels("labels", labels)
-        layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences}
-        offsets, sequences = sequence_layout(labels, validate=self.validate, ignore_index=self.ignore_index, **layout)
+        self._check_nll(nll_labels=nll_labels, num_tokens=num_tokens)
+        labels, checks = checked_labels("labels", labels), (self.validate, real_sequences, self.ignore_index)
+        offsets, sequences, group = parts_layout(labels, cu_seqlens, *checks, sequence_group)
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
+        layout = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "sequence_group": group}
         layout |= {"token_weights": token_weights, "token_index": token_index}
         scored_labels = labels
         if nll_labels is not None:
             nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets, sequences)
             scored_labels = torch.where(labels != self.ignore_index, labels, nll_labels)
         projection = project(hidden, weight, scored_labels, bias, token_index=token_index, **self.head_options)
-        batch = Batch(labels.reshape(-1), offsets, sequences, self.paired, projection.options.backend)
+        batch = Batch(labels.reshape(-1), offsets, sequences, self.paired, projection.options.backend, group=group)
         batch = self._with_data(batch, labels, token_weights, pair_weights, nll_labels, num_sequences, num_tokens, data)
         if ref_hidden is not None and ref_weight is not None:
             ref = self._projected_reference(ref_hidden, ref_weight, labels, ref_bias, layout)
@@ -189,6 +194,10 @@ class PreferenceLoss(HeadLoss):
         elif ref_logps is not None:
             batch = batch._replace(ref_logps=_given_reference(ref_logps, sequences, labels.device))
         return self._output(*self._evaluated(projection, batch, stats), batch, projection.result_dtype)
+
+    def _check_nll(self, **given: Any) -> None:
+        if not self.nll_weight and any(value is not None for value in given.values()):
+            raise ValueError(f"{type(self).__name__} has nll_weight=0: {' and '.join(given)} would be ignored")
 
     def _check_reference(self, **reference: Tensor | None) -> None:
         name, given = type(self).__name__, {name for name, value in reference.items() if value is not None}
@@ -252,7 +261,8 @@ class PreferenceLoss(HeadLoss):
 
     def _evaluated(self, projection: Projection, batch: Batch, stats: Sequence[str]) -> tuple[Results, ScoredTokens]:
         trained_data = any(value.requires_grad for value in batch.data.values())
-        one_pass = not (self.couples_batch or self._needs_graph or trained_data)
+        # how many groups it would take differs between processes, which sum up their sequences together
+        one_pass = not (self.couples_batch or self._needs_graph or trained_data or batch.group is not None)
         try:
             return self.run(projection, batch, self._evaluate, stats, one_pass)
         except NeedsGraph:
@@ -273,7 +283,7 @@ class PreferenceLoss(HeadLoss):
 
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
         """The loss of a batch from its token log-probabilities (M,)."""
-        kernel = self.function.kernel if batch.backend == "triton" else None
+        kernel = self.function.kernel if batch.backend == "triton" and batch.group is None else None
         return self._plain(tokens, batch) if kernel is None else self._fused(kernel, tokens, batch)
 
     def _plain(self, tokens: Tensor, batch: Batch) -> Results:
@@ -284,28 +294,29 @@ class PreferenceLoss(HeadLoss):
         if batch.nll_labels is not None:
             preferred = labels != self.ignore_index
             weights = preferred.double() if weights is None else weights * preferred
-        sums = sequence_sum(tokens, offsets, sequences, weights, batch.backend)
+        sums = nll_sums = sequence_sum(tokens, offsets, sequences, weights, batch.backend)
+        lengths = nll_lengths = labelled_tokens(labels, offsets, sequences, self.ignore_index)
+        if self.paired and weights is not None:
+            counted = labels if batch.nll_labels is None else batch.nll_labels
+            nll_mask = (counted != self.ignore_index).double()
+            nll_sums = sequence_sum(tokens, offsets, sequences, nll_mask, batch.backend)
+            nll_lengths = labelled_tokens(counted, offsets, sequences, self.ignore_index)
+        sums, lengths, nll_sums, nll_lengths = sums_over(batch.group, sums, lengths, nll_sums, nll_lengths)
         logps, data, factors = sums, {n: _widened(value) for n, value in batch.data.items()}, batch.pair_weights
         if factors is not None and not self.couples_batch:
             # no gradient into dropped pairs, whose loss need not be finite; the losses of others may need them
             dropped = (factors == 0).expand(count)
             logps = torch.where(dropped.repeat(2 if self.paired else 1), sums.detach(), sums)
             data = {n: torch.where(dropped, v.detach(), v) if v.requires_grad else v for n, v in data.items()}
-        lengths = labelled_tokens(labels, offsets, sequences, self.ignore_index).clamp(min=1)
-        columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths}
+        columns = {"logps": logps, "ref_logps": _widened(batch.ref_logps), "lengths": lengths.long().clamp(min=1)}
         losses, *rewards = self.function(columns, data, count)
         weighted = losses if factors is None else torch.where(factors == 0, 0, losses * factors)
         loss = weighted.sum() / (max(count, 1) if batch.num_sequences is None else batch.num_sequences)
         if not self.paired:
             return Results(loss, losses, sums, rewards[0], torch.zeros_like(loss))
-        nll_sums, counted = sums, labels
-        if weights is not None:
-            counted = labels if batch.nll_labels is None else batch.nll_labels
-            nll_mask = (counted != self.ignore_index).double()
-            nll_sums = sequence_sum(tokens, offsets, sequences, nll_mask, batch.backend)
         num_tokens = batch.num_tokens
         if num_tokens is None:
-            num_tokens = batch.nll_tokens(self.ignore_index)
+            num_tokens = nll_lengths[:count].sum().clamp(min=1)
         nll_loss = -nll_sums[:count].sum() / num_tokens
         if self.nll_weight:
             loss = loss + self.nll_weight * nll_loss

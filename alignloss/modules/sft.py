@@ -8,7 +8,8 @@ from torch import Tensor
 from ..checks import check_keywords, checked_labels
 from ..losses import sft_loss
 from ..ops.head import project
-from ..ops.sequence import checked_token_weights, masked_weights, sequence_layout, sequence_sum
+from ..ops.processes import sums_over
+from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
 from .groups import Batch, Results
 from .head import HeadLoss, divisor
 from .outputs import UnpairedOutput, measured
@@ -36,17 +37,19 @@ class SFTLoss(HeadLoss):
         token_weights: Tensor | None = None,  # the shape of labels
         num_tokens: float | Tensor | None = None,
         stats: Sequence[str] = (),
+        sequence_group: Any = None,
         **unknown: Any,
     ) -> UnpairedOutput:
         """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
 
         loss = -sum of (weighted) token log-probabilities / num_tokens, by default the labelled tokens of this call.
         `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
-        `cu_seqlens` and `real_sequences` as in `sequence_logprob`, `stats` as in `PreferenceLoss`.
+        `cu_seqlens` and `real_sequences` as in `sequence_logprob`, `stats` and `sequence_group` as in `PreferenceLoss`.
         """
         check_keywords("SFTLoss takes no further data", {}, unknown)
         labels = checked_labels("labels", labels)
-        offsets, sequences = sequence_layout(labels, cu_seqlens, self.validate, real_sequences, self.ignore_index)
+        layout = cu_seqlens, self.validate, real_sequences, self.ignore_index
+        offsets, sequences, group = parts_layout(labels, *layout, sequence_group)
         token_weights = checked_token_weights(token_weights, labels)
         projection = project(hidden, weight, labels, bias, token_index=token_index, **self.head_options)
         batch = Batch(
@@ -57,8 +60,10 @@ class SFTLoss(HeadLoss):
             projection.options.backend,
             token_weights=token_weights,
             num_tokens=divisor("num_tokens", num_tokens, labels.device),
+            group=group,
         )
-        (loss, values, logps, rewards, _), scored = self.run(projection, batch, self._evaluate, stats)
+        found, scored = self.run(projection, batch, self._evaluate, stats, one_pass=group is None)
+        loss, values, logps, rewards, _ = found
         dtype = projection.result_dtype
         output = UnpairedOutput(*(t.to(dtype) for t in (loss, values.detach(), logps.detach(), rewards)))
         return measured(output, scored)
@@ -66,9 +71,9 @@ class SFTLoss(HeadLoss):
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
         weights = masked_weights(batch.token_weights, batch.labels, self.ignore_index)
         sums = sequence_sum(tokens, batch.offsets, batch.sequences, weights, batch.backend)
-        num_tokens = batch.num_tokens
-        if num_tokens is None:
-            num_tokens = batch.nll_tokens(self.ignore_index)
+        lengths = labelled_tokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index)
+        sums, lengths = sums_over(batch.group, sums, lengths)
+        num_tokens = lengths.sum().clamp(min=1) if batch.num_tokens is None else batch.num_tokens
         values, rewards = sft_loss(sums)
         loss = values.sum() / num_tokens
         return Results(loss, values, sums, rewards, loss)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from .. import backends
 from ..checks import check_kept, check_values, kept
@@ -60,7 +61,8 @@ class _OnePass(torch.autograd.Function):
         slopes: list[Tensor] = []
 
         def differentiate(i: int, logps: Tensor) -> Tensor:
-            with torch.enable_grad():
+            # under a checkpoint, hooks would make the whole pass again for the few numbers that are saved here
+            with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
                 tokens = logps.detach().requires_grad_()
                 share = shares[i](tokens)
                 slopes.extend(torch.autograd.grad(share, tokens))

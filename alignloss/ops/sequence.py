@@ -1,6 +1,7 @@
 """From tokens to sequences: where they begin and end, sums over them, and the adjoint of a sum."""
 
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_like, check_tensor, check_values_exist, savable, validates
 from .context import Op, device_guard, no_double_backward
+from .processes import check_sequences, checked_group
 
 
 def sequence_layout(
@@ -62,6 +64,23 @@ def sequence_layout(
                 "and must carry ignore_index as their label"
             )
     return offsets, cu_seqlens.shape[0] - 1
+
+
+def parts_layout(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    validate: bool | None,
+    real_sequences: int | None,
+    ignore_index: int,
+    sequence_group: Any,
+) -> tuple[Tensor | None, int, Any]:
+    """`sequence_layout`, and the ProcessGroup whose processes each hold a part of every sequence, or an empty one."""
+    group = checked_group("sequence_group", sequence_group)
+    layout = cu_seqlens, validate, real_sequences, ignore_index
+    offsets, sequences = sequence_layout(labels, *layout, may_be_empty=group is not None)
+    if group is not None and validates(validate, labels.device):
+        check_sequences(group, sequences, labels.device)
+    return offsets, sequences, group
 
 
 def labelled_tokens(labels: Tensor, offsets: Tensor | None, sequences: int, ignore_index: int) -> Tensor:
