@@ -212,3 +212,26 @@ def shared_prompts_of_two(rank: int, folder: str, how: str) -> None:
 def test_shared_prompts_that_grow_in_one_process(how, tmp_path):
     pytest.importorskip("transformers")
     torch.multiprocessing.spawn(shared_prompts_of_two, (str(tmp_path), how), nprocs=2)
+
+
+SPLIT = re.search(r"```python\n(part = .*?)```", PAGE, re.S)[1]
+
+
+def split_sequences(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2 * B, T, H), torch.randn(V, H, requires_grad=True)
+    labels = torch.randint(0, V, (2 * B, T))
+    single = weight.detach().clone().requires_grad_()
+    alignloss.CPOLoss()(hidden, single, labels).loss.backward()
+    exec(SPLIT, {"torch": torch, "alignloss": alignloss, "rank": rank, "bounds": [0, 2, T]} | locals())
+    torch.distributed.all_reduce(weight.grad)
+    assert error(weight.grad / 2, single.grad) <= 1e-5
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_the_gradients_of_split_sequences_are_those_of_one_process(tmp_path):
+    torch.multiprocessing.spawn(split_sequences, (str(tmp_path),), nprocs=2)
