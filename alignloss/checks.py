@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_INSIDE = "compute the loss inside the forward of the wrapped module, where its hooks have gathered the weight"
+INSIDE = "compute the loss inside the forward of the wrapped module, where its hooks have gathered the weight"
 _DEQUANTISE = "dequantise the head first, or leave it out of the quantisation"
 
 
@@ -37,7 +37,7 @@ def problem_of(value: Tensor) -> str | None:
     """
     if is_dtensor(value):
         return (
-            f"a DTensor, of which this call would see a shard: {_INSIDE} (under FSDP2 with the head in the root unit), "
+            f"a DTensor, of which this call would see a shard: {INSIDE} (under FSDP2 with the head in the root unit), "
             'or, under FSDP2, give full_tensor(grad_placements=[Partial("avg")]); without grad_placements its gradient '
             "is wrong"
         )
@@ -55,12 +55,12 @@ def problem_of(value: Tensor) -> str | None:
     if value.is_meta:
         return (
             "on meta, a device without values: offloaded (accelerate keeps them elsewhere between forwards) or never "
-            f"loaded. Load it, or {_INSIDE}"
+            f"loaded. Load it, or {INSIDE}"
         )
     if hasattr(value, "ds_id") and value.numel() == 0:
-        return f"emptied by DeepSpeed ZeRO-3: {_INSIDE}, or gather a frozen one with deepspeed.zero.GatheredParameters"
+        return f"emptied by DeepSpeed ZeRO-3: {INSIDE}, or gather a frozen one with deepspeed.zero.GatheredParameters"
     if value.numel() and value.untyped_storage().size() == 0:
-        return f"freed, its storage is empty, as FSDP leaves a parameter between forwards: {_INSIDE}"
+        return f"freed, its storage is empty, as FSDP leaves a parameter between forwards: {INSIDE}"
     return None
 
 
@@ -73,7 +73,7 @@ def check_head(name: str, weight: Tensor) -> None:
         )
     if weight.dim() == 1 or weight.numel() == 0:
         what = "FSDP1 makes one flat parameter of several" if weight.numel() else "ZeRO-3 and FSDP1 empty parameters"
-        raise ValueError(f"the head must be {name} (V, H), got {tuple(weight.shape)}. {what}: if so, {_INSIDE}")
+        raise ValueError(f"the head must be {name} (V, H), got {tuple(weight.shape)}. {what}: if so, {INSIDE}")
 
 
 Kept = dict[str, tuple[torch.Size, torch.dtype]]
@@ -97,7 +97,7 @@ def check_kept(before: Kept, *, values: bool = True, **tensors: Tensor | None) -
             shape, dtype = before[name]
             flat = "flattened" if value.dim() < len(shape) else "another one"
             what = flat if value.numel() else "emptied"
-            problem = f"{what}, {tuple(value.shape)} {value.dtype} after {tuple(shape)} {dtype}: {_INSIDE}"
+            problem = f"{what}, {tuple(value.shape)} {value.dtype} after {tuple(shape)} {dtype}: {INSIDE}"
         if problem is not None:
             raise RuntimeError(f"the backward needs {name} as the forward had it, and it is {problem}")
 

@@ -23,6 +23,7 @@ from ..checks import (
 )
 from ..kernels import blocks
 from .columns import first_trained, trained_columns
+from .processes import check_gradient_meets_others
 from .sizes import (
     Footprint,
     accumulation_dtype,
@@ -216,12 +217,15 @@ def _check_tensors(
 def _check_modes(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_index: Tensor | None, validate: bool
 ) -> None:
-    """Tensors without values, and those of inference mode that a backward would need."""
+    """Tensors without values, those of inference mode that a backward would need, gradients that would not meet."""
     if torch.compiler.is_compiling():
         return
     check_values_exist(hidden, token_index is None or validate)
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trains_head:
         check_savable(hidden=hidden, weight=weight, bias=bias)
+    if (trains_head or hidden.requires_grad) and torch.is_grad_enabled():
+        check_gradient_meets_others(weight)
 
 
 def _check_transforms(name: str, value: Tensor) -> None:

@@ -1,10 +1,19 @@
-"""Sequences of which each process of a group holds a part: their sums, alike on every process."""
+"""Calls that concern other processes: sequences of which each holds a part, and heads whose gradients would not meet.
 
+What is known of DistributedDataParallel and DTensor rests on private names of torch, which tests pin; where another
+version has none of them, nothing is refused.
+"""
+
+import gc
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..checks import INSIDE
 
 
 def checked_group(name: str, group: Any) -> Any:
@@ -60,3 +69,81 @@ class _SumsOver(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.size, None
+
+
+_INSIDE_FSDP2 = f'{INSIDE}, or, under FSDP2, give full_tensor(grad_placements=[Partial("avg")])'
+
+
+def check_gradient_meets_others(weight: Tensor) -> None:
+    """A ValueError for a head whose gradients, or those of the hidden states, would be those of this process alone."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    if weight.grad_fn is not None:
+        _check_gathered(weight)
+    elif isinstance(weight, nn.Parameter):
+        _check_data_parallel(weight)
+
+
+def _check_gathered(weight: Tensor) -> None:
+    node: Any = weight.grad_fn
+    while node is not None and not hasattr(node, "dtensor_spec"):  # casts and views of what left a DTensor
+        following = [after for after, _ in node.next_functions if after is not None]
+        node = following[0] if len(following) == 1 else None
+    if node is None or node.dtensor_spec.mesh.size() == 1:
+        return
+    placements = node.dtensor_spec.placements
+    if any(placement.is_shard() for placement in placements):
+        raise ValueError(
+            f"weight is the local shard of a DTensor {placements}; its probabilities would be those of a part of the "
+            f"head: {_INSIDE_FSDP2}"
+        )
+    if node.grad_placements is None:
+        raise ValueError(
+            "weight was gathered by full_tensor() without grad_placements, whose backward keeps the gradient of this "
+            f"process alone: {_INSIDE_FSDP2}; [Replicate()] where every process has the same tokens"
+        )
+
+
+class _Owner:
+    """The DistributedDataParallel that a weight belongs to, if one was found, and whether its forward ever ran."""
+
+    def __init__(self) -> None:
+        self.wrapper: weakref.ref[nn.Module] | None = None
+        self.begun = False
+        self.calls = 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:  # with a wrapper that is saved whole, whose hook it is
+        return _Owner, ()
+
+    def look(self, weight: Tensor) -> None:
+        """Search at the first call, the second, the fourth and so on: a weight may be wrapped after its first loss."""
+        self.calls += 1
+        if self.wrapper is not None or self.calls & (self.calls - 1):
+            return
+        for found in gc.get_objects():
+            if type(found) is nn.parallel.DistributedDataParallel and any(weight is p for p in found.parameters()):
+                self.wrapper = weakref.ref(found)
+                self.begun = getattr(found, "_lazy_init_ran", True)
+                found.register_forward_hook(self.ran)
+                return
+
+    def ran(self, *forward: Any) -> None:
+        self.begun |= torch.is_grad_enabled()
+
+
+_owners = WeakTensorKeyDictionary()
+
+
+def _check_data_parallel(weight: Tensor) -> None:
+    """DDP averages gradients of what its own forward began."""
+    if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", weight) is not None:
+        return
+    if weight not in _owners:
+        _owners[weight] = _Owner()
+    owner = _owners[weight]
+    owner.look(weight)
+    if owner.wrapper is not None and owner.wrapper() is not None and not owner.begun:
+        raise ValueError(
+            "weight belongs to a DistributedDataParallel whose forward never ran with gradients, so that nothing would "
+            f"average them over the processes: call the wrapped module, not its .module; {INSIDE}"
+        )
