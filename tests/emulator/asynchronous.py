@@ -293,9 +293,9 @@ def _fence(operands, given, found, guard):
     return execute
 
 
-def seen_by_engines(w: Warps, rows: np.ndarray, at: np.ndarray, line: int) -> None:
+def seen_by_engines(w: Warps, rows: np.ndarray, at: np.ndarray, line: int, does: str = "reads") -> None:
     """An engine sees what threads, or their cp.async, wrote before a fence.proxy.async of the writer or of the warp
-    that asks for the read (section Async proxy); at: (rows, grains).
+    that asks for the access (section Async proxy), and its writes come after that; at: (rows, grains).
     """
     shadow, per_block = w.batch.shared.shadow, w.batch.launch.program.text.threads
     if shadow is None:
@@ -306,7 +306,7 @@ def seen_by_engines(w: Warps, rows: np.ndarray, at: np.ndarray, line: int) -> No
     hidden = (writer >= 0) & (shadow.write_time[at] > fenced)
     if hidden.any():
         other = int(shadow.write_line[at[hidden][0]])
-        w.batch.launch.report("an engine reads what was written without a fence.proxy.async", line, other)
+        w.batch.launch.report(f"an engine {does} what was written without a fence.proxy.async", line, other)
 
 
 class TensorMap(NamedTuple):
@@ -414,6 +414,7 @@ def _box(w: Warps, thread: tuple[int, int], tensor: TensorMap, into: int, corner
     box = Box(to, of, inside, size)
     if (shadow := w.batch.shared.shadow) is not None:
         places = np.unique(shadow.places(to, size))
+        seen_by_engines(w, np.array([row]), places[None], line, "writes over")
         shadow.write(who, places[None], line, None)
         shadow.fly(places, writes=True, line=line)
     if not w.batch.launch.settings.late:
