@@ -225,6 +225,9 @@ def _of_rows() -> list[Variant]:
             finish_types = types | {"is_top1": "*i1", "cap": "fp64"}
             suffix = f"[{name}, all={full}]"
             found.append(Variant("gather_fwd" + suffix, rows.gather_fwd_kernel, types, gather, ROW_WARPS))
+            if full:
+                references, name_of = gather | {"HAS_BIAS": False}, f"gather_fwd[{name}, references]"
+                found.append(Variant(name_of, rows.gather_fwd_kernel, types, references, ROW_WARPS))
             found.append(Variant("finish_fwd" + suffix, rows.finish_fwd_kernel, finish_types, finish, ROW_WARPS))
             found.append(Variant("rows_bwd" + suffix, rows.rows_bwd_kernel, types | {"cap": "fp64"}, weigh, ROW_WARPS))
         scale = {"BLOCK": WIDTH_BLOCK}

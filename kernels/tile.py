@@ -1,4 +1,5 @@
 """Kernels over a logits tile that a GEMM wrote, one program per row, held in registers: the tile is read once.
+`held_bwd_kernel` takes several programs for a row of more than `SLICE` entries.
 
 The GEMM leaves out the bias: the kernels add it as they read, a vector that all rows share and L2 holds.
 
@@ -197,7 +198,7 @@ def held_bwd_kernel(
     tile_stride,
     state_stride,
     HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,  # of a row, one program each
+    BLOCK: tl.constexpr,  # entries of a program
 ):
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)

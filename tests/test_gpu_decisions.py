@@ -165,6 +165,40 @@ def test_training_steps(backend, dtype, biased, cap, workspace, passes):
 
 @pytest.mark.emulated
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_sequences_of_one_token(backend, dtype):
+    *tensors, labels = problem(dtype)
+    tensors[0], labels = tensors[0][:, :1], labels[:, :1].clamp(min=0)
+    module = alignloss.DPOLoss(backend=backend)
+    ref = torch.linspace(-6, -4, 2 * B, dtype=torch.float64)
+
+    def full(h, w, b):
+        c, r = naive_logps(h, w, 0, labels, None).double().sum(-1).chunk(2)
+        return [alignloss.losses.dpo_loss(c, r, *ref.chunk(2), beta=0.1)[0].mean()]
+
+    check(lambda h, w, b: [module(h, w, labels, ref_logps=ref).loss], full, full, tensors, dtype, "hidden weight")
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("target", [1e5, 1e10, -1e10, 1e30, -1e30])
+def test_a_target_whose_logit_is_huge(target):
+    """Beside others whose exponentials leave the range of float32."""
+    hidden, weight = torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(V, 16, dtype=torch.bfloat16)
+    hidden[0, :2] = torch.tensor([1.0, 100.0])
+    weight[:, 1] = torch.linspace(2, 5, V)
+    weight[0, :2] = torch.tensor([target, 0.0])
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        h, labels = leaf(hidden, dtype), torch.tensor([0])
+        backend = RUNS[0][0] if dtype == torch.bfloat16 else "torch"
+        logps = alignloss.linear_logprob(h, weight.to(dtype), labels, backend=backend)
+        logps.sum().backward()
+        found.append((logps.detach().double(), h.grad.double()))
+    for exact, got in zip(*found, strict=True):
+        assert got.isfinite().all() and float((got - exact).norm()) <= 1e-2 * float(exact.norm())
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
 def test_the_divergence_of_two_heads(backend, dtype):
     hidden, weight, bias, labels = problem(dtype)
     ref_hidden, ref_weight, ref_bias, _ = problem(dtype)

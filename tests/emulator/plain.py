@@ -126,6 +126,11 @@ def _bits(operands, given, found, guard):
     return _plain(operands, given, guard, found[2], function)
 
 
+@instruction(r"popc\.b32", 2)
+def _population(operands, given, found, guard):
+    return _plain(operands, given, guard, "b32", lambda x: np.bitwise_count(x).astype(np.uint32))
+
+
 @instruction(r"not\.(b16|b32|b64|pred)", 2)
 def _not(operands, given, found, guard):
     return _plain(operands, given, guard, found[1], np.invert)
