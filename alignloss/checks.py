@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INSIDE = "compute the loss inside the forward of the wrapped module, where its hooks have gathered the weight"
+GATHERED = 'under FSDP2, give full_tensor(grad_placements=[Partial("avg")])'
 _DEQUANTISE = "dequantise the head first, or leave it out of the quantisation"
 
 
@@ -38,8 +39,7 @@ def problem_of(value: Tensor) -> str | None:
     if is_dtensor(value):
         return (
             f"a DTensor, of which this call would see a shard: {INSIDE} (under FSDP2 with the head in the root unit), "
-            'or, under FSDP2, give full_tensor(grad_placements=[Partial("avg")]); without grad_placements its gradient '
-            "is wrong"
+            f"or, {GATHERED}; without grad_placements its gradient is wrong"
         )
     if torch.compiler.is_compiling() or is_fake(value) or is_functorch_wrapped_tensor(value):
         return None

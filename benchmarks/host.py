@@ -9,9 +9,7 @@ encode the blocks that a copy engine reads.
 
 import statistics
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ import torch
 from alignloss.modules import groups
 from alignloss.ops.sizes import Footprint
 
-from .cases import Case, Inputs, make_inputs
-from .measure import Row, interleave
-from .providers import PROVIDERS, Provider, backward, forward, require, trl
+from .cases import Case, make_inputs
+from .measure import Row, interleave, row_of, timed_step
+from .providers import PROVIDERS, Provider, trl
 
 SCALE = 128
 MODES = ("forward", "frozen head", "DPO step", "SFT step")
@@ -48,28 +46,20 @@ def measure_host(case: Case, rounds: int) -> list[Row]:
         "alignloss": PROVIDERS["alignloss"],
         "TRL": Provider(lambda given: trl(given, compact=True, chunk=32768 // SCALE)),
     }
-    work: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {
-        (name, mode): lambda provider=provider, mode=mode: timed(provider, inputs, mode)
+    work = {
+        (name, mode): timed_step(small, provider, inputs, mode)
         for mode in MODES
         for name, provider in providers.items()
     }
     taken, failed = interleave(work, rounds)
     rows = []
-    for (name, mode), values in taken.items():
-        row: Row = {"provider": name, "mode": mode}
+    for name, mode in work:
+        row = row_of(name, mode, taken, failed)
         rows.append(row)
-        if (name, mode) in failed:
-            row["failed"] = failed[name, mode]
-            continue
-        row["forward_seconds"], row["backward_seconds"] = map(statistics.median, zip(*values, strict=True))
-        row["seconds"] = statistics.median(map(sum, values))
-        if name == "alignloss":
+        if name == "alignloss" and "failed" not in row:
             launches.clear()
             work[name, mode]()
             row |= {"calls": launches.total(), "launches": dict(launches)}
-        if ("alignloss", mode) not in failed:
-            both = zip(values, taken["alignloss", mode], strict=True)
-            row["of_alignloss"] = statistics.median(sum(theirs) / sum(ours) for theirs, ours in both)
     return [*rows, measure_group(small, rounds)]
 
 
@@ -87,10 +77,9 @@ def measure_group(case: Case, rounds: int) -> Row:
         return real(projection, indices, *rest)
 
     groups.one_pass = noted
-    given = {"one": make_inputs(one), "several": make_inputs(several)}
     work = {
-        name: lambda inputs=inputs: sum(timed(PROVIDERS["alignloss"], inputs, "DPO step"))
-        for name, inputs in given.items()
+        name: timed_step(chosen, PROVIDERS["alignloss"], make_inputs(chosen), "DPO step")
+        for name, chosen in (("one", one), ("several", several))
     }
     taken, failed = interleave(work, rounds)
     groups.one_pass = real
@@ -98,17 +87,9 @@ def measure_group(case: Case, rounds: int) -> Row:
     if failed or max(found) == 1:
         return row | {"failed": "; ".join(failed.values()) or "the least workspace holds the whole step"}
     more = max(found) - 1
-    seconds = statistics.median((b - a) / more for a, b in zip(taken["one"], taken["several"], strict=True))
+    both = zip(taken["one"], taken["several"], strict=True)
+    seconds = statistics.median((sum(several) - sum(one)) / more for one, several in both)
     return row | {"seconds": seconds, "groups": more + 1}
-
-
-def timed(provider: Provider, inputs: Inputs, mode: str) -> tuple[float, float]:
-    require(inputs, mode)
-    start = time.perf_counter()
-    output = forward(provider, inputs, mode)
-    middle = time.perf_counter()
-    backward(output, inputs, mode)
-    return middle - start, time.perf_counter() - middle
 
 
 @cache
@@ -143,4 +124,5 @@ def launch_nothing() -> None:
     reference.as_on_a_gpu(patch)
     reference.replace_products(patch, product)
     patch.setattr(backends, "resolve", lambda *arguments: "triton")
-    blocks.SLICE, blocks.CAPPED_SLICE = blocks.SLICE // SCALE, blocks.CAPPED_SLICE // SCALE
+    for name in ("SLICE", "CAPPED_SLICE"):
+        patch.setattr(blocks, name, getattr(blocks, name) // SCALE)

@@ -148,36 +148,50 @@ def measure_time(case: Case, pairs: list[tuple[str, str]], rounds: int) -> list[
         for name, gemms in ((BARE, bare_gemms(case, inputs, mode)), (LINEAR, linear_gemms(case, inputs, mode))):
             work[name, mode] = lambda gemms=gemms: (timed(case.device, gemms), 0.0)
         for name in (name for name, its_mode in pairs if its_mode == mode):
-            work[name, mode] = _timed_step(case, PROVIDERS[name], inputs, mode)
+            work[name, mode] = timed_step(case, PROVIDERS[name], inputs, mode)
     seconds, failed = interleave(work, rounds)
     copied = copy_bandwidth(case.device)
     rows = []
-    for (name, mode), values in seconds.items():
-        row: Row = {"provider": name, "mode": mode}
+    for name, mode in seconds:
+        row = row_of(name, mode, seconds, failed)
         rows.append(row)
-        if (name, mode) in failed:
-            row["failed"] = failed[name, mode]
+        if "failed" in row:
             continue
-        both = [sum(pair) for pair in values]
-        bare = [sum(pair) for pair in seconds[BARE, mode]]
-        ours = [] if ("alignloss", mode) in failed else [sum(pair) for pair in seconds.get(("alignloss", mode), [])]
         useful = GEMMS[mode] * 2 * case.labelled * case.vocabulary * case.hidden
         row |= {
-            "forward_seconds": statistics.median(pair[0] for pair in values),
-            "backward_seconds": statistics.median(pair[1] for pair in values),
-            "seconds": statistics.median(both),
-            "seconds_spread": [min(both), max(both)],
-            # a ratio per round: what disturbs a round disturbs both of its terms
-            "of_bare_gemms": statistics.median(a / b for a, b in zip(both, bare, strict=True)),
+            "of_bare_gemms": ratio(seconds[name, mode], seconds[BARE, mode]),
             "bare_gemms": planned(case, mode).gemms,
             "tflops_gemms": GEMMS[mode],
-            "tflops": useful / statistics.median(both) * 1e-12,
+            "tflops": useful / row["seconds"] * 1e-12,
         }
         if name == BARE:
             row["copy_bytes_per_second"] = copied
-        if ours:
-            row["of_alignloss"] = statistics.median(a / b for a, b in zip(both, ours, strict=True))
     return rows
+
+
+Timings = dict[tuple[str, str], list[tuple[float, float]]]
+
+
+def row_of(name: str, mode: str, seconds: Timings, failed: dict[tuple[str, str], str]) -> Row:
+    """The medians of one provider's forwards and backwards in a mode, and their ratio to ours; or why it failed."""
+    row: Row = {"provider": name, "mode": mode}
+    if (name, mode) in failed:
+        return row | {"failed": failed[name, mode]}
+    values = seconds[name, mode]
+    both = [sum(pair) for pair in values]
+    row |= {
+        "forward_seconds": statistics.median(pair[0] for pair in values),
+        "backward_seconds": statistics.median(pair[1] for pair in values),
+        "seconds": statistics.median(both),
+        "seconds_spread": [min(both), max(both)],
+    }
+    ours = ("alignloss", mode)
+    return row | ({"of_alignloss": ratio(values, seconds[ours])} if ours in seconds and ours not in failed else {})
+
+
+def ratio(pairs: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
+    """Of each round, its median: what disturbs a round disturbs both of its terms."""
+    return statistics.median(sum(a) / sum(b) for a, b in zip(pairs, others, strict=True))
 
 
 def interleave(work: dict[K, Callable[[], T]], rounds: int) -> tuple[dict[K, list[T]], dict[K, str]]:
@@ -235,7 +249,7 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / statistics.median(taken["copy"])
 
 
-def _timed_step(case: Case, provider: Provider, inputs: Inputs, mode: str) -> Callable[[], tuple[float, float]]:
+def timed_step(case: Case, provider: Provider, inputs: Inputs, mode: str) -> Callable[[], tuple[float, float]]:
     def run() -> tuple[float, float]:
         require(inputs, mode)
         # pages of the gradients, just used and freed, for every provider, whatever ran before it: the first touch of a

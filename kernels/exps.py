@@ -7,7 +7,8 @@ be near the largest logit: bf16 has the range of fp32, and a rounding of e_v is 
 What leaves that range is repaired without the host's knowing: `exps_fwd_kernel` also writes, for each row and each tile
 of BLOCK_V entries, the sum and the maximum of z - m; where the maximum over the slice is further than `FAR` nats,
 `repair_fwd_kernel` computes the blocks of such rows again with m moved to the largest logit, and returns at once from
-every other; `settle_fwd_kernel` adds the slice to the running state of the rows, and rescales U where m moved.
+every other; `settle_fwd_kernel` adds the slice to the running state of the rows, and rescales U where m moved. s is the
+sum before rounding, U = sum e_v W_v one of rounded values: see the limits in docs/how-it-works.md.
 """
 
 import torch

@@ -338,15 +338,15 @@ def gather_fwd(
     state: Tensor,  # (7, N), rows contiguous; filled
     ignore_index: int,
     compute_dtype: torch.dtype,
-    weight: Tensor
-    | None = None,  # (V, H): the state begins with x_y = (h w_y + b_y) * linear, NaN for a label of no row
+    weight: Tensor | None = None,  # (V, H): the state begins with x_y = (h w_y + b_y) * linear, NaN for an unknown y
     bias: Tensor | None = None,  # (V,) fp32, times linear
     linear: float = 1.0,
     reference: bool = False,  # and with it as the reference m
 ) -> None:
     """Collect rows, zero where the label is ignored, and labels, and begin the state."""
-    (V, H), targets = hidden.shape if weight is None else weight.shape, weight is not None
+    targets = weight is not None
     weight = hidden if weight is None else weight
+    V, H = weight.shape
     gather_fwd_kernel[(state.shape[1],)](
         hidden,
         labels,

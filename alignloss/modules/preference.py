@@ -300,7 +300,8 @@ class PreferenceLoss(HeadLoss):
             counted = labels if batch.nll_labels is None else batch.nll_labels
             nll_mask = (counted != self.ignore_index).double()
             nll_sums = sequence_sum(tokens, offsets, sequences, nll_mask, batch.backend)
-            nll_lengths = labelled_tokens(counted, offsets, sequences, self.ignore_index)
+            if batch.nll_labels is not None:
+                nll_lengths = labelled_tokens(counted, offsets, sequences, self.ignore_index)
         sums, lengths, nll_sums, nll_lengths = sums_over(batch.group, sums, lengths, nll_sums, nll_lengths)
         logps, data, factors = sums, {n: _widened(value) for n, value in batch.data.items()}, batch.pair_weights
         if factors is not None and not self.couples_batch:

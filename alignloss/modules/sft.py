@@ -71,9 +71,13 @@ class SFTLoss(HeadLoss):
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
         weights = masked_weights(batch.token_weights, batch.labels, self.ignore_index)
         sums = sequence_sum(tokens, batch.offsets, batch.sequences, weights, batch.backend)
-        lengths = labelled_tokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index)
-        sums, lengths = sums_over(batch.group, sums, lengths)
-        num_tokens = lengths.sum().clamp(min=1) if batch.num_tokens is None else batch.num_tokens
+        num_tokens = batch.num_tokens
+        if num_tokens is None:
+            lengths = labelled_tokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index)
+            sums, lengths = sums_over(batch.group, sums, lengths)
+            num_tokens = lengths.sum().clamp(min=1)
+        else:
+            (sums,) = sums_over(batch.group, sums)
         values, rewards = sft_loss(sums)
         loss = values.sum() / num_tokens
         return Results(loss, values, sums, rewards, loss)

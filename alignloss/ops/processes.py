@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..checks import INSIDE
+from ..checks import GATHERED, INSIDE
 
 
 def checked_group(name: str, group: Any) -> Any:
@@ -71,9 +71,6 @@ class _SumsOver(torch.autograd.Function):
         return gradient * ctx.size, None
 
 
-_INSIDE_FSDP2 = f'{INSIDE}, or, under FSDP2, give full_tensor(grad_placements=[Partial("avg")])'
-
-
 def check_gradient_meets_others(weight: Tensor) -> None:
     """A ValueError for a head whose gradients, or those of the hidden states, would be those of this process alone."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -95,12 +92,12 @@ def _check_gathered(weight: Tensor) -> None:
     if any(placement.is_shard() for placement in placements):
         raise ValueError(
             f"weight is the local shard of a DTensor {placements}; its probabilities would be those of a part of the "
-            f"head: {_INSIDE_FSDP2}"
+            f"head: {INSIDE}, or, {GATHERED}"
         )
     if node.grad_placements is None:
         raise ValueError(
             "weight was gathered by full_tensor() without grad_placements, whose backward keeps the gradient of this "
-            f"process alone: {_INSIDE_FSDP2}; [Replicate()] where every process has the same tokens"
+            f"process alone: {INSIDE}, or, {GATHERED}; [Replicate()] where every process has the same tokens"
         )
 
 

@@ -135,6 +135,7 @@ class Walk(Scored):
         in_place = held is not None and (held.in_place or written)
         fused = not derivatives and not self.footprint.casts_weight
         fused &= not (recomputed and self.footprint.recomputes_exactly)
+        targets = Targets(self.weight, self.bias, transform.linear, written) if fused or written else None
         row_buffer = self.row_buffer(block)
         weight_buffer = tile = scratch = accumulators = None
         for start in range(0, self.rows, block):
@@ -143,7 +144,6 @@ class Walk(Scored):
             labels, sums = self.labels[part], state[:, part]
             copy = None if row_buffer is None else row_buffer[:count]
             rows = self.hidden[part] if copy is None else copy
-            targets = Targets(self.weight, self.bias, transform.linear, written) if fused or written else None
             primitives.gather(self.tokens, part, labels, copy, sums, targets)
             u = u2 = None
             if not fused or not primitives.statistics(
