@@ -84,3 +84,7 @@ def gemm_blocks(architecture: str, itemsize: int, full_epilogue: bool) -> tuple[
 def partial_bytes_per_row(vocabulary: int, block_v: int, extras: bool) -> int:
     """Bytes of partial statistics that stats_fwd_kernel writes for one row."""
     return 4 * (5 if extras else 2) * -(-vocabulary // block_v)
+
+
+# those of exps_fwd_kernel for a row of one tile
+EXPONENTIAL_PARTIAL_BYTES = 4 * 3

@@ -5,10 +5,10 @@
 The reference m of a row is known before its GEMM: the logit of its target, from `rows.gather_fwd_kernel`. It need not
 be near the largest logit: bf16 has the range of fp32, and a rounding of e_v is as large relative to it whatever m is.
 What leaves that range is repaired without the host's knowing: `exps_fwd_kernel` also writes, for each row and each tile
-of BLOCK_V entries, the sum and the maximum of z - m; where the maximum over the slice is further than `FAR` nats,
-`repair_fwd_kernel` computes the blocks of such rows again with m moved to the largest logit, and returns at once from
-every other; `settle_fwd_kernel` adds the slice to the running state of the rows, and rescales U where m moved. s is the
-sum before rounding, U = sum e_v W_v one of rounded values: see the limits in docs/how-it-works.md.
+of BLOCK_V entries, the sum of e, that of e as rounded, and the maximum of z - m; where the maximum over the slice is
+further than `FAR` nats, `repair_fwd_kernel` computes the blocks of such rows again with m moved to the largest logit,
+and returns at once from every other; `settle_fwd_kernel` adds the slice to the running state of the rows, and rescales
+U where m moved.
 """
 
 import torch
@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import blocks
 from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, gemm_blocks
-from .math import SUM
+from .math import ROUNDED, SUM
 from .stats import blocks_of, largest, multiply, multiprocessors, place
 from .tile import column, reach
 
@@ -53,13 +53,24 @@ def shifted(
 
 
 @triton.jit
+def write(x, exps, partials, n, block_n, tile, N, field, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The exponentials of a tile, and of each row their sums before and after rounding."""
+    e = tl.exp(x)
+    out = partials + tl.cast(tile, tl.int64) * N + n
+    tl.store(out, tl.sum(e, 1), mask=n < N)
+    rounded = e.to(exps.dtype)
+    tl.store(out + field, tl.sum(rounded.to(tl.float32), 1), mask=n < N)
+    exps.store([block_n * BLOCK_N, tile * BLOCK_V], rounded)
+
+
+@triton.jit
 def exps_fwd_kernel(
     hidden,  # descriptor of blocks (BLOCK_N, BLOCK_H) of (N, H); what lies beyond reads as 0
     weight,  # descriptor of blocks (BLOCK_V, BLOCK_H) of the slice, (Vs, H)
     exps,  # descriptor of blocks (BLOCK_N, BLOCK_V) of (N, Vs) and its padding; filled
     labels,  # (N,) int64
-    state,  # (7, N) fp32: m
-    partials,  # (2, tiles, N) fp32: sum of e and max of z - m
+    state,  # (8, N) fp32: m
+    partials,  # (3, tiles, N) fp32: sum of e, sum of rounded e, max of z - m
     N,
     Vs,
     H,
@@ -79,12 +90,9 @@ def exps_fwd_kernel(
         n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         reference = tl.load(state + n, mask=n < N, other=0.0)
         x = shifted(x, reference, n, tile, labels, N, first, Vs, linear, BLOCK_V)
-        out = partials + tile.to(tl.int64) * N + n
         # before x is overwritten: in the other order registers spill
-        tl.store(out + field, tl.max(x, 1), mask=n < N)
-        e = tl.exp(x)
-        tl.store(out, tl.sum(e, 1), mask=n < N)
-        exps.store([block_n * BLOCK_N, tile * BLOCK_V], e.to(exps.dtype))
+        tl.store(partials + 2 * field + tile.to(tl.int64) * N + n, tl.max(x, 1), mask=n < N)
+        write(x, exps, partials, n, block_n, tile, N, field, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
@@ -100,8 +108,8 @@ def repair_fwd_kernel(
     weight,
     exps,
     labels,
-    state,  # (7, N) fp32: m, s before the slice
-    partials,  # (2, tiles, N) fp32: of e, written anew; max of z - m, relative to the m of the state
+    state,  # (8, N) fp32: m, s before the slice
+    partials,  # (3, tiles, N) fp32: sums, written anew; max of z - m, relative to the m of the state
     N,
     Vs,
     H,
@@ -117,20 +125,19 @@ def repair_fwd_kernel(
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     reference = tl.load(state + n, mask=n < N, other=0.0)
     s = tl.load(state + n + SUM * tl.cast(state_stride, tl.int64), mask=n < N, other=1.0)
-    tops = partials + tl.cast(tiles, tl.int64) * N
-    found = moved(reference, largest(tops, n, N, tiles, BLOCK_N, BLOCK_T), s)
+    field = tl.cast(tiles, tl.int64) * N
+    found = moved(reference, largest(partials + 2 * field, n, N, tiles, BLOCK_N, BLOCK_T), s)
     if tl.max((found != reference).to(tl.int32), 0) > 0:
         for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
             x = multiply(hidden, weight, block_n, tile, H, "ieee", BLOCK_N, BLOCK_V, BLOCK_H)
-            e = tl.exp(shifted(x, found, n, tile, labels, N, first, Vs, linear, BLOCK_V))
-            tl.store(partials + tl.cast(tile, tl.int64) * N + n, tl.sum(e, 1), mask=n < N)
-            exps.store([block_n * BLOCK_N, tile * BLOCK_V], e.to(exps.dtype))
+            x = shifted(x, found, n, tile, labels, N, first, Vs, linear, BLOCK_V)
+            write(x, exps, partials, n, block_n, tile, N, field, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
 def settle_fwd_kernel(
-    state,  # (7, N) fp32: m and s are those after the slice
-    partials,  # (2, tiles, N) fp32: sum of e relative to the m after the slice, max of z - m to that before it
+    state,  # (8, N) fp32: m and the two sums of e are those after the slice
+    partials,  # (3, tiles, N) fp32: sums of e relative to the m after the slice, max of z - m to that before it
     u,  # (N, H) fp32, once it holds sums; rescaled where m moved
     N,
     H,
@@ -143,19 +150,21 @@ def settle_fwd_kernel(
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, t = n < N, tl.arange(0, BLOCK_T)
-    sums = state + n + SUM * tl.cast(state_stride, tl.int64)
+    step, field = tl.cast(state_stride, tl.int64), tl.cast(tiles, tl.int64) * N
+    sums, rounded_sums = state + n + SUM * step, state + n + ROUNDED * step
     reference, s = tl.load(state + n, mask=inside, other=0.0), tl.load(sums, mask=inside, other=1.0)
-    tops = partials + tl.cast(tiles, tl.int64) * N
-    found = moved(reference, largest(tops, n, N, tiles, BLOCK_N, BLOCK_T), s)
+    found = moved(reference, largest(partials + 2 * field, n, N, tiles, BLOCK_N, BLOCK_T), s)
     decay = tl.where(s == 0, 0.0, tl.exp(reference - found))
-    total = s * decay
+    total, rounded = s * decay, tl.load(rounded_sums, mask=inside, other=1.0) * decay
     for start in range(0, tiles, BLOCK_T):
         at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
         mask = (start + t < tiles)[:, None] & inside[None, :]
         total += tl.sum(tl.load(partials + at, mask=mask, other=0.0), 0)
+        rounded += tl.sum(tl.load(partials + field + at, mask=mask, other=0.0), 0)
     tl.debug_barrier()  # before a faster warp overwrites the state that another has to read
     tl.store(state + n, found, mask=inside)
     tl.store(sums, total, mask=inside)
+    tl.store(rounded_sums, rounded, mask=inside)
     if BEGUN:
         if tl.max((found != reference).to(tl.int32), 0) > 0:
             k = tl.arange(0, BLOCK_H)
@@ -169,7 +178,7 @@ def exps_fwd(
     hidden: Tensor,  # (N, H), reached by the copy engine, as are weight and out
     weight: Tensor,  # (Vs, H) of the same dtype
     labels: Tensor,  # (N,) int64
-    state: Tensor,  # (7, N) fp32, rows contiguous
+    state: Tensor,  # (8, N) fp32, rows contiguous
     u: Tensor | None,  # (N, H) contiguous, once it holds sums
     out: Tensor,  # (N, Vs); filled
     first: int,
@@ -180,7 +189,7 @@ def exps_fwd(
     kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), False)
     blocks_n, tiles = triton.cdiv(N, block_n), triton.cdiv(Vs, block_v)
-    partials = torch.empty((2, tiles, N), dtype=torch.float32, device=hidden.device)
+    partials = torch.empty((3, tiles, N), dtype=torch.float32, device=hidden.device)
     # with its padding, which is written as zeros
     filled = TensorDescriptor(out, [N, reach(out)], list(out.stride()), [block_n, block_v])
     shared = *blocks_of(hidden, weight, block_n, block_v, block_h), filled, labels, state, partials, N, Vs, H, first

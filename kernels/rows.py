@@ -17,6 +17,7 @@ from torch import Tensor
 from .blocks import OPTIONS, ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
 from .math import (
     LOWEST,
+    ROUNDED,
     SUM,
     SUM_EE,
     SUM_Z,
@@ -46,7 +47,7 @@ def gather_fwd_kernel(
     index,  # (N,) int64
     rows,  # (N, H) in the dtype of the GEMM
     row_labels,  # (N,) int64
-    state,  # (7, N) fp32
+    state,  # (8, N) fp32
     weight,  # (V, H)
     bias,  # (V,) fp32, times linear
     M,
@@ -103,6 +104,7 @@ def gather_fwd_kernel(
     tl.store(state + n + SUM_Z * step, 0.0)
     tl.store(state + n + SUM_EE * step, 0.0)
     tl.store(state + n + TOP * step, -float("inf"))
+    tl.store(state + n + ROUNDED * step, 0.0)
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def _finish_derivatives(
 
 @triton.jit
 def finish_fwd_kernel(
-    state,  # (7, N) fp32: m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
+    state,  # (8, N) fp32: m, s, x_y, sum (z - m) e, sum z, sum e^2, max z, sum of rounded e
     labels,  # (N,) int64
     index,  # (N,) int64
     u,  # (N, H) fp32
@@ -223,7 +225,8 @@ def finish_fwd_kernel(
         known = (label >= 0) & (label < V) & (ignored == 0)
         at_target = sech2(tl.load(state + n + TARGET * step)) if HAS_CAP else 1.0
         mu, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + SUM_ZE * step).to(tl.float64))
-        inverse = tl.where(s == 0, 0.0, 1.0 / s).to(tl.float32)
+        rounded = tl.load(state + n + ROUNDED * step)
+        inverse = tl.where(rounded == 0, 0.0, 1.0 / rounded)
         w_row = weight + tl.where(known, label, 0) * weight_stride
         _finish_derivatives(
             u, u2, w_row, dlogp, dentropy, n, H, weight_step, known, ignored, at_target, inverse, mu.to(tl.float32),
@@ -238,7 +241,7 @@ def rows_bwd_kernel(
     labels,  # (M,) int64
     index,  # (N,) int64
     hidden,  # (M, H)
-    state,  # (7, N) fp32
+    state,  # (8, N) fp32
     dlogp,  # (N, H)
     dentropy,  # (N, H)
     unit,  # 0-d fp32 divisor of the coefficients
@@ -335,7 +338,7 @@ def gather_fwd(
     index: Tensor | None,  # (N,) contiguous
     rows: Tensor | None,  # (N, H) contiguous; filled
     row_labels: Tensor,  # (N,) contiguous; filled if there is an index
-    state: Tensor,  # (7, N), rows contiguous; filled
+    state: Tensor,  # (8, N), rows contiguous; filled
     ignore_index: int,
     compute_dtype: torch.dtype,
     weight: Tensor | None = None,  # (V, H): the state begins with x_y = (h w_y + b_y) * linear, NaN for an unknown y
@@ -379,7 +382,7 @@ def gather_fwd(
 
 
 def finish_fwd(
-    state: Tensor,  # (7, N), rows contiguous
+    state: Tensor,  # (8, N), rows contiguous
     labels: Tensor,  # (N,) contiguous
     index: Tensor | None,  # (N,) contiguous
     u: Tensor | None,  # (N, H) contiguous
@@ -441,7 +444,7 @@ def rows_bwd(
     labels: Tensor,  # (M,) contiguous
     index: Tensor | None,  # (N,) contiguous
     hidden: Tensor | None,  # (M, H)
-    state: Tensor,  # (7, N), rows contiguous
+    state: Tensor,  # (8, N), rows contiguous
     dlogp: Tensor | None,  # (N, H) contiguous
     dentropy: Tensor | None,  # (N, H) contiguous
     unit: Tensor | None,  # 0-d

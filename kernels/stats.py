@@ -176,7 +176,7 @@ def largest(tops, n, N, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
 @triton.jit
 def combine_fwd_kernel(
     partials,  # (fields, tiles, N)
-    state,  # (7, N) fp32: m, s, then sum (z - m) e, sum z, sum e^2, max z
+    state,  # (8, N) fp32: m, s, then sum (z - m) e, sum z, sum e^2, max z
     N,
     tiles,
     state_stride,
@@ -241,7 +241,7 @@ def stats_fwd(
     weight: Tensor,  # (V, H) of the same dtype, rows contiguous
     bias: Tensor | None,  # (V,) fp32, times linear
     labels: Tensor,  # (N,) int64
-    state: Tensor,  # (7, N) fp32, rows contiguous, with the logits of the targets; all else is filled
+    state: Tensor,  # (8, N) fp32, rows contiguous, with the logits of the targets; all else is filled
     linear: float,
     cap: float | None,
     extras: bool,

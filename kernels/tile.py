@@ -5,7 +5,8 @@ The GEMM leaves out the bias: the kernels add it as they read, a vector that all
 
 `fold_fwd_kernel` folds the tile into the running statistics of its rows and, when the derivative is wanted, overwrites
 it by e_v sech^2(x_v) with e_v = exp(z_v - m) and 0 at the target. The reference m of a row is kept until the maximum
-exceeds it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almost never.
+exceeds it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almost never. The rounded e_v are summed too:
+divided by that sum, the weights of the rows in U add up to 1, and what all rows share leaves the derivative.
 
 `dlogits_bwd_kernel` overwrites the tile by the gradient of the logits, divided by one factor per row: with q_v = e_v/s
 over v != y it is D_y at the target and -q_v D_v elsewhere. A gradient of the entropy mixes in by three numbers per row:
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import CAPPED_SLICE, OPTIONS, PITCH, SLICE, TILE_ENTRIES, TILE_WARPS, WIDTH_BLOCK
-from .math import SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
+from .math import ROUNDED, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def fold_fwd_kernel(
     bias,  # (Vs,) fp32, times linear
     out,  # (C, Vs) exponentials, in the memory of `tile` or of their own
     out2,  # (C, Vs) (z - m) times the exponentials
-    state,  # (7, C): m, s, x_y, sum (z - m) e, sum z, sum e^2, max z
+    state,  # (8, C): m, s, x_y, sum (z - m) e, sum z, sum e^2, max z, sum of rounded e
     labels,  # (C,) int64
     u,  # (C, H) fp32
     u2,  # (C, H) fp32
@@ -112,6 +113,8 @@ def fold_fwd_kernel(
     e = tl.exp(z - m)
     # every load of the state comes before a reduction, whose barrier comes before every store
     s, largest = tl.load(at + SUM * step), tl.load(at + TOP * step)
+    if SAVE > 0:
+        rounded = tl.load(at + ROUNDED * step)
     if EXTRAS:
         ze, z_sum, ee = tl.load(at + SUM_ZE * step), tl.load(at + SUM_Z * step), tl.load(at + SUM_EE * step)
     total = tl.sum(e, 0)
@@ -126,7 +129,11 @@ def fold_fwd_kernel(
         tl.store(at + SUM_EE * step, ee * decay * decay + tl.sum(tl.where(e == 0, 0.0, e * e), 0))
     if SAVE > 0:
         d = e * sech2(x) if HAS_CAP else e
-        tl.store(out + row * out_stride + v, d.to(out.dtype.element_ty), mask=v < reach)
+        kept = d.to(out.dtype.element_ty)
+        tl.store(out + row * out_stride + v, kept, mask=v < reach)
+        if not HAS_CAP and out.dtype.element_ty != tl.float32:
+            total = tl.sum(kept.to(tl.float32), 0)
+        tl.store(at + ROUNDED * step, rounded * decay + total)
         if SAVE > 1:
             zd = tl.where(d == 0, 0.0, (z - m) * d)
             tl.store(out2 + row * out2_stride + v, zd.to(out2.dtype.element_ty), mask=v < reach)
@@ -140,7 +147,7 @@ def dlogits_bwd_kernel(
     tile,  # (C, Vs) fp32 x without the bias
     bias,  # (Vs,) fp32, times linear
     out,  # (C, Vs), in the memory of `tile`
-    state,  # (7, C): m, s
+    state,  # (8, C): m, s
     labels,  # (C,) int64
     coefficient,  # (C,); where it is 0 the result is too, whatever the logits
     mix,  # (3, C)
@@ -189,7 +196,7 @@ def dlogits_bwd_kernel(
 def held_bwd_kernel(
     tile,  # (C, Vs) e sech^2(x) relative to `reference`, 0 at the target
     reference,  # (C,)
-    state,  # (7, C): m, s, x_y
+    state,  # (8, C): m, x_y, sum of rounded e
     labels,  # (C,) int64
     coefficient,  # (C,); where it is 0 the result is too
     first,
@@ -202,10 +209,10 @@ def held_bwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     step = tl.cast(state_stride, tl.int64)
-    m, s = tl.load(state + row), tl.load(state + row + SUM * step)
+    m, rounded = tl.load(state + row), tl.load(state + row + ROUNDED * step)
     target = column(tl.load(labels + row), first, Vs)
     at_target = sech2(tl.load(state + row + TARGET * step)) if HAS_CAP else 1.0
-    factor = tl.where(s == 0, 0.0, -tl.exp(tl.load(reference + row) - m) / s)
+    factor = tl.where(rounded == 0, 0.0, -tl.exp(tl.load(reference + row) - m) / rounded)
     used = tl.load(coefficient + row) != 0
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tile + row * tile_stride + v
@@ -237,7 +244,7 @@ def fold_fwd(
     tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias; overwritten if save
     bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
     spare: Tensor | None,  # (C, Vs) fp32, for save == 2
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     labels: Tensor,  # (C,)
     u: Tensor | None,  # (C, H) contiguous, once it holds sums
     u2: Tensor | None,  # (C, H) contiguous, once it holds sums
@@ -255,6 +262,8 @@ def fold_fwd(
     out2 = None if spare is None else narrowed(spare, dtype)
     # fp16 exponentials must stay under 65,504, and sums of their squares over the vocabulary within fp32
     slack = 8.0 if dtype == torch.float16 else 20.0
+    if extras:  # the entropy of a nearly certain token would be a difference of terms as large as z - m
+        slack = 0.0
     end = reach(tile, spare, None if narrows else out)
     fold_fwd_kernel[(C,)](
         tile,
@@ -289,7 +298,7 @@ def fold_fwd(
 def dlogits_bwd(
     tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias; overwritten
     bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     labels: Tensor,  # (C,)
     coefficient: Tensor,  # (C,) contiguous
     mix: Tensor | None,  # (3, C), for a gradient of the entropy
@@ -328,7 +337,7 @@ def dlogits_bwd(
 def held_bwd(
     tile: Tensor,  # (C, Vs) rows contiguous; overwritten
     reference: Tensor,  # (C,) contiguous
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     labels: Tensor,  # (C,)
     coefficient: Tensor,  # (C,) contiguous
     first: int,

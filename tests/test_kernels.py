@@ -25,13 +25,13 @@ NARROW = [torch.float16] if os.environ.get("TRITON_INTERPRET") == "1" else [torc
 
 
 def fresh_state(rows):
-    state = torch.zeros(7, rows, device=DEVICE)
+    state = torch.zeros(8, rows, device=DEVICE)
     state[0], state[2], state[6] = -1e30, torch.nan, -torch.inf
     return state
 
 
 def expected_state(x, labels, cap):
-    """The seven rows in float64, relative to the reference that the kernel chose."""
+    """The eight rows in float64, relative to the reference that the kernel chose; nothing rounded."""
 
     def at(reference):
         z = x if cap is None else cap * torch.tanh(x)
@@ -39,7 +39,8 @@ def expected_state(x, labels, cap):
         e = (rest - reference[:, None]).exp()
         ze = torch.where(e > 0, (rest - reference[:, None]) * e, 0)
         target = x.gather(1, labels[:, None]).squeeze(1)
-        return torch.stack([reference, e.sum(1), target, ze.sum(1), z.sum(1), e.square().sum(1), rest.amax(1)])
+        s = e.sum(1)
+        return torch.stack([reference, s, target, ze.sum(1), z.sum(1), e.square().sum(1), rest.amax(1), s])
 
     return at
 
@@ -57,7 +58,7 @@ def test_statistics_gemm_and_combination(cap, with_bias, dtype, N, H, V):
     state = state_of_targets(hidden, weight, labels, bias, 1.5)
     stats.stats_fwd(hidden, weight, bias, labels, state, 1.5, cap, True, "ieee")
     x = hidden.double() @ weight.double().T * 1.5 + (0 if bias is None else bias.double())
-    for got, expected in zip(state, expected_state(x, labels, cap)(state[0].double()), strict=True):
+    for got, expected in zip(state[:7], expected_state(x, labels, cap)(state[0].double())[:7], strict=True):
         assert float((got - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
 
 
@@ -143,6 +144,8 @@ def test_exponentials_written_by_the_gemm_whatever_the_reference_of_a_row(N, H, 
     for (got, reference), part in zip(tiles, rest.split(columns, 1), strict=True):
         expected = (part - reference[:, None]).exp()
         assert float(((got - expected).abs() - (rounding + 2e-5) * expected).max()) <= 1e-30
+    kept = sum(got.sum(1) * (reference - state[0].double()).exp() for got, reference in tiles)
+    assert float((state[7] / kept - 1).abs().max()) <= 2e-5
     expected = e @ weight.double()
     scale = e.sum(1) * weight.double().abs().max()
     assert float(((u.double() - expected).abs().amax(1) / scale).max()) <= rounding + 2e-5
@@ -208,7 +211,7 @@ def several_blocks(monkeypatch):
 class Folded:
     """A row of tiles folded slice by slice, and what a walk sums of what is left in them."""
 
-    def __init__(self, cap, save, dtype):
+    def __init__(self, cap, save, dtype, extras=True):
         N, H, V = 5, 33, 300
         self.x = torch.randn(N, V, dtype=torch.float64, device=DEVICE) * 3
         self.x[:2, 160:] += 60  # the reference has to move
@@ -216,11 +219,14 @@ class Folded:
         self.weight = torch.randn(V, H, dtype=torch.float64, device=DEVICE)
         self.state, self.cap = fresh_state(N), cap
         self.u, self.u2 = torch.zeros(2, N, H, device=DEVICE)
+        self.rounded = torch.zeros(N, dtype=torch.float64, device=DEVICE)  # sums of what is left
         for first, last in ((0, 150), (150, 300)):
             part = self.x[:, first:last].float().contiguous()
             spare = torch.empty_like(part) if save == 2 else None
             sums = (self.u if save else None, self.u2 if save > 1 else None)
-            e, ze = tile.fold_fwd(part, None, spare, self.state, self.labels, *sums, first, cap, save, True, dtype)
+            old = self.state[0].double()
+            e, ze = tile.fold_fwd(part, None, spare, self.state, self.labels, *sums, first, cap, save, extras, dtype)
+            self.rounded = self.rounded * (old - self.state[0].double()).exp() + e.double().sum(1)
             for total, left in ((self.u, e), (self.u2, ze))[:save]:
                 total += left.float() @ self.weight[first:last].float()
 
@@ -238,12 +244,18 @@ FOLDED = {torch.float32: 2e-5} | {dtype: {torch.float16: 2e-3, torch.bfloat16: 1
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("save", [0, 1, 2])
 @pytest.mark.parametrize("dtype", FOLDED)
-def test_fold_over_slices(cap, save, dtype, monkeypatch):
+@pytest.mark.parametrize("extras", [True, False])
+def test_fold_over_slices(extras, cap, save, dtype, monkeypatch):
     several_blocks(monkeypatch)
-    fold = Folded(cap, save, dtype)
+    fold = Folded(cap, save, dtype, extras or save == 2)
     expected = expected_state(fold.x, fold.labels, cap)(fold.state[0].double())
-    for got, value in zip(fold.state, expected, strict=True):
-        assert error(got, value) <= 2e-5
+    if cap is None:
+        expected[7] = fold.rounded
+    for row, (got, value) in enumerate(zip(fold.state, expected, strict=True)):
+        taken = row in (0, 1, 2, 6) or (save if row == 7 else extras or save == 2)
+        assert error(got, value if taken else torch.zeros_like(value)) <= 2e-5
+    if extras:
+        assert torch.equal(fold.state[0], fold.state[6])
 
 
 @pytest.mark.parametrize("cap", CAPS)
@@ -454,7 +466,7 @@ def test_rows_equal_the_specification(indexed, dtype):
         state = sums.to(wide)
         picked = torch.zeros(C, dtype=torch.int64, device=DEVICE) if indexed else labels[part].clone()
         block = torch.empty(C, H, dtype=narrow, device=DEVICE)
-        begun = torch.empty(7, C, dtype=wide, device=DEVICE)
+        begun = torch.empty(8, C, dtype=wide, device=DEVICE)
         backend.gather(tokens, part, picked, block, begun)
         outputs = [torch.zeros(M, dtype=kind, device=DEVICE) for kind in output_dtypes(wide)]
         derivatives = [torch.empty(C, H, dtype=narrow, device=DEVICE) for _ in range(2)]

@@ -15,6 +15,7 @@ from ..kernels.state import (
     KL_TOP,
     LOWEST,
     REF,
+    ROUNDED,
     SUM,
     SUM_EE,
     SUM_Z,
@@ -30,7 +31,7 @@ def gather(
     part: slice,  # of the N scored tokens, C of them
     labels: Tensor,  # (C,); filled if tokens.token_index is given
     rows: Tensor | None,  # (C, H) in the dtype of the GEMM; filled
-    state: Tensor,  # (7, C); filled
+    state: Tensor,  # (8, C); filled
     targets: Targets | None = None,  # for a GEMM that leaves no logits, of which there is none here
 ) -> None:
     """Begin a block: its rows, rounded to the compute dtype, zero where the label is ignored; labels; empty sums."""
@@ -55,7 +56,7 @@ def fold(
     tile: Tensor,  # (C, Vs) x without the bias; overwritten
     bias: Tensor | None,  # (Vs,) times linear
     scratch: Tensor,  # (tiles, C, Vs)
-    state: Tensor,  # (7, C); updated
+    state: Tensor,  # (8, C); updated
     labels: Tensor,  # (C,)
     first: int,  # vocabulary index of the tile's first column
     transform: Transform,
@@ -100,12 +101,17 @@ def fold(
         # e ln e = (z - m) e, and 0 at e = 0
         z_exps = torch.special.entr(exps, out=scratch[-1]).neg_()
         state[SUM_ZE].addcmul_(state[SUM], shift).mul_(decay).add_(z_exps.sum(1))
-    state[SUM].mul_(decay).add_(exps.sum(1))
+    total = exps.sum(1)
+    state[SUM].mul_(decay).add_(total)
     if slope is not None:
         exps.mul_(slope)
         if derivatives == 2 and z_exps is not None:
             z_exps.mul_(slope)
-    return exps.to(dtype) if out is None else out.copy_(exps), None if z_exps is None else z_exps.to(dtype)
+    kept = exps.to(dtype) if out is None else out.copy_(exps)
+    if slope is None and dtype != exps.dtype:
+        total = kept.sum(1, dtype=exps.dtype)
+    state[ROUNDED].mul_(decay).add_(total)
+    return kept, None if z_exps is None else z_exps.to(dtype)
 
 
 def statistics(
@@ -113,7 +119,7 @@ def statistics(
     weight: Tensor,  # (V, H), of the same dtype
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (C,)
-    state: Tensor,  # (7, C); filled
+    state: Tensor,  # (8, C); filled
     transform: Transform,
     stats: int,
     workspace_bytes: int,
@@ -126,7 +132,7 @@ def finish(
     tokens: Tokens,
     part: slice,  # of the N scored tokens, C of them
     labels: Tensor,  # (C,)
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     u: Tensor | None,  # (C, H); overwritten
     u2: Tensor | None,  # (C, H); overwritten
     weight: Tensor,  # (V, H)
@@ -173,7 +179,7 @@ def _row_stats(state: Tensor, vocabulary: int, transform: Transform, stats: int)
 def _derivative(
     u: Tensor,  # (C, H); overwritten
     u2: Tensor | None,  # (C, H); overwritten
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (C,)
     transform: Transform,
@@ -182,13 +188,13 @@ def _derivative(
 ) -> None:
     """d logp / d hidden and d entropy / d hidden of each row, both divided by slope (1 - p_y).
 
-    dlogp = D_y W_y - U / s and dentropy = -(U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1, s = SUM, and
-    mu, pull as in `_entropy_terms`. W_y is rounded to the compute dtype as in U, or their difference would be off.
+    dlogp = D_y W_y - U / s and dentropy = -(U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1, s = ROUNDED,
+    and mu, pull as in `_entropy_terms`. W_y is rounded to the compute dtype as in U, or their difference would be off.
     """
     target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
     if transform.cap is not None:
         target.mul_(_sech2(state[TARGET])[:, None])
-    inverse = torch.where(state[SUM] == 0, 0, 1 / state[SUM])[:, None]
+    inverse = torch.where(state[ROUNDED] == 0, 0, 1 / state[ROUNDED])[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
         mu, pull = (term.to(u.dtype) for term in _entropy_terms(state, transform))
@@ -201,7 +207,7 @@ def weigh(
     tokens: Tokens,
     part: slice,  # of the N scored tokens, C of them
     labels: Tensor,  # (C,); filled if tokens.token_index is given
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     transform: Transform,
     dlogps: Tensor,  # (M,) float64
     dentropies: Tensor | None,  # (M,)
@@ -262,7 +268,7 @@ def dlogits(
     tile: Tensor,  # (C, Vs) x without the bias; overwritten by the result
     bias: Tensor | None,  # (Vs,) times linear
     scratch: Tensor,  # (tiles, C, Vs)
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     labels: Tensor,  # (C,)
     first: int,
     transform: Transform,
@@ -304,7 +310,7 @@ def dlogits(
 def held_dlogits(
     tile: Tensor,  # (C, Vs) exponentials as `fold` left them, in the dtype of the GEMM; overwritten
     reference: Tensor,  # (C,) that they are relative to
-    state: Tensor,  # (7, C)
+    state: Tensor,  # (8, C)
     labels: Tensor,  # (C,)
     first: int,
     transform: Transform,
@@ -312,7 +318,7 @@ def held_dlogits(
 ) -> None:
     """Turn a tile of exponentials into what `dlogits` makes of its logits."""
     index, inside = _target_column(tile, labels, first)
-    factor = torch.where(state[SUM] == 0, 0, -(reference - state[REF]).exp() / state[SUM])
+    factor = torch.where(state[ROUNDED] == 0, 0, -(reference - state[REF]).exp() / state[ROUNDED])
     tile.mul_(factor[:, None])
     at_target = torch.ones_like(factor) if transform.cap is None else _sech2(state[TARGET])
     tile.scatter_(1, index, torch.where(inside, at_target[:, None].to(tile.dtype), tile.gather(1, index)))

@@ -175,7 +175,7 @@ class Footprint(NamedTuple):
     def _exponential_bytes(self) -> Sizes:
         gemm = self.gemm_dtype.itemsize
         block_v = blocks.gemm_blocks(architecture(self.device_type), gemm, False)[1]
-        partials = blocks.partial_bytes_per_row(block_v, block_v, extras=False)
+        partials = blocks.EXPONENTIAL_PARTIAL_BYTES
         # a last tile has as many partials as a whole one
         row = self.width * (self.accum_dtype.itemsize + self.copies_rows * gemm) + partials
         return Sizes(row, self.slice_bytes, gemm + partials / block_v)
