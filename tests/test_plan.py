@@ -245,3 +245,29 @@ def test_slices_of_a_gpu_find_their_rows_in_its_cache_and_their_padding_fits_the
         assert foot.pitch(columns) % 64 == 0 <= foot.pitch(columns) - columns < 64
         assert rows * foot.pitch(columns) * 4 <= needed <= workspace
     assert foot.held_columns(1) <= SLICE
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_tile_fits_the_workspace_wherever_the_least_one_does(device):
+    generator = torch.Generator().manual_seed(0)
+
+    def some(low, high):
+        """An integer from 10^low to 10^high, as often small as large."""
+        return int(10 ** (low + (high - low) * torch.rand((), generator=generator).item()))
+
+    for dtype, stored, softcap, direct in product(
+        (torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16), *[(False, True)] * 2
+    ):
+        for _ in range(100):
+            vocabulary, rows, workspace = some(0, 5), some(0, 4), some(3, 8)
+            foot = Footprint(vocabulary, some(0, 4), dtype, dtype, stored, False, softcap, device, "torch")
+            for sizes, tile in (
+                (foot._forward_bytes(0, 1), foot.forward_tile(rows, 0, 1, workspace)),
+                (
+                    foot._backward_bytes(False, direct),
+                    foot.backward_tile(rows, 0, 1, direct, workspace, rounded=False)[0],
+                ),
+            ):
+                least, columns = min(rows, 16), min(vocabulary, foot.pitch(16))
+                needed = least * (sizes.row + foot.pitch(columns) * sizes.cell) + columns * sizes.column
+                assert tile.bytes <= max(workspace, needed)

@@ -254,21 +254,26 @@ class Footprint(NamedTuple):
         other: Sizes | None = None,  # of another walk that the same tile has to fit
         most: int | None = None,  # vocabulary entries of a slice on a GPU, by default what registers hold
     ) -> Tile:
-        """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16."""
+        """Rows per block and vocabulary entries per slice that fit the workspace; never below 16 x 16 (64 on a GPU)."""
         other = other or sizes
         row_bytes, column_bytes = max(sizes.row, other.row), max(sizes.column, other.column)
         cell_bytes = max(sizes.cell, other.cell)
+
+        def fitting(columns: int) -> int:
+            """Rows that fit beside slices of so many entries."""
+            beside = workspace_bytes - columns * column_bytes
+            return int(beside // (row_bytes + self.pitch(columns) * cell_bytes))
+
+        least = self.pitch(16)
         if self.device_type == "cuda":
             most_columns = most or self.slice
-            wide = max(16, min(wide, self.vocabulary, workspace_bytes // 4 // max(column_bytes, 1)))
-            most_rows = (workspace_bytes - wide * column_bytes) // math.ceil(row_bytes + wide * cell_bytes)
+            most_rows = fitting(min(wide, self.vocabulary, max(least, workspace_bytes // 4 // max(column_bytes, 1))))
         else:
             # a tile that stays in the cache between the passes over it; more rows where every block casts the weight
             most_columns = 2048
             most_rows = min(2048 if column_bytes else 512, workspace_bytes // 4 // max(row_bytes, 1))
-        block = _even_parts(rows, max(16, most_rows), 16)
+        block = _even_parts(rows, max(16, min(most_rows, fitting(min(least, self.vocabulary)))), 16)
         free = workspace_bytes - block * row_bytes
-        least = self.pitch(16)
         widest = max(least, min(most_columns, int(free // (block * cell_bytes + column_bytes))))
         multiple = 128 if widest >= 128 else least
         columns = min(self.vocabulary, _even_parts(self.pitch(self.vocabulary), widest, multiple))
