@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from alignloss.kernels.state import STATE_ROWS
 
 from alignloss.ops.sizes import Footprint, default_workspace, total_memory
 from alignloss.ops.walk import addmm
@@ -47,7 +48,7 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
     )
     hidden, weight = inputs.hidden.flatten(0, 1)[:N], inputs.weight
     labels = inputs.labels.flatten()[:N].clamp(min=0)
-    logits, state = torch.empty(N * columns, device=device), torch.empty(7, N, device=device)
+    logits, state = torch.empty(N * columns, device=device), torch.empty(STATE_ROWS, N, device=device)
 
     def begin() -> None:
         state.zero_()

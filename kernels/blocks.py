@@ -24,7 +24,7 @@ COPY_ENGINE = ("sm_90", "sm_100", "interpreter")
 # where a GEMM writes exponentials: measured on sm_90 (docs/gpu.md); compiled and emulated for sm_100 as well
 EXPONENTIALS = ("sm_90",)
 # of the kernel that repairs them, where those of the GEMM spill registers
-REPAIR_STAGES = {"sm_100": 1}
+REPAIR_STAGES = {"sm_90": 2, "sm_100": 1}
 # with a softcap or further statistics in the epilogue, wider tiles spill
 FULL_EPILOGUE_BLOCK_V = 128
 # of every launch: products and sums fuse, by default up to Triton 3.9

@@ -53,13 +53,20 @@ def shifted(
 
 
 @triton.jit
+def _add(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
 def write(x, exps, partials, n, block_n, tile, N, field, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """The exponentials of a tile, and of each row their sums before and after rounding."""
     e = tl.exp(x)
-    out = partials + tl.cast(tile, tl.int64) * N + n
-    tl.store(out, tl.sum(e, 1), mask=n < N)
     rounded = e.to(exps.dtype)
-    tl.store(out + field, tl.sum(rounded.to(tl.float32), 1), mask=n < N)
+    # in one reduction, or registers spill
+    total, rounded_total = tl.reduce((e, rounded.to(tl.float32)), 1, _add)
+    out = partials + tl.cast(tile, tl.int64) * N + n
+    tl.store(out, total, mask=n < N)
+    tl.store(out + field, rounded_total, mask=n < N)
     exps.store([block_n * BLOCK_N, tile * BLOCK_V], rounded)
 
 

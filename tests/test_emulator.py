@@ -120,6 +120,8 @@ COMPUTED = [
     ("mov.b32 {%rs8, %rs9}, 0x00070005; cvt.u32.u16 %r9, %rs9", 7),
     (f"mov.b64 %rd8, {{{ONE}, {TWO}}}; add.f32x2 %rd9, %rd8, %rd8", bits(2.0) + (bits(4.0) << 32)),
     ("mov.b16 %rs1, 0x3F80; mov.b16 %rs2, 0x4000; fma.rn.f32.bf16 %r9, %rs1, %rs2, 0f3F800000", 3.0),
+    ("mov.b16 %rs1, 0x3F80; add.rn.f32.bf16 %r9, %rs1, 0f40000000", 3.0),
+    ("mov.b16 %rs1, 0x3C00; add.rn.f32.f16 %r9, %rs1, 0f40000000", 3.0),
     ("mov.b16 %rs1, 0x4049; cvt.f32.bf16 %r9, %rs1", 3.140625),
     ("setp.lt.s32 %p9, -1, 1; selp.b32 %r9, 1, 0, %p9", 1),
     ("setp.lt.u32 %p9, -1, 1; selp.b32 %r9, 1, 0, %p9", 0),

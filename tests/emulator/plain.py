@@ -82,15 +82,18 @@ def _fused(operands, given, found, guard):
     return _plain(operands, given, guard, found[1], on.fma)
 
 
+@instruction(r"add\.rn\.f32\.(bf16|f16)", 3)
 @instruction(r"fma\.rn\.f32\.(bf16|f16)", 4)
-def _fused_mixed(operands, given, found, guard):
-    """Factors of 16 bits and a sum of 32."""
+def _mixed(operands, given, found, guard):
+    """A last operand of 32 bits, those before it of 16."""
     widen = on.of_bf16 if found[1] == "bf16" else lambda x: x.view(np.float16).astype(np.float32)
-    a, b = (operands.read(text, "b16") for text in given.operands[1:3])
+    *narrow, last = given.operands[1:]
+    readers = [*(operands.read(text, "b16") for text in narrow), operands.read(last, "f32")]
+    function = np.add if len(narrow) == 1 else on.fma
     return _apply(
         operands.write(given.operands[0], "f32", guard),
-        lambda a, b, c: on.fma(widen(a), widen(b), c),
-        *(a, b, operands.read(given.operands[3], "f32")),
+        lambda *values: function(*map(widen, values[:-1]), values[-1]),
+        *readers,
     )
 
 

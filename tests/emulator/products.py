@@ -340,6 +340,9 @@ def _allocate(operands, given, found, guard):
             w.batch.allocated[slot] = range(first, COLUMNS)
             lane = np.array([row]), np.array([0])
             store(w, "shared", address(w), [np.full((1, 1), first, np.uint32)], 4, lane, given.line)
+            _, at, shadow = locate(w, "shared", address(w), 4, lane)
+            if shadow is not None:  # the specification names no proxy that this write is of
+                shadow.write_time[shadow.places(at, 4)] = 0
 
     return execute
 
