@@ -2,7 +2,8 @@
 
 The statistics of the forward are had in two ways, which are timed beside the bare GEMM: by a Triton GEMM that writes no
 logits, at several block sizes, and by cuBLAS with one kernel over each tile of its result. The kernels over tiles are
-timed at several block sizes beside a copy of their bytes.
+timed at several block sizes beside a copy of their bytes. Whole calls are timed with tiles that are folded, and with
+exponentials that a GEMM writes wherever the copy engine is: what `blocks.EXPONENTIALS` is chosen by.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from alignloss.ops.sizes import Footprint, default_workspace, total_memory
 from alignloss.ops.walk import addmm
 
 from .cases import Case, make_inputs
-from .measure import BARE, Row, interleave, timed
+from .measure import BARE, Row, interleave, timed, timed_step
+from .providers import PROVIDERS
 
 # operand bytes -> (BLOCK_N, BLOCK_V, BLOCK_H, num_warps, num_stages) of stats_fwd_kernel
 GEMM_CANDIDATES = {
@@ -120,6 +122,18 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
 
             ways[f"{warps} warps"] = prepared(run, prepare)
         rows += _rows(kind, ways, rounds, {"gigabytes_per_second": 1e-9 * moved})
+    for mode, products in (("frozen head", 2), ("DPO step", 3)):
+        step = timed_step(case, PROVIDERS["alignloss"], inputs, mode)
+
+        def whole(written: tuple[str, ...], step: Callable[[], tuple[float, float]] = step) -> Timed:
+            def run() -> float:
+                with replaced(vars(blocks), "EXPONENTIALS", written):
+                    return sum(step())
+
+            return run
+
+        ways = {"tiles folded": whole(()), "exponentials by the GEMM": whole(blocks.COPY_ENGINE)}
+        rows += _rows(mode, ways, rounds, {"tflops": products * 2e-12 * case.labelled * V * H})
     return rows
 
 
