@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends
 from .checks import check_keywords, check_savable, checked_labels
 from .ops.head import PROJECTION_OPTIONS, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
+from .ops.module_head import takes_modules
 from .ops.processes import sums_over
 from .ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
 
@@ -36,9 +37,10 @@ class SequenceLogprob(NamedTuple):
     lengths: Tensor
 
 
+@takes_modules("weight")
 def linear_logprob(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | nn.Module,  # (V, H)
     labels: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
     *,
@@ -58,7 +60,8 @@ def linear_logprob(
     Args:
         hidden: (..., H) floating point, any layout of leading dimensions; one in which they cannot be viewed as one,
             as `hidden[:, :-1]`, is copied first, beside the workspace.
-        weight: (V, H), of the dtype of hidden unless autocast is on; or float32 beside 16 bits, either way round: the
+        weight: (V, H), or the module of the head, an `nn.Linear`, which brings its bias: the call then runs between
+            its hooks, those of FSDP too. Of the dtype of hidden unless autocast is on; or float32 beside 16 bits: the
             product is computed in float32, of blocks and slices of what is narrow.
         labels: (...) integers in [0, V), or `ignore_index` where nothing is scored. Labels are aligned with hidden:
             `next_token_labels` makes them from token ids. HF's `labels`, which are not shifted, train the wrong thing.
@@ -109,9 +112,10 @@ def linear_logprob(
     return score(projection)[0].to(projection.result_dtype).view(labels.shape)
 
 
+@takes_modules("weight")
 def linear_logprob_stats(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | nn.Module,  # (V, H)
     labels: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
     *,
@@ -155,9 +159,10 @@ def linear_logprob_stats(
     return LogprobStats(outputs[0].to(projection.result_dtype).view(labels.shape), **fields)
 
 
+@takes_modules("weight")
 def sequence_logprob(
     hidden: Tensor,  # (S, T, H), or packed (tokens, H) or (1, tokens, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | nn.Module,  # (V, H)
     labels: Tensor,  # (S, T), (tokens,) or (1, tokens)
     bias: Tensor | None = None,  # (V,)
     *,
@@ -211,11 +216,12 @@ def sequence_logprob(
     return SequenceLogprob(sums.to(projection.result_dtype), lengths.long().clamp(min=1))
 
 
+@takes_modules("weight", "ref_weight")
 def linear_kl(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | nn.Module,  # (V, H)
     ref_hidden: Tensor,  # (..., H of the reference)
-    ref_weight: Tensor,  # (V, H of the reference)
+    ref_weight: Tensor | nn.Module,  # (V, H of the reference)
     labels: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
     ref_bias: Tensor | None = None,  # (V,)
@@ -261,18 +267,17 @@ def linear_kl(
         except ValueError as error:
             raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
     if (
-        len(weight) != len(ref_weight)
+        len(policy.weight) != len(reference.weight)
         or policy.result_dtype != reference.result_dtype
         or (hidden.device != ref_hidden.device)
     ):
         raise ValueError(
-            f"policy and reference must share vocabulary, precision and device; got V = {len(weight)}, {hidden.dtype}, "
-            f"{hidden.device} and V = {len(ref_weight)}, {ref_hidden.dtype}, {ref_hidden.device}"
+            f"policy and reference must share vocabulary, precision and device; got V = {len(policy.weight)}, "
+            f"{hidden.dtype}, {hidden.device} and V = {len(reference.weight)}, {ref_hidden.dtype}, {ref_hidden.device}"
         )
     if hidden.requires_grad or policy.trains_head:
-        check_savable(
-            hidden=hidden, weight=weight, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
-        )
+        references = {"ref_hidden": ref_hidden, "ref_weight": reference.weight, "ref_bias": ref_bias}
+        check_savable(hidden=hidden, weight=policy.weight, bias=bias, **references)
     kl, _ = linear_kl_fwd(
         policy.hidden, policy.weight, policy.bias, reference.hidden, reference.weight, reference.bias, policy.labels,
         policy.token_index, reference.options.compute_dtype, *policy.options,

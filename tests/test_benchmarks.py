@@ -152,7 +152,13 @@ def test_block_sizes_and_profiles_are_measured(tmp_path):
     done = benchmarks("kernels", *common, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "latest.json").read_text())["rows"]
-    assert {row["mode"] for row in rows} >= {"statistics", "fold, for U", "gradient of held logits", "frozen head", "DPO step"}
+    assert {row["mode"] for row in rows} >= {
+        "statistics",
+        "fold, for U",
+        "gradient of held logits",
+        "frozen head",
+        "DPO step",
+    }
     assert not any("failed" in row for row in rows)
     assert any(row["provider"].startswith("Triton GEMM") and row["tflops"] > 0 for row in rows)
     done = benchmarks("run", *common, "--measure", "profile", "--providers", "alignloss", "--modes", "forward")

@@ -101,16 +101,16 @@ def launches():
 
 
 def write_exponentials():
-    """Of two slices, with rows whose references are moved in each and sums that follow them."""
-    hidden, weight, _, labels = inputs(80, vocabulary=600, hidden_size=200, masked=0.0, dtype=torch.bfloat16)
+    """Of two slices of three tiles, with rows whose references are moved in each and sums that follow them."""
+    hidden, weight, _, labels = inputs(80, vocabulary=1040, hidden_size=200, masked=0.0, dtype=torch.bfloat16)
     hidden[:, -1] = 1
     labels[::2] = 7
-    weight[7], weight[500] = 0, 0
-    weight[7, -1], weight[500, -1] = -100, 100
+    weight[7], weight[900] = 0, 0
+    weight[7, -1], weight[900, -1] = -100, 100
     state = state_of_targets(hidden, weight, labels, reference=True)
-    for first, u in ((0, None), (300, torch.randn(80, 200))):
-        out = torch.empty(80, 320, dtype=torch.bfloat16)[:, :300]
-        exps.exps_fwd(hidden, weight[first : first + 300], labels, state, u, out, first, 1.0)
+    for first, u in ((0, None), (520, torch.randn(80, 200))):
+        out = torch.empty(80, 576, dtype=torch.bfloat16)[:, :520]
+        exps.exps_fwd(hidden, weight[first : first + 520], labels, state, u, out, first, 1.0)
 
 
 def run(launch, change=lambda ptx: ptx):

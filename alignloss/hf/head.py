@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import is_dtensor
+from ..ops.module_head import standing_for, through
 from .check import check_model, logits_of
 from .takeover import UnsupportedModel, call, inside_wrappers, name_of, projected, unwrapped
 
@@ -83,17 +82,11 @@ def run_in_head(
         parts = projected(layer, hidden)
         result = fn(Head(parts.hidden[:, virtual:] if virtual else parts.hidden, parts.weight, parts.bias, *transform))
         found.append(result)
-        # in place of logits, for whatever looks at what the layer returns: DDP, FSDP
-        return _InPlaceOf.apply(hidden.detach(), *(leaf for leaf in tree_flatten(result)[0] if _trains(leaf)))
+        return standing_for(result, hidden)
 
     outputs = call(model, forward, run)
     (result,) = found
-    logits = logits_of(outputs)
-    if logits.requires_grad:
-        # a gradient of the result goes through the outputs, where FSDP2 waits for it
-        leaves, spec = tree_flatten(result)
-        result = tree_unflatten([_Through.apply(leaf, logits) if _trains(leaf) else leaf for leaf in leaves], spec)
-    return result, outputs
+    return through(result, logits_of(outputs)), outputs
 
 
 def hidden_and_head(model: nn.Module, batch: Mapping[str, Any]) -> Head:
@@ -162,34 +155,3 @@ def sharded(model: nn.Module) -> str | None:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return "behind DDP, which reduces gradients of its own outputs"
     return None
-
-
-def _trains(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-class _InPlaceOf(torch.autograd.Function):
-    """Zeros (..., 1) that depend on tensors, to whose gradients they add nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
-
-
-class _Through(torch.autograd.Function):
-    """A tensor, whose gradient passes another one, with zeros for that."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, other: Tensor) -> Tensor:
-        ctx.like = other.shape, other.dtype, other.device
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.like
-        return upstream, torch.zeros(shape, dtype=dtype, device=device)

@@ -1,6 +1,5 @@
 """The output projection of a model, and one call of the model with another forward in its place."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,10 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import problem_of
 from ..ops.columns import beside_frozen
-
-
-class UnsupportedModel(ValueError):
-    """A model whose logits are not scale and softcap of one projection of hidden states, as far as can be seen."""
+from ..ops.module_head import Forward, UnsupportedModel, taken_over
 
 
 def inside_wrappers(model: Any, sharding: bool = True) -> nn.Module:
@@ -140,14 +136,9 @@ def branches(head: Any) -> list[nn.Module]:
     return [head]
 
 
-_lock = threading.Lock()
-# of a layer, its input and the forward that it had, what it returns instead
-Forward = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
-
-
 def call(model: nn.Module, forward: Forward, run: Callable[[], Any]) -> Any:
     """What a run of the model returns, whose output projection has another forward in place of its own."""
-    with _taken_over(branches(find_head(model)), forward) as calls:
+    with taken_over(branches(find_head(model)), forward) as calls:
         outputs = run()
     if len(calls) != 1:
         raise UnsupportedModel(
@@ -155,44 +146,3 @@ def call(model: nn.Module, forward: Forward, run: Callable[[], Any]) -> Any:
             "not one projection of its hidden states"
         )
     return outputs
-
-
-@contextmanager
-def _taken_over(layers: list[nn.Module], forward: Forward) -> Iterator[list[nn.Module]]:
-    """Another forward for a few layers, then exactly what was there before; gives the layers that were called."""
-    calls: list[nn.Module] = []
-    # under a hook of accelerate (device_map, offload) the forward inside of the hook, where the weight is there
-    named = [(layer, "_old_forward" if hasattr(layer, "_hf_hook") else "forward") for layer in layers]
-
-    def replacement(layer: nn.Module, own: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-        @torch.compiler.disable
-        def run(hidden: Tensor, *more: Any, **named: Any) -> Tensor:
-            if more or named:
-                raise UnsupportedModel(
-                    f"its output embedding is given more than hidden states, {sorted(named) or len(more)}"
-                )
-            calls.append(layer)
-            return forward(layer, hidden, own)
-
-        run.is_replacement = True
-        return run
-
-    replaced: list[tuple[nn.Module, str, Any]] = []
-    try:
-        with _lock:
-            forwards = [getattr(layer, name) for layer, name in named]
-            if any(getattr(own, "is_replacement", False) for own in forwards):
-                raise UnsupportedModel(
-                    "its output embedding is taken over already, by a call in another thread or further out: one call "
-                    "of a model at a time"
-                )
-            for (layer, name), own in zip(named, forwards, strict=True):
-                replaced.append((layer, name, layer.__dict__.get(name)))
-                setattr(layer, name, replacement(layer, own))
-        yield calls
-    finally:
-        for layer, name, old in replaced:
-            if old is None:
-                layer.__dict__.pop(name, None)
-            else:
-                setattr(layer, name, old)

@@ -6,13 +6,14 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backends
 from ..checks import check_keywords
 from ..logprob import LogprobStats
 from ..ops.head import PROJECTION_OPTIONS, Projection, project
 from ..ops.logprob import score
+from ..ops.module_head import takes_modules
 from ..ops.onepass import one_pass
 from .groups import Groups, NeedsGraph, check_leaves, fits_one_group, room, tokens_of_a_group
 
@@ -22,9 +23,10 @@ Evaluate = Callable[[Tensor, Sequence[Tensor | None]], Tensor]
 _alone: "WeakSet[CodeType]" = WeakSet()
 
 
+@takes_modules("weight")
 def one_pass_loss(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | nn.Module,  # (V, H)
     labels: Tensor,  # (...)
     loss_fn: Callable[[Tensor, LogprobStats], Tensor],
     bias: Tensor | None = None,  # (V,)

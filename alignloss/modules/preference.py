@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import (
     check_binary,
@@ -24,6 +24,7 @@ from ..checks import (
 from ..logprob import sequence_logprob
 from ..losses import LOSSES
 from ..ops.head import Projection, project
+from ..ops.module_head import takes_modules
 from ..ops.preference import preference
 from ..ops.processes import sums_over
 from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
@@ -115,16 +116,17 @@ class PreferenceLoss(HeadLoss):
         nll = f"nll_weight={self.nll_weight}" if self.nll_weight else ""
         return ", ".join(filter(None, [repr(self.function), nll, super().extra_repr()]))
 
+    @takes_modules("weight")
     def forward(
         self,
         hidden: Tensor,  # (2B, T, H), or (B, T, H) if unpaired; packed (tokens, H) or (1, tokens, H)
-        weight: Tensor,  # (V, H)
+        weight: Tensor | nn.Module,  # (V, H)
         labels: Tensor,  # hidden's shape without H
         bias: Tensor | None = None,  # (V,)
         *,
         ref_logps: Tensor | None = None,  # (2B,), or (B,) if unpaired
         ref_hidden: Tensor | None = None,  # hidden's leading shape, of any H
-        ref_weight: Tensor | None = None,  # (V, H of the reference)
+        ref_weight: Tensor | nn.Module | None = None,  # (V, H of the reference)
         ref_bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (sequences + 1,)
         real_sequences: int | None = None,
@@ -199,7 +201,7 @@ class PreferenceLoss(HeadLoss):
         if not self.nll_weight and any(value is not None for value in given.values()):
             raise ValueError(f"{type(self).__name__} has nll_weight=0: {' and '.join(given)} would be ignored")
 
-    def _check_reference(self, **reference: Tensor | None) -> None:
+    def _check_reference(self, **reference: Tensor | nn.Module | None) -> None:
         name, given = type(self).__name__, {name for name, value in reference.items() if value is not None}
         if given and not self.needs_reference:
             raise ValueError(f"{name} is reference-free and would ignore {sorted(given)}; leave them out")
@@ -251,7 +253,7 @@ class PreferenceLoss(HeadLoss):
         )
 
     def _projected_reference(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, layout: dict[str, Any]
+        self, hidden: Tensor, weight: Tensor | nn.Module, labels: Tensor, bias: Tensor | None, layout: dict[str, Any]
     ) -> Tensor:
         try:
             with torch.no_grad():

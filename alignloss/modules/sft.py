@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_keywords, checked_labels
 from ..losses import sft_loss
 from ..ops.head import project
+from ..ops.module_head import takes_modules
 from ..ops.processes import sums_over
 from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
 from .groups import Batch, Results
@@ -24,10 +25,11 @@ class SFTLoss(HeadLoss):
         tensor(2.0794)
     """
 
+    @takes_modules("weight")
     def forward(
         self,
         hidden: Tensor,  # (B, T, H), or packed (tokens, H) or (1, tokens, H)
-        weight: Tensor,  # (V, H)
+        weight: Tensor | nn.Module,  # (V, H)
         labels: Tensor,  # hidden's shape without H
         bias: Tensor | None = None,  # (V,)
         *,

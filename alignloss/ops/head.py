@@ -1,10 +1,10 @@
 """The checked call that every op starts from: tensors, and one block of options."""
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_gradtrackingtensor
 from torch.autograd import forward_ad
 
@@ -128,7 +128,7 @@ class Projection(NamedTuple):
 
 def project(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     labels: Tensor,
     bias: Tensor | None,
     *,
@@ -143,6 +143,7 @@ def project(
 ) -> Projection:
     """Check the arguments of a call and resolve its options."""
     _check_tensors(hidden, weight, labels, bias, token_index)
+    assert isinstance(weight, Tensor)
     _check_modes(hidden, weight, bias, token_index, validates(validate, hidden.device))
     check_options(ignore_index, logit_scale, softcap, temperature, workspace_bytes)
     compute_dtype = _compute_dtype(hidden, weight, bias)
@@ -185,11 +186,11 @@ PROJECTION_OPTIONS = {
 
 
 def _check_tensors(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, token_index: Tensor | None
+    hidden: Tensor, weight: Any, labels: Tensor, bias: Tensor | None, token_index: Tensor | None
 ) -> None:
     required = {"hidden": hidden, "weight": weight, "labels": labels}
     given = {name: value for name, value in (("bias", bias), ("token_index", token_index)) if value is not None}
-    hints = {"weight": "; pass lm_head.weight", "hidden": "; pass the model's last hidden states"}
+    hints = {"weight": "; pass lm_head or lm_head.weight", "hidden": "; pass the model's last hidden states"}
     for name, value in (required | given).items():
         if isinstance(value, Tensor):
             _check_transforms(name, value)

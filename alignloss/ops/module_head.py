@@ -1,0 +1,223 @@
+"""A head given as its module: the call takes the place of its forward, between the hooks that gather its weight.
+
+FSDP, DeepSpeed ZeRO-3 and offloading hold a weight only while its module runs, and reduce its gradient because of what
+its forward returns. So a call with a module runs inside that module's own call, and gradients of its results pass what
+the module returned.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..checks import check_tensor
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+# of a layer, its input and the forward that it had, what it returns instead
+Forward = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
+# what the wrappers of torch and DeepSpeed that leave the product of a layer as it is call what they wrap
+_WRAPPED = {
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "DistributedDataParallel": "module",
+    "DeepSpeedEngine": "module",
+}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_lock = threading.Lock()
+
+
+class UnsupportedModel(ValueError):
+    """A model whose logits are not scale and softcap of one projection of hidden states, as far as can be seen."""
+
+
+def takes_modules(*weights: str) -> Callable[[F], F]:
+    """Let a function of hidden states take the module of a head where it takes one of these weights.
+
+    The module brings its own bias, the argument beside the weight, and its input is the `hidden` beside it.
+    """
+
+    def decorate(function: F) -> F:
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        places = {name: names.index(name) for name in weights if name in names}
+
+        @wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            for name, place in places.items():
+                head = named[name] if name in named else args[place] if place < len(args) else None
+                if isinstance(head, nn.Module):
+                    break
+            else:
+                return function(*args, **named)
+            if len(args) > len(names) or any(name in named for name in names[: len(args)]):
+                return function(*args, **named)  # a TypeError
+            given = dict(zip(names, args, strict=False)) | named
+            prefix = name.removesuffix("weight")
+            if given.get(f"{prefix}bias") is not None:
+                raise ValueError(f"{name} is a module, which brings its own bias: leave {prefix}bias out")
+            return _inside(head, f"{prefix}hidden", name, f"{prefix}bias", given, call)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _inside(
+    head: nn.Module, hidden: str, weight: str, bias: str, given: dict[str, Any], function: Callable[..., T]
+) -> T:
+    """The function with weight and bias of a head, while the head runs on its hidden states."""
+    compiled: Any = head
+    head = getattr(compiled, "_orig_mod", head)  # nothing of a compiled forward is needed
+    layer = _linear(head, weight)
+    if _runs(layer) or (layer is head and not any(getattr(head, hooks) for hooks in _HOOKS)):
+        return function(**given | {weight: layer.weight, bias: layer.bias})
+    check_tensor(hidden, given.get(hidden))
+    return _between_hooks(head, layer, hidden, weight, bias, given, function)
+
+
+@torch.compiler.disable
+def _between_hooks(
+    head: nn.Module,
+    layer: nn.Module,
+    hidden: str,
+    weight: str,
+    bias: str,
+    given: dict[str, Any],
+    function: Callable[..., T],
+) -> T:
+    _check_unit(head, weight)
+    found: list[T] = []
+
+    def forward(layer: nn.Module, rows: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        found.append(function(**given | {hidden: rows, weight: layer.weight, bias: layer.bias}))
+        return standing_for(found[0], rows)
+
+    with taken_over([layer], forward) as calls:
+        returned = head(given[hidden])
+    if len(calls) != 1:
+        raise ValueError(f"{weight} is a {type(head).__name__} that ran its linear layer {len(calls)} times, not once")
+    return through(found[0], returned)
+
+
+def _linear(head: nn.Module, name: str) -> nn.Linear:
+    """The linear layer in wrappers."""
+    layer: Any = head
+    while type(layer).__name__ in _WRAPPED and type(layer).__module__.split(".")[0] in ("torch", "deepspeed"):
+        layer = getattr(layer, _WRAPPED[type(layer).__name__])
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    if plain and ("forward" not in vars(layer) or _runs(layer)):
+        return layer
+    raise ValueError(
+        f"{name} must be a tensor (V, H) or the module of a head, an nn.Linear with the forward of one; got a "
+        f"{type(layer).__module__}.{type(layer).__name__}. For whatever else is in its place (adapters, quantised "
+        "weights, offloading): alignloss.hf.head_call, around the whole model"
+    )
+
+
+def _runs(layer: nn.Module) -> bool:
+    """Whether this thread is inside a call that took the place of the layer's forward: its weight is there."""
+    own: Any = vars(layer).get("forward")
+    return hasattr(own, "replaced_by") and own.replaced_by == threading.get_ident()
+
+
+def _check_unit(head: Any, name: str) -> None:
+    """FSDP2 reduces the gradients of a unit of several modules only where all of them ran."""
+    state: Any = head._get_fsdp_state() if hasattr(head, "_get_fsdp_state") else None
+    modules, context = getattr(state, "_modules", ()), getattr(state, "_state_ctx", None)
+    if len(modules) > 1 and getattr(context, "iter_forward_root", state) is None:
+        raise ValueError(
+            f"{name} is a module that shares its unit of FSDP2 with others (fully_shard of a list): outside of the "
+            "forward of the whole model its gradient would be lost. Compute the loss inside that forward, or give the "
+            "head a unit of its own"
+        )
+
+
+@contextmanager
+def taken_over(layers: Sequence[nn.Module], forward: Forward) -> Iterator[list[nn.Module]]:
+    """Another forward for a few layers, then exactly what was there before; gives the layers that were called."""
+    calls: list[nn.Module] = []
+    # under a hook of accelerate (device_map, offload) the forward inside of the hook, where the weight is there
+    named = [(layer, "_old_forward" if hasattr(layer, "_hf_hook") else "forward") for layer in layers]
+
+    def replacement(layer: nn.Module, own: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        @torch.compiler.disable
+        def run(hidden: Tensor, *more: Any, **named: Any) -> Tensor:
+            if more or named:
+                raise UnsupportedModel(
+                    f"its output embedding is given more than hidden states, {sorted(named) or len(more)}"
+                )
+            calls.append(layer)
+            return forward(layer, hidden, own)
+
+        run.replaced_by = threading.get_ident()
+        return run
+
+    replaced: list[tuple[nn.Module, str, Any]] = []
+    try:
+        with _lock:
+            forwards = [getattr(layer, name) for layer, name in named]
+            if any(hasattr(own, "replaced_by") for own in forwards):
+                raise UnsupportedModel(
+                    "its output embedding is taken over already, by a call in another thread or further out: one call "
+                    "of a model at a time"
+                )
+            for (layer, name), own in zip(named, forwards, strict=True):
+                replaced.append((layer, name, layer.__dict__.get(name)))
+                setattr(layer, name, replacement(layer, own))
+        yield calls
+    finally:
+        for layer, name, old in replaced:
+            if old is None:
+                layer.__dict__.pop(name, None)
+            else:
+                setattr(layer, name, old)
+
+
+def standing_for(result: Any, hidden: Tensor) -> Tensor:
+    """In place of logits, for whatever looks at what a layer returns: zeros (..., 1) that depend on a result."""
+    return _InPlaceOf.apply(hidden.detach(), *(leaf for leaf in tree_flatten(result)[0] if _trains(leaf)))
+
+
+def through(result: T, returned: Any) -> T:
+    """A result whose gradients pass what a module returned, where FSDP2 waits for them."""
+    if not _trains(returned):
+        return result
+    leaves, spec = tree_flatten(result)
+    return tree_unflatten([_Through.apply(leaf, returned) if _trains(leaf) else leaf for leaf in leaves], spec)
+
+
+def _trains(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """Zeros (..., 1) that depend on tensors, to whose gradients they add nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+class _Through(torch.autograd.Function):
+    """A tensor, whose gradient passes another one, with zeros for that."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, other: Tensor) -> Tensor:
+        ctx.like = other.shape, other.dtype, other.device
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.like
+        return upstream, torch.zeros(shape, dtype=dtype, device=device)
