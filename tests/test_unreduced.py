@@ -2,11 +2,12 @@
 
 import copy
 import io
-import os
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_processes
 from reference import error
 from torch import nn
 
@@ -116,9 +117,31 @@ def gathered(rank, size):
         call(hidden, weight.full_tensor(grad_placements=[Replicate()]), labels).backward()
 
 
+def summoned(rank, size):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    ids, labels = batch(rank)
+    for (name, call), named in itertools.product(CALLS.items(), (False, True)):
+        options = {"device_id": torch.device("cpu"), "use_orig_params": named}
+        model = Model()
+        model.lm_head = FullyShardedDataParallel(model.lm_head, **options)
+        wrapped = FullyShardedDataParallel(model, **options)
+        for _ in range(4):  # the second step has another parameter, or the same one
+            hidden = wrapped(ids)
+            for outer in (wrapped, wrapped.lm_head):
+                with FullyShardedDataParallel.summon_full_params(outer):
+                    with pytest.raises(ValueError, match="summon_full_params"):
+                        call(hidden, wrapped.lm_head.weight, labels)
+                    call(hidden, wrapped.lm_head.weight.detach(), labels)
+            if name != "kl":  # which takes the tensor of the weight for its reference
+                call(hidden, wrapped.lm_head, labels).backward()
+                assert sum(float(p.grad.norm()) for p in wrapped.lm_head.parameters() if p.grad is not None) > 0
+
+
 def names_of_torch(rank, size):
     """The private names that the refusals rest on."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import distribute_tensor
 
     weight = distribute_tensor(torch.randn(V, H), init_device_mesh("cpu", (size,))).requires_grad_()
@@ -130,17 +153,12 @@ def names_of_torch(rank, size):
     ddp.module.model.register_forward_hook(lambda *_: seen.append(type(ddp)._active_ddp_module))
     ddp(batch(rank)[0])
     assert seen == [ddp] and ddp._lazy_init_ran
+    fsdp = FullyShardedDataParallel(Model(), device_id=torch.device("cpu"))
+    fsdp(batch(rank)[0])
+    with FullyShardedDataParallel.summon_full_params(fsdp):
+        assert fsdp.training_state.name == "SUMMON_FULL_PARAMS"
 
 
-def run(rank, folder, work):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    work(rank, 2)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # torch's threads may abort while an interpreter ends, which is not what this is about
-
-
-@pytest.mark.parametrize("work", [data_parallel, saved_whole, gathered, names_of_torch])
+@pytest.mark.parametrize("work", [data_parallel, saved_whole, gathered, summoned, names_of_torch])
 def test_two_processes(work, tmp_path):
-    torch.multiprocessing.spawn(run, (str(tmp_path), work), nprocs=2)
+    run_processes(work, 2, tmp_path)

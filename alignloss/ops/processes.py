@@ -78,7 +78,7 @@ def check_gradient_meets_others(weight: Tensor) -> None:
     if weight.grad_fn is not None:
         _check_gathered(weight)
     elif isinstance(weight, nn.Parameter):
-        _check_data_parallel(weight)
+        _check_owners(weight)
 
 
 def _check_gathered(weight: Tensor) -> None:
@@ -101,45 +101,57 @@ def _check_gathered(weight: Tensor) -> None:
         )
 
 
-class _Owner:
-    """The DistributedDataParallel that a weight belongs to, if one was found, and whether its forward ever ran."""
+class _Owners:
+    """The wrappers that a weight belongs to, as far as they were found: DDP, and whether its forward ran, and FSDP1."""
 
     def __init__(self) -> None:
-        self.wrapper: weakref.ref[nn.Module] | None = None
+        self.data_parallel: weakref.ref[nn.Module] | None = None
         self.begun = False
+        self.fully_sharded: list[weakref.ref[nn.Module]] = []
         self.calls = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:  # with a wrapper that is saved whole, whose hook it is
-        return _Owner, ()
+        return _Owners, ()
 
     def look(self, weight: Tensor) -> None:
         """Search at the first call, the second, the fourth and so on: a weight may be wrapped after its first loss."""
         self.calls += 1
-        if self.wrapper is not None or self.calls & (self.calls - 1):
+        if self.data_parallel is not None or self.fully_sharded or self.calls & (self.calls - 1):
             return
         for found in gc.get_objects():
-            if type(found) is nn.parallel.DistributedDataParallel and any(weight is p for p in found.parameters()):
-                self.wrapper = weakref.ref(found)
-                self.begun = getattr(found, "_lazy_init_ran", True)
-                found.register_forward_hook(self.ran)
-                return
+            if type(found).__name__ not in _WRAPPERS or not isinstance(found, nn.Module):
+                continue
+            if any(weight is parameter for parameter in found.parameters()):
+                if type(found).__name__ == "FullyShardedDataParallel":
+                    self.fully_sharded.append(weakref.ref(found))
+                elif self.data_parallel is None:
+                    self.data_parallel = weakref.ref(found)
+                    self.begun = getattr(found, "_lazy_init_ran", True)
+                    found.register_forward_hook(self.ran)
 
     def ran(self, *forward: Any) -> None:
         self.begun |= torch.is_grad_enabled()
 
 
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 _owners = WeakTensorKeyDictionary()
 
 
-def _check_data_parallel(weight: Tensor) -> None:
-    """DDP averages gradients of what its own forward began."""
+def _check_owners(weight: Tensor) -> None:
+    """DDP averages gradients of what its own forward began; FSDP1 keeps none of parameters that it only summoned."""
     if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", weight) is not None:
         return
     if weight not in _owners:
-        _owners[weight] = _Owner()
-    owner = _owners[weight]
-    owner.look(weight)
-    if owner.wrapper is not None and owner.wrapper() is not None and not owner.begun:
+        _owners[weight] = _Owners()
+    owners = _owners[weight]
+    owners.look(weight)
+    states = [getattr(wrapper(), "training_state", None) for wrapper in owners.fully_sharded]
+    if weight.requires_grad and any(getattr(state, "name", "") == "SUMMON_FULL_PARAMS" for state in states):
+        raise ValueError(
+            "weight was gathered by FSDP1's summon_full_params(), which keeps no gradient of it: "
+            f"{INSIDE}, or give the module of the head, where it is a unit of its own"
+        )
+    if owners.data_parallel is not None and owners.data_parallel() is not None and not owners.begun:
         raise ValueError(
             "weight belongs to a DistributedDataParallel whose forward never ran with gradients, so that nothing would "
             f"average them over the processes: call the wrapped module, not its .module; {INSIDE}"
