@@ -1,20 +1,25 @@
 """Several processes of one machine, by gloo."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
-def run_processes(work, size, folder, *arguments) -> None:
-    """work(rank, size, *arguments) in each of `size` processes of one group; the error of one is raised here."""
-    torch.multiprocessing.spawn(_process, (work, size, str(folder), arguments), nprocs=size)
+def run_processes(work, size, folder, *arguments, seconds=300) -> None:
+    """work(rank, size, *arguments) in each of `size` processes of one group; the error of one is raised here.
+
+    seconds: the group's time-out. Work that returns False is not waited for by the others.
+    """
+    torch.multiprocessing.spawn(_process, (work, size, str(folder), arguments, seconds), nprocs=size)
 
 
-def _process(rank, work, size, folder, arguments) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+def _process(rank, work, size, folder, arguments, seconds) -> None:
+    init = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
     torch.set_num_threads(1)
-    work(rank, size, *arguments)
-    dist.barrier()
-    dist.destroy_process_group()
+    if work(rank, size, *arguments) is not False:
+        dist.barrier()
+        dist.destroy_process_group()
     os._exit(0)  # torch's threads may abort while an interpreter ends, which is not what this is about

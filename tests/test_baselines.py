@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_processes
 from reference import inputs
 
 import alignloss
@@ -19,8 +19,7 @@ def test_kto_kl_is_the_mean_log_ratio_clamped_and_detached():
         alignloss.kto_kl(torch.zeros(2), torch.zeros(3))
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def worker(rank: int, size: int) -> None:
     policy, reference = torch.tensor([-3.0, -5.0, -1.0]), torch.tensor([-4.0, -7.0, -1.5])
     mine = slice(0, 1) if rank == 0 else slice(1, 3)  # uneven shares: the mean is over samples, not over processes
     kl = alignloss.kto_kl(policy[mine], reference[mine], group=dist.group.WORLD)
@@ -28,11 +27,10 @@ def worker(rank: int, folder: str) -> None:
     shift = alignloss.RunningShift()
     shift.update(policy[mine], torch.tensor([True, True, False])[mine], group=dist.group.WORLD)
     assert shift.delta.item() == (-4 + -1) / 2
-    dist.destroy_process_group()
 
 
 def test_both_over_two_processes(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    run_processes(worker, 2, tmp_path)
 
 
 def test_the_shift_is_the_mean_of_two_running_means():

@@ -193,8 +193,8 @@ def confident(dtype, alike, gap):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("gap", [7, 19, 30, 90])
-@pytest.mark.parametrize("alike", [1, 2, 4])
+@pytest.mark.parametrize("gap", [7, 19, 90])
+@pytest.mark.parametrize("alike", [1, 4])
 @pytest.mark.parametrize("route", ["one slice", "slices", "slices, with a bias", "one pass", "recomputed"])
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
 def test_what_the_rows_of_a_head_share_leaves_the_gradient(backend, dtype, route, alike, gap):

@@ -1,13 +1,13 @@
 """The code of docs/processes.md, the loss inside the forward of a wrapped module: two processes against one."""
 
 import copy
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_processes
 from reference import error
 from torch import nn
 
@@ -55,9 +55,7 @@ def sharded(module):
     return fully_shard(module, mesh=mesh)
 
 
-def half_of_the_pairs(rank: int, folder: str, how: str, tied: bool) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def half_of_the_pairs(rank: int, size: int, how: str, tied: bool) -> None:
     names, ids, labels, ref_logps = problem(tied)
     module = names["WithLoss"](names["model"], names["loss_fn"])
     single = copy.deepcopy(module)
@@ -75,18 +73,15 @@ def half_of_the_pairs(rank: int, folder: str, how: str, tied: bool) -> None:
     for (name, got), expected in zip(module.named_parameters(), single.parameters(), strict=True):
         gradient = got.grad.full_tensor() if how == "FSDP2" else got.grad
         assert error(gradient, expected.grad) <= 1e-5, name
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # torch's threads may abort while an interpreter ends, which is not what this is about
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])
 def test_the_gradients_are_those_of_one_process(how, tied, tmp_path):
-    torch.multiprocessing.spawn(half_of_the_pairs, (str(tmp_path), how, tied), nprocs=2)
+    run_processes(half_of_the_pairs, 2, tmp_path, how, tied)
 
 
-def whole_model(rank: int, folder: str, how: str, tied: bool) -> None:
+def whole_model(rank: int, size: int, how: str, tied: bool) -> None:
     """A model of transformers, as it comes, sharded in several ways, by head_call."""
     import transformers
     from torch.distributed.device_mesh import init_device_mesh
@@ -94,8 +89,6 @@ def whole_model(rank: int, folder: str, how: str, tied: bool) -> None:
 
     from alignloss.hf import UnsupportedModel, check_model, head_call, hidden_and_head
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
         vocab_size=V, hidden_size=H, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
@@ -133,9 +126,6 @@ def whole_model(rank: int, folder: str, how: str, tied: bool) -> None:
             assert error(gradient, expected.grad) <= 2e-5, name
     with pytest.raises(UnsupportedModel, match="head_call"):
         hidden_and_head(wrapped, {"input_ids": ids})
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
 
 
 def nightly(*values):
@@ -155,17 +145,15 @@ def nightly(*values):
 )
 def test_a_model_of_transformers_has_the_gradients_of_one_process(how, tied, tmp_path):
     pytest.importorskip("transformers")
-    torch.multiprocessing.spawn(whole_model, (str(tmp_path), how, tied), nprocs=2)
+    run_processes(whole_model, 2, tmp_path, how, tied)
 
 
-def shared_prompts_of_two(rank: int, folder: str, how: str) -> None:
+def shared_prompts_of_two(rank: int, size: int, how: str) -> None:
     """Rows that grow in one process alone, whose comparison with padded rows must not be one that others wait for."""
     import transformers
 
     from alignloss.hf import share_prompts
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=V, hidden_size=H, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
@@ -203,23 +191,18 @@ def shared_prompts_of_two(rank: int, folder: str, how: str) -> None:
         for (name, got), expected in zip(model.named_parameters(), single.parameters(), strict=True):
             gradient = got.grad if how == "DDP" else got.grad.full_tensor()
             assert error(gradient, expected.grad) <= 2e-5, name
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
 
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])
 def test_shared_prompts_that_grow_in_one_process(how, tmp_path):
     pytest.importorskip("transformers")
-    torch.multiprocessing.spawn(shared_prompts_of_two, (str(tmp_path), how), nprocs=2)
+    run_processes(shared_prompts_of_two, 2, tmp_path, how)
 
 
 SPLIT = re.search(r"```python\n(part = .*?)```", PAGE, re.S)[1]
 
 
-def split_sequences(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def split_sequences(rank: int, size: int) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(2 * B, T, H), torch.randn(V, H, requires_grad=True)
     labels = torch.randint(0, V, (2 * B, T))
@@ -228,10 +211,7 @@ def split_sequences(rank: int, folder: str) -> None:
     exec(SPLIT, {"torch": torch, "alignloss": alignloss, "rank": rank, "bounds": [0, 2, T]} | locals())
     torch.distributed.all_reduce(weight.grad)
     assert error(weight.grad / 2, single.grad) <= 1e-5
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
 
 
 def test_the_gradients_of_split_sequences_are_those_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(split_sequences, (str(tmp_path),), nprocs=2)
+    run_processes(split_sequences, 2, tmp_path)

@@ -1,12 +1,11 @@
 """Sequences of which every process of a group holds a part: losses and gradients are those of one process."""
 
-import os
 import time
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_processes
 from reference import error, inputs, leaf
 from test_packing import data_of, module_of
 
@@ -67,7 +66,7 @@ def check(cuts, call, name):
         assert float((dhidden_part / size - expected).norm()) <= tolerance * float(dhidden.norm()), name
 
 
-def every_loss(cuts):
+def every_loss(rank, size, cuts):
     for name in sorted(LOSSES):
         module = module_of(name, "torch")
         data = data_of(module, SEQUENCES)
@@ -79,13 +78,12 @@ def every_loss(cuts):
         check(cuts, call, name)
 
 
-def other_calls(cuts):
+def other_calls(rank, size, cuts):
     """With the NLL beside, token weights, a projected reference, mixtures, SFT and sequence_logprob."""
     ref = problem()[0].flip(0).double()
 
     def reference(hidden, given):
         cut = {"cu_seqlens"} & given.keys()
-        rank = dist.get_rank()
         whole = not given
         part = ref if whole else parts(rank, cuts, bool(cut), ref)[0][0]
         return part.to(hidden.dtype)
@@ -119,7 +117,7 @@ def other_calls(cuts):
         check(cuts, call, call.__name__)
 
 
-def collectives(cuts):
+def collectives(rank, size, cuts):
     """One to a step, in the forward; another one where values are checked."""
     hidden, weight, labels, _ = problem()
     hidden, weight = leaf(hidden, torch.float32), leaf(weight, torch.float32)
@@ -134,10 +132,9 @@ def collectives(cuts):
         assert called == expected
 
 
-def refusals(cuts):
+def refusals(rank, size, cuts):
     from torch.distributed.device_mesh import init_device_mesh
 
-    rank, size = dist.get_rank(), dist.get_world_size()
     hidden, weight, labels, _ = problem()
     mine = slice(0, SEQUENCES - 2 * (rank == 1))
     with pytest.raises(ValueError, match=r"\[4, 2(, 4)*\] sequences"):  # on every process
@@ -155,10 +152,10 @@ def refusals(cuts):
             alignloss.CPOLoss()(hidden, weight, labels, sequence_group=alone)
 
 
-def one_that_raises(cuts):
+def one_that_raises(rank, size, cuts):
     """The others get an error of their own after the group's time-out, be the one still there."""
     hidden, weight, labels, _ = problem()
-    if dist.get_rank() == 0:
+    if rank == 0:
         labels = labels.clone()
         labels[0, 0] = 10_000
         with pytest.raises(ValueError, match="10000"):
@@ -167,32 +164,18 @@ def one_that_raises(cuts):
     else:
         with pytest.raises(RuntimeError):
             alignloss.SFTLoss(validate=True)(hidden, weight, labels, sequence_group=dist.group.WORLD)
-
-
-def run(rank, size, folder, work, cuts, seconds):
-    init = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
-    torch.set_num_threads(1)
-    work(cuts)
-    if work is not one_that_raises:
-        dist.barrier()
-        dist.destroy_process_group()
-    os._exit(0)  # torch's threads may abort while an interpreter ends, which is not what this is about
-
-
-def processes(work, size, cuts, tmp_path, seconds=300):
-    torch.multiprocessing.spawn(run, (size, str(tmp_path), work, cuts, seconds), nprocs=size)
+    return False
 
 
 @pytest.mark.parametrize(("size", "cuts"), [(size, cuts) for size in CUTS for cuts in CUTS[size]])
 @pytest.mark.parametrize("work", [every_loss, other_calls])
 def test_losses_and_gradients_are_those_of_one_process(work, size, cuts, tmp_path):
-    processes(work, size, cuts, tmp_path)
+    run_processes(work, size, tmp_path, cuts)
 
 
 @pytest.mark.parametrize(("work", "seconds"), [(collectives, 300), (refusals, 300), (one_that_raises, 3)])
 def test_what_a_step_asks_of_the_group(work, seconds, tmp_path):
-    processes(work, 2, CUTS[2][0], tmp_path, seconds)
+    run_processes(work, 2, tmp_path, CUTS[2][0], seconds=seconds)
 
 
 def test_a_group_needs_processes():

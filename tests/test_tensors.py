@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from processes import run_processes
 from reference import inputs, leaf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -129,10 +130,9 @@ def test_one_pass_does_not_need_the_weight_again_and_a_second_backward_says_so()
         loss.backward()
 
 
-def sharded_weight(rank: int, folder: str) -> None:
+def sharded_weight(rank, size) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=1)
     weight = distribute_tensor(torch.randn(11, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
     hidden, labels = torch.randn(3, 4), torch.tensor([1, 2, 3])
     for run in (alignloss.linear_logprob, torch.compile(alignloss.linear_logprob, backend="eager")):
@@ -144,11 +144,10 @@ def sharded_weight(rank: int, folder: str) -> None:
     reference.weight = torch.nn.Parameter(distribute_tensor(torch.zeros(11, 4), weight.device_mesh, [Shard(0)]))
     alignloss.update_reference(reference, model, mix=0.5)
     assert torch.equal(reference.weight.to_local(), 0.5 * weight.to_local())
-    torch.distributed.destroy_process_group()
 
 
 def test_a_sharded_weight(tmp_path):
-    torch.multiprocessing.spawn(sharded_weight, (str(tmp_path),), nprocs=1)
+    run_processes(sharded_weight, 1, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

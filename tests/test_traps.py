@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from processes import run_processes
 from reference import error, inputs, leaf, token_logps
 
 import alignloss
@@ -340,18 +341,16 @@ def test_zero_weights_drop_what_is_not_finite(backend):
         assert bool(h.grad.isfinite().all())
 
 
-def refuse_a_sharded_head(rank: int, folder: str) -> None:
+def refuse_a_sharded_head(rank, size) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=1)
     weight = distribute_tensor(torch.randn(11, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
     with pytest.raises(ValueError, match="weight is a DTensor"):
         alignloss.linear_logprob(torch.randn(3, 4), weight, torch.tensor([1, 2, 3]))
-    torch.distributed.destroy_process_group()
 
 
 def test_a_sharded_head_is_refused(tmp_path):
-    torch.multiprocessing.spawn(refuse_a_sharded_head, (str(tmp_path),), nprocs=1)
+    run_processes(refuse_a_sharded_head, 1, tmp_path)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
