@@ -1,0 +1,224 @@
+"""Calls of any shape, layout, dtype, mask and options, against full logits in float64 by the 2x rule."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import leaf, logits
+from test_losses import OPTIONS
+from test_losses import call as loss_of
+from torch import Tensor
+
+import alignloss
+from alignloss.backends import STATS
+from alignloss.losses import LOSSES
+
+BEYOND = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SIZES = st.sampled_from([0, 1, 2, 3, 7])
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values at other places in memory."""
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+    if layout == "every other":
+        return torch.stack([tensor, tensor + 1], -1).flatten(-2)[..., ::2]
+    if layout == "inside":
+        return torch.nn.functional.pad(tensor, (1, 2))[..., 1:-2]
+    return tensor
+
+
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "every other", "inside"])
+
+
+@st.composite
+def calls(draw):
+    """Tensors in float64, dtypes, what trains, and the options of a call."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    shape = [draw(SIZES) for _ in range(draw(st.integers(0, 3)))]
+    width, vocabulary = draw(st.sampled_from([1, 2, 5, 16, 33])), draw(st.sampled_from([1, 2, 3, 16, 37, 130]))
+    dtype = draw(st.sampled_from(list(BEYOND)))
+    stored = draw(st.sampled_from([dtype, torch.float32 if dtype.itemsize == 2 else dtype]))
+    ignore_index = draw(st.sampled_from([-100, 0, 1 << 40]))
+    spread = draw(st.sampled_from([0.0, 1.0, 30.0]))
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    hidden, weight = normal(*shape, width) * spread, normal(vocabulary, width)
+    weight += draw(st.sampled_from([0.0, 5.0])) * normal(width)
+    bias = normal(vocabulary) if draw(st.booleans()) else None
+    labels = torch.randint(0, vocabulary, shape, generator=generator)
+    kept = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    labels = labels.masked_fill(torch.rand(shape, generator=generator) >= kept, ignore_index)
+    if ignore_index == -100:
+        labels = labels.to(draw(st.sampled_from([torch.int64, torch.int32, torch.int16])))
+    options = {
+        "ignore_index": ignore_index,
+        "logit_scale": draw(st.sampled_from([1.0, 0.3, -2.0])),
+        "softcap": draw(st.sampled_from([None, 3.0, 30.0])),
+        "temperature": draw(st.sampled_from([1.0, 0.5, 4.0])),
+        "workspace_bytes": draw(st.sampled_from([None, 1, 3_000, 30_000])),
+        "validate": draw(st.sampled_from([None, False])),
+    }
+    if draw(st.booleans()):
+        places = torch.nonzero(labels.reshape(-1) != ignore_index).squeeze(1)
+        ignored = torch.nonzero(labels.reshape(-1) == ignore_index).squeeze(1)[:2]
+        places = torch.cat([places, ignored])
+        options["token_index"] = places[torch.randperm(len(places), generator=generator)]
+    dtypes = [dtype, stored, stored]
+    tensors = [None if t is None else t.to(d).double() for t, d in zip((hidden, weight, bias), dtypes, strict=True)]
+    trained = [draw(st.booleans()) for _ in tensors]
+    return tensors, dtypes, [draw(LAYOUTS), draw(LAYOUTS)], labels, trained, options
+
+
+def full(hidden, weight, bias, labels, ignore_index, stats, dtype, **transform):
+    """Log-probabilities and statistics of full logits."""
+    tensors = [t if t is None else t.to(dtype) for t in (hidden, weight, bias)]
+    z = logits(*tensors[:2], tensors[2], **transform).to(torch.promote_types(dtype, torch.float32))
+    ignored = labels.long() == ignore_index
+    logps = z.log_softmax(-1)
+    values = {
+        "logps": logps.gather(-1, labels.long().masked_fill(ignored, 0)[..., None]).squeeze(-1),
+        "lse": z.logsumexp(-1),
+        "entropy": -(logps.exp() * logps).sum(-1),
+        "mean_logits": z.mean(-1),
+        "log_sum_sq_probs": (2 * logps).logsumexp(-1),
+    }
+    return [values[name].masked_fill(ignored, 0) for name in ("logps", *stats)]
+
+
+def check(call, stats):
+    tensors, dtypes, layouts, labels, trained, options = call
+    transform = {name: options[name] for name in ("logit_scale", "softcap", "temperature")}
+    dtype = torch.float32 if dtypes[0] != dtypes[1] else dtypes[0]  # that it is computed in
+    results = []
+    for kind in ("ours", "naive", "exact"):
+        wanted = [torch.float64] * 3 if kind == "exact" else dtypes
+        leaves = [None if t is None else leaf(t, d, on) for t, d, on in zip(tensors, wanted, trained, strict=True)]
+        hidden, weight, bias = leaves
+        if kind == "ours":
+            hidden, weight = laid_out(hidden, layouts[0]), laid_out(weight, layouts[1])
+            out = alignloss.linear_logprob_stats(hidden, weight, labels, bias, stats=stats, **options)
+            outputs = [out.logps, *(getattr(out, name) for name in stats)]
+        else:
+            compute = torch.float64 if kind == "exact" else dtype
+            outputs = full(hidden, weight, bias, labels, options["ignore_index"], stats, compute, **transform)
+        upstream = torch.linspace(-1, 2, labels.numel(), dtype=torch.float64).view(labels.shape)
+        differentiable = [o for o in outputs[:2] if o.requires_grad][: 1 + (stats[:1] == ("entropy",))]
+        if differentiable:
+            sum((o.double() * upstream).sum() for o in differentiable).backward()
+        grads = [t.grad for t in leaves if t is not None and t.grad is not None]
+        results.append([o.detach() for o in outputs] + grads)
+    compare(results, tensors, float(upstream.norm()), dtypes[0])
+
+
+def compare(results, tensors, upstream, dtype):
+    # float64 itself loses what is small beside hidden states, head and gradients upstream
+    lost = 1e-13 * (1 + sum(float(t.norm()) for t in tensors if t is not None)) * (1 + upstream)
+    for got, naive, exact in zip(*results, strict=True):
+        err, of_naive = (float((value.double() - exact).norm()) for value in (got.view(exact.shape), naive))
+        assert err <= 2 * of_naive + BEYOND[dtype] * float(exact.norm()) + lost
+
+
+@st.composite
+def steps(draw):
+    """A call of 2B sequences, a loss, and the data that goes beside."""
+    tensors, dtypes, layouts, _, trained, options = draw(calls())
+    pairs, length = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    (vocabulary, width), ignore_index = tensors[1].shape, options["ignore_index"]
+    hidden = torch.randn(2 * pairs, length, width, generator=generator).to(dtypes[0]).double()
+    labels = torch.randint(0, vocabulary, (2 * pairs, length), generator=generator)
+    kept = torch.rand(labels.shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    labels = torch.where(kept, labels, ignore_index)
+    count = {"pair_weights": torch.rand(pairs, generator=generator)} if draw(st.booleans()) else {}
+    if draw(st.booleans()):
+        count["num_sequences"] = 2.5
+    options.pop("token_index", None)
+    call = [hidden, *tensors[1:]], dtypes, layouts, labels, trained, options
+    return call, draw(st.sampled_from(sorted(LOSSES))), count, draw(st.booleans())
+
+
+def check_loss(call, name, count, packed):
+    tensors, dtypes, layouts, labels, trained, options = call
+    transform = {key: options[key] for key in ("logit_scale", "softcap", "temperature")}
+    dtype = torch.float32 if dtypes[0] != dtypes[1] else dtypes[0]
+    ours = alignloss.PreferenceLoss(name, **OPTIONS[name], **options)
+    sequences = len(labels)
+    units = sequences // 2 if ours.paired else sequences
+    if "pair_weights" in count:
+        count = count | {"pair_weights": torch.linspace(0, 2, units)}
+    data = {key: torch.linspace(0.1, 0.9, units, dtype=torch.float64) for key in ours.data}
+    if "desirable" in data:
+        data["desirable"] = torch.arange(units) % 2 == 0
+    if "chosen_scores" in data:
+        data["chosen_scores"] = data["rejected_scores"] + 1
+    mask = labels != options["ignore_index"]
+    # a reference near the policy, as in training
+    exact = full(*tensors, labels, options["ignore_index"], (), torch.float64, **transform)[0].sum(1)
+    ref = exact + torch.linspace(-0.5, 0.5, sequences, dtype=torch.float64)
+    results = []
+    for kind in ("ours", "naive", "exact"):
+        wanted = [torch.float64] * 3 if kind == "exact" else dtypes
+        leaves = [None if t is None else leaf(t, d, on) for t, d, on in zip(tensors, wanted, trained, strict=True)]
+        hidden, weight, bias = leaves
+        if kind == "ours":
+            hidden, weight = laid_out(hidden, layouts[0]), laid_out(weight, layouts[1])
+            given, layout = data | count, {}
+            if ours.needs_reference:
+                given["ref_logps"] = ref
+            y = labels
+            if packed:
+                layout["cu_seqlens"] = torch.arange(0, labels.numel() + 1, labels.shape[1])
+                hidden, y = hidden.flatten(0, 1), labels.flatten()
+            loss = ours(hidden, weight, y, bias, **given, **layout).loss
+        else:
+            compute = torch.float64 if kind == "exact" else dtype
+            logps = full(hidden, weight, bias, labels, options["ignore_index"], (), compute, **transform)[0]
+            columns = {"logps": logps.double().sum(1), "ref_logps": ref, "lengths": mask.sum(1).clamp(min=1)}
+            half = slice(sequences // 2), slice(sequences // 2, None)
+            halves = {
+                ("ref_" if key == "ref_logps" else "") + side + "_" + key.removeprefix("ref_"): value[part]
+                for key, value in columns.items()
+                for side, part in zip(("chosen", "rejected"), half, strict=True)
+            }
+            losses = loss_of(name, columns | halves | data, **OPTIONS[name])[0]
+            losses = losses * count.get("pair_weights", 1)
+            loss = losses.sum() / count.get("num_sequences", units)
+        if loss.requires_grad:
+            loss.backward()
+        results.append([loss.detach()] + [t.grad for t in leaves if t is not None and t.grad is not None])
+    compare(results, tensors, 1.0, dtypes[0])
+
+
+SETTINGS = {
+    "deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True,
+}  # fmt: skip
+SOME_STATS = st.sampled_from([(), ("entropy",), ("entropy", *(n for n in STATS if n not in ("entropy", "is_top1")))])
+
+
+@settings(max_examples=500, **SETTINGS)
+@given(calls(), SOME_STATS)
+def test_log_probabilities_and_statistics(call, stats):
+    check(call, stats)
+
+
+@settings(max_examples=500, **SETTINGS)
+@given(steps())
+def test_losses(step):
+    check_loss(*step)
+
+
+@pytest.mark.nightly
+@settings(max_examples=10_000, **SETTINGS)
+@given(calls(), SOME_STATS)
+def test_many_log_probabilities_and_statistics(call, stats):
+    check(call, stats)
+
+
+@pytest.mark.nightly
+@settings(max_examples=10_000, **SETTINGS)
+@given(steps())
+def test_many_losses(step):
+    check_loss(*step)
