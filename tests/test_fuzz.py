@@ -28,6 +28,11 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
+def spoilt(hidden: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """NaN where nothing is scored."""
+    return hidden.masked_fill((labels.long() == ignore_index)[..., None], torch.nan)
+
+
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "every other", "inside"])
 
 
@@ -36,7 +41,7 @@ def calls(draw):
     """Tensors in float64, dtypes, what trains, and the options of a call."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     shape = [draw(SIZES) for _ in range(draw(st.integers(0, 3)))]
-    width, vocabulary = draw(st.sampled_from([1, 2, 5, 16, 33])), draw(st.sampled_from([1, 2, 3, 16, 37, 130]))
+    width, vocabulary = draw(st.sampled_from([1, 2, 5, 16, 33])), draw(st.sampled_from([1, 2, 3, 16, 37, 130, 700]))
     dtype = draw(st.sampled_from(list(BEYOND)))
     stored = draw(st.sampled_from([dtype, torch.float32 if dtype.itemsize == 2 else dtype]))
     ignore_index = draw(st.sampled_from([-100, 0, 1 << 40]))
@@ -98,7 +103,8 @@ def check(call, stats):
         leaves = [None if t is None else leaf(t, d, on) for t, d, on in zip(tensors, wanted, trained, strict=True)]
         hidden, weight, bias = leaves
         if kind == "ours":
-            hidden, weight = laid_out(hidden, layouts[0]), laid_out(weight, layouts[1])
+            hidden = laid_out(spoilt(hidden, labels, options["ignore_index"]), layouts[0])
+            weight = laid_out(weight, layouts[1])
             out = alignloss.linear_logprob_stats(hidden, weight, labels, bias, stats=stats, **options)
             outputs = [out.logps, *(getattr(out, name) for name in stats)]
         else:
@@ -164,7 +170,8 @@ def check_loss(call, name, count, packed):
         leaves = [None if t is None else leaf(t, d, on) for t, d, on in zip(tensors, wanted, trained, strict=True)]
         hidden, weight, bias = leaves
         if kind == "ours":
-            hidden, weight = laid_out(hidden, layouts[0]), laid_out(weight, layouts[1])
+            hidden = laid_out(spoilt(hidden, labels, options["ignore_index"]), layouts[0])
+            weight = laid_out(weight, layouts[1])
             given, layout = data | count, {}
             if ours.needs_reference:
                 given["ref_logps"] = ref
