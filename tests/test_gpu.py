@@ -1,5 +1,7 @@
 """What only a GPU can show: real vocabularies in 16 bit, no syncs, graphs, streams, offsets past 2^31, equal bits."""
 
+import re
+
 import pytest
 import torch
 from reference import error, token_logps, within
@@ -261,3 +263,23 @@ def test_the_workspace_is_a_bound_and_the_plan_is_near(trains, workspace):
     assert peak - gradient_bytes <= workspace + N * H * 2 + 16 * MIB
     expected = alignloss.plan(N, H, V, train_head="weight" in trains, device="cuda", workspace_bytes=workspace)
     assert peak == pytest.approx(expected.peak_bytes, rel=0.1, abs=8 * MIB)
+
+
+@pytest.mark.parametrize("trains", ["hidden", "hidden weight"])
+def test_out_of_memory_says_which_workspace_would_fit(trains):
+    N, H, V = 8192, 1024, 131072
+    hidden, weight, labels = problem(N, H, V, masked=0)
+    weight.requires_grad_("weight" in trains)
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    room = 2 * hidden.nbytes + 2 * weight.nbytes + 256 * MIB
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + room) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="would fit") as caught:
+            alignloss.linear_logprob(hidden, weight, labels, workspace_bytes=8 << 30).sum().backward()
+        hidden.grad = weight.grad = None
+        (fits,) = re.findall(r"workspace_bytes=(\d+) would fit", str(caught.value))
+        alignloss.linear_logprob(hidden, weight, labels, workspace_bytes=int(fits)).sum().backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert hidden.grad.isfinite().all()

@@ -1,5 +1,6 @@
 """What an op is, what every one of them runs under, and what none of them can do."""
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
@@ -71,6 +72,35 @@ def computing(tensor: Tensor, dtype: torch.dtype) -> Iterator[None]:
     autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     with autocast, device_guard(tensor), cpu_bf16.bf16_products(dtype, kind):
         yield
+
+
+@contextmanager
+def within_memory(device: torch.device, workspace_bytes: int, results: int = 0) -> Iterator[None]:
+    """Where a GPU has no memory left, the error says which workspace would fit.
+
+    results: bytes that the call inside allocates beside its workspace.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise
+        traceback.clear_frames(error.__traceback__)  # whose locals hold what was allocated
+        free = _free_bytes(device)
+        # a tenth for what lies between the pieces that are free
+        fits = min((free - results) * 9 // 10, workspace_bytes // 2) >> 10 << 10
+        beside = f" beside {results:,} for its results" if results else ""
+        found = f"alignloss had a workspace of {workspace_bytes:,} bytes; {free:,} are free for it{beside}"
+        advice = f"workspace_bytes={fits} would fit" if fits > 0 else "no workspace would fit: give fewer tokens"
+        raise torch.OutOfMemoryError(f"{error}\n{found}: {advice}") from None
+
+
+def _free_bytes(device: torch.device) -> int:
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # a share of the device that the process keeps to, if torch tells it (from 2.8 on)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free, int(share * total) - torch.cuda.memory_allocated(device))
 
 
 def device_guard(tensor: Tensor) -> torch.cuda.device:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_ROWS, KL_SUM, KL_TOP, LOWEST, STATE_ROWS
-from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward
+from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward, within_memory
 from .head import Options
 from .sizes import BOTH_WIDE, Sizes, accumulation_dtype
 from .walk import Walk, addmm, power_of_two, writes_dweight
@@ -125,7 +125,7 @@ def linear_kl_fwd(
     if validate:
         check_values(labels, token_index, ignore_index, len(weight))
     tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    with _computing(hidden, compute_dtype, ref_dtype):
+    with _computing(hidden, compute_dtype, ref_dtype), within_memory(hidden.device, workspace_bytes):
         heads = _Heads(tensors, labels, token_index, ref_dtype, options)
         policy = heads.policy
         kl = policy.empty(len(labels)).zero_()
@@ -217,7 +217,7 @@ def linear_kl_bwd(
         select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate
     )
     tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    with _computing(dkl, compute_dtype, ref_dtype):
+    with _computing(dkl, compute_dtype, ref_dtype), within_memory(dkl.device, workspace_bytes):
         dweight = torch.empty_like(weight) if need_dweight else state.new_empty(0)
         heads = _Heads(tensors, labels, token_index, ref_dtype, options)
         policy, index = heads.policy, heads.policy.tokens.token_index

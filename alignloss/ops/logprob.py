@@ -9,7 +9,7 @@ from ..backends import ENTROPY, STATS
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
 from .columns import first_trained
-from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward
+from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward, within_memory
 from .head import Options, Projection
 from .sizes import accumulation_dtype
 from .walk import Scored, Upstream, Walk
@@ -74,7 +74,8 @@ def linear_logprob_fwd(
         outputs = [new(labels.shape if wanted else 0, dtype=kind) for wanted, kind in zip(asked, kinds, strict=True)]
         given = [output if wanted else None for wanted, output in zip(asked, outputs, strict=True)]
         dlogp, dentropy = (t if t.dim() == 2 else None for t in saved)
-        walk.forward(state, given, stats, dlogp, dentropy, recomputed=recomputed)
+        with within_memory(hidden.device, workspace_bytes):
+            walk.forward(state, given, stats, dlogp, dentropy, recomputed=recomputed)
         return (*outputs, state, *saved)  # type: ignore[return-value]
 
 
@@ -187,7 +188,8 @@ def linear_logprob_bwd(
                 dweight = torch.empty_like(scored.weight[:, trained_from:])
             if need_dbias:
                 dbias = scored.empty(scored.vocabulary)
-            scored.backward(upstream, dweight, dbias, False, stats, derivatives)
+            with within_memory(dlogps.device, workspace_bytes):
+                scored.backward(upstream, dweight, dbias, False, stats, derivatives)
         else:
             upstream.weigh(slice(0, scored.rows))
         return dhidden, dweight, dbias

@@ -19,7 +19,7 @@ from .. import backends
 from ..checks import check_kept, check_values, kept
 from ..kernels.state import STATE_ROWS
 from .columns import first_trained
-from .context import computing, device_guard, no_double_backward
+from .context import computing, device_guard, no_double_backward, within_memory
 from .head import Projection
 from .logprob import linear_logprob_bwd
 from .sizes import Footprint
@@ -70,7 +70,10 @@ class _OnePass(torch.autograd.Function):
             return slopes[-1]
 
         trained_from, bits = first_trained(weight, columns), backends.asked(stats)
-        gradient, state, dlogp = _pass(projection, indices, held, ctx.needs, differentiate, trained_from, bits, stats)
+        with within_memory(hidden.device, projection.options.workspace_bytes, _result_bytes(projection, indices)):
+            gradient, state, dlogp = _pass(
+                projection, indices, held, ctx.needs, differentiate, trained_from, bits, stats
+            )
         dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
         ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
         ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
@@ -96,7 +99,8 @@ class _OnePass(torch.autograd.Function):
         if gradient is None:
             projection = Projection(hidden, weight, bias, labels, None, True, ctx.options.workspace_bytes, ctx.options)
             held, trained_from, bits = ctx.rest
-            gradient, *_ = _pass(projection, indices, held, ctx.needs, lambda i, logps: dlogps, trained_from, bits)
+            with within_memory(hidden.device, projection.options.workspace_bytes, _result_bytes(projection, indices)):
+                gradient, *_ = _pass(projection, indices, held, ctx.needs, lambda i, logps: dlogps, trained_from, bits)
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
         head, unused = (None, None, None), dlogp.new_empty(0)
         dhidden, *_ = linear_logprob_bwd(
@@ -117,6 +121,14 @@ class _OnlyFirstDerivatives(torch.autograd.Function):
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     backward = staticmethod(no_double_backward)
+
+
+def _result_bytes(projection: Projection, indices: Sequence[Tensor | None]) -> int:
+    """Bytes of the gradient of the head, state and d logp / d hidden."""
+    rows = sum(projection.labels.numel() if index is None else index.numel() for index in indices)
+    footprint = projection.footprint
+    row = STATE_ROWS * footprint.accum_dtype.itemsize + footprint.width * footprint.dtype.itemsize
+    return rows * row + footprint.vocabulary * footprint.trained_width * footprint.weight_dtype.itemsize
 
 
 def _pass(
