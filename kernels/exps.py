@@ -76,7 +76,7 @@ def exps_fwd_kernel(
     weight,  # descriptor of blocks (BLOCK_V, BLOCK_H) of the slice, (Vs, H)
     exps,  # descriptor of blocks (BLOCK_N, BLOCK_V) of (N, Vs) and its padding; filled
     labels,  # (N,) int64
-    state,  # (8, N) fp32: m
+    state,  # (9, N) fp32: m
     partials,  # (3, tiles, N) fp32: sum of e, sum of rounded e, max of z - m
     N,
     Vs,
@@ -115,7 +115,7 @@ def repair_fwd_kernel(
     weight,
     exps,
     labels,
-    state,  # (8, N) fp32: m, s before the slice
+    state,  # (9, N) fp32: m, s before the slice
     partials,  # (3, tiles, N) fp32: sums, written anew; max of z - m, relative to the m of the state
     N,
     Vs,
@@ -143,7 +143,7 @@ def repair_fwd_kernel(
 
 @triton.jit
 def settle_fwd_kernel(
-    state,  # (8, N) fp32: m and the two sums of e are those after the slice
+    state,  # (9, N) fp32: m and the two sums of e are those after the slice
     partials,  # (3, tiles, N) fp32: sums of e relative to the m after the slice, max of z - m to that before it
     u,  # (N, H) fp32, once it holds sums; rescaled where m moved
     N,
@@ -185,7 +185,7 @@ def exps_fwd(
     hidden: Tensor,  # (N, H), reached by the copy engine, as are weight and out
     weight: Tensor,  # (Vs, H) of the same dtype
     labels: Tensor,  # (N,) int64
-    state: Tensor,  # (8, N) fp32, rows contiguous
+    state: Tensor,  # (9, N) fp32, rows contiguous
     u: Tensor | None,  # (N, H) contiguous, once it holds sums
     out: Tensor,  # (N, Vs); filled
     first: int,

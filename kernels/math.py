@@ -9,7 +9,8 @@ from . import state
 SUM, TARGET, SUM_ZE, SUM_Z, SUM_EE, TOP = (
     tl.constexpr(value) for value in (state.SUM, state.TARGET, state.SUM_ZE, state.SUM_Z, state.SUM_EE, state.TOP)
 )
-ROUNDED, LOWEST = tl.constexpr(state.ROUNDED), tl.constexpr(state.LOWEST)
+ROUNDED, ROUNDED_ZE = tl.constexpr(state.ROUNDED), tl.constexpr(state.ROUNDED_ZE)
+LOWEST = tl.constexpr(state.LOWEST)
 KL_SUM, KL_REF_TOP, KL_REF_SUM, KL_GAP = (
     tl.constexpr(value) for value in (state.KL_SUM, state.KL_REF_TOP, state.KL_REF_SUM, state.KL_GAP)
 )

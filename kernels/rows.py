@@ -18,6 +18,7 @@ from .blocks import OPTIONS, ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
 from .math import (
     LOWEST,
     ROUNDED,
+    ROUNDED_ZE,
     SUM,
     SUM_EE,
     SUM_Z,
@@ -47,7 +48,7 @@ def gather_fwd_kernel(
     index,  # (N,) int64
     rows,  # (N, H) in the dtype of the GEMM
     row_labels,  # (N,) int64
-    state,  # (8, N) fp32
+    state,  # (9, N) fp32
     weight,  # (V, H)
     bias,  # (V,) fp32, times linear
     M,
@@ -105,6 +106,7 @@ def gather_fwd_kernel(
     tl.store(state + n + SUM_EE * step, 0.0)
     tl.store(state + n + TOP * step, -float("inf"))
     tl.store(state + n + ROUNDED * step, 0.0)
+    tl.store(state + n + ROUNDED_ZE * step, 0.0)
 
 
 @triton.jit
@@ -137,10 +139,10 @@ def _entropy_terms(m, s, z, gap, ze):
 
 @triton.jit
 def _finish_derivatives(
-    u, u2, w_row, dlogp, dentropy, n, H, weight_step, known, ignored, at_target, inverse, mu, pull,
+    u, u2, w_row, dlogp, dentropy, n, H, weight_step, known, ignored, at_target, inverse, pull, rest,
     SAVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dlogp = D_y W_y - U / s and dentropy = mu U / s - U2 / s - pull D_y W_y of one row."""
+    """dlogp = D_y W_y - U / s and dentropy = -pull dlogp - (U2 - rest U / s) / s of one row, U2 centred."""
     k = tl.arange(0, BLOCK)
     for start in range(0, H, BLOCK):
         inside = start + k < H
@@ -152,13 +154,13 @@ def _finish_derivatives(
         tl.store(dlogp + n * H + start + k, d.to(dlogp.dtype.element_ty), mask=inside)
         if SAVE > 1:
             u2_k = tl.load(u2 + n * H + start + k, mask=inside, other=0.0) * inverse
-            d = tl.where(ignored, 0.0, mu * u_k - u2_k - pull * target)
+            d = tl.where(ignored, 0.0, -pull * (target - u_k) - (u2_k - rest * u_k))
             tl.store(dentropy + n * H + start + k, d.to(dentropy.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def finish_fwd_kernel(
-    state,  # (8, N) fp32: m, s, x_y, sum (z - m) e, sum z, sum e^2, max z, sum of rounded e
+    state,  # (9, N) fp32: m, s, x_y, sum (z - m) e, sum z, sum e^2, max z, rounded sums
     labels,  # (N,) int64
     index,  # (N,) int64
     u,  # (N, H) fp32
@@ -224,13 +226,14 @@ def finish_fwd_kernel(
     if SAVE > 0:
         known = (label >= 0) & (label < V) & (ignored == 0)
         at_target = sech2(tl.load(state + n + TARGET * step)) if HAS_CAP else 1.0
-        mu, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + SUM_ZE * step).to(tl.float64))
+        _, pull = _entropy_terms(m, s, z, gap, tl.load(state + n + SUM_ZE * step).to(tl.float64))
         rounded = tl.load(state + n + ROUNDED * step)
         inverse = tl.where(rounded == 0, 0.0, 1.0 / rounded)
+        rest = tl.load(state + n + ROUNDED_ZE * step) * inverse
         w_row = weight + tl.where(known, label, 0) * weight_stride
         _finish_derivatives(
-            u, u2, w_row, dlogp, dentropy, n, H, weight_step, known, ignored, at_target, inverse, mu.to(tl.float32),
-            pull.to(tl.float32), SAVE, BLOCK,
+            u, u2, w_row, dlogp, dentropy, n, H, weight_step, known, ignored, at_target, inverse,
+            pull.to(tl.float32), rest, SAVE, BLOCK,
         )  # fmt: skip
 
 
@@ -241,7 +244,7 @@ def rows_bwd_kernel(
     labels,  # (M,) int64
     index,  # (N,) int64
     hidden,  # (M, H)
-    state,  # (8, N) fp32
+    state,  # (9, N) fp32
     dlogp,  # (N, H)
     dentropy,  # (N, H)
     unit,  # 0-d fp32 divisor of the coefficients
@@ -338,7 +341,7 @@ def gather_fwd(
     index: Tensor | None,  # (N,) contiguous
     rows: Tensor | None,  # (N, H) contiguous; filled
     row_labels: Tensor,  # (N,) contiguous; filled if there is an index
-    state: Tensor,  # (8, N), rows contiguous; filled
+    state: Tensor,  # (9, N), rows contiguous; filled
     ignore_index: int,
     compute_dtype: torch.dtype,
     weight: Tensor | None = None,  # (V, H): the state begins with x_y = (h w_y + b_y) * linear, NaN for an unknown y
@@ -382,7 +385,7 @@ def gather_fwd(
 
 
 def finish_fwd(
-    state: Tensor,  # (8, N), rows contiguous
+    state: Tensor,  # (9, N), rows contiguous
     labels: Tensor,  # (N,) contiguous
     index: Tensor | None,  # (N,) contiguous
     u: Tensor | None,  # (N, H) contiguous
@@ -444,7 +447,7 @@ def rows_bwd(
     labels: Tensor,  # (M,) contiguous
     index: Tensor | None,  # (N,) contiguous
     hidden: Tensor | None,  # (M, H)
-    state: Tensor,  # (8, N), rows contiguous
+    state: Tensor,  # (9, N), rows contiguous
     dlogp: Tensor | None,  # (N, H) contiguous
     dentropy: Tensor | None,  # (N, H) contiguous
     unit: Tensor | None,  # 0-d

@@ -11,7 +11,10 @@ SUM_EE = 5  # sum of exp(z - m)^2 over v != y
 TOP = 6  # largest z over v != y
 # the same of exp(z - m) as rounded for U, whose weights its inverse makes add up to 1; with a softcap SUM
 ROUNDED = 7
-STATE_ROWS = 8
+# sum of (z - m - c) exp(z - m) as rounded for U2, c the mean of z - m over v != y: what rounding leaves of 0; with a
+# softcap 0
+ROUNDED_ZE = 8
+STATE_ROWS = 9
 # rows of the `state` of a KL: maxima and sums of exponentials (in the backward their logarithms) of policy and
 # reference, and the sum of exp(z_ref - max) (z_ref - z)
 KL_TOP, KL_SUM, KL_REF_TOP, KL_REF_SUM, KL_GAP = range(5)

@@ -63,7 +63,7 @@ def store_statistics(
     base = tl.where(m == -float("inf"), 0.0, m)
     e = tl.exp(rest - base[:, None])
 
-    field = tl.cdiv(V, BLOCK_V).to(tl.int64) * N
+    field = tl.cast(tl.cdiv(V, BLOCK_V), tl.int64) * N
     out = partials + tile.to(tl.int64) * N + n
     tl.store(out, m, mask=n < N)
     tl.store(out + field, tl.sum(e, 1), mask=n < N)
@@ -176,7 +176,7 @@ def largest(tops, n, N, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
 @triton.jit
 def combine_fwd_kernel(
     partials,  # (fields, tiles, N)
-    state,  # (8, N) fp32: m, s, then sum (z - m) e, sum z, sum e^2, max z
+    state,  # (9, N) fp32: m, s, then sum (z - m) e, sum z, sum e^2, max z
     N,
     tiles,
     state_stride,
@@ -241,7 +241,7 @@ def stats_fwd(
     weight: Tensor,  # (V, H) of the same dtype, rows contiguous
     bias: Tensor | None,  # (V,) fp32, times linear
     labels: Tensor,  # (N,) int64
-    state: Tensor,  # (8, N) fp32, rows contiguous, with the logits of the targets; all else is filled
+    state: Tensor,  # (9, N) fp32, rows contiguous, with the logits of the targets; all else is filled
     linear: float,
     cap: float | None,
     extras: bool,

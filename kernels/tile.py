@@ -6,7 +6,10 @@ The GEMM leaves out the bias: the kernels add it as they read, a vector that all
 `fold_fwd_kernel` folds the tile into the running statistics of its rows and, when the derivative is wanted, overwrites
 it by e_v sech^2(x_v) with e_v = exp(z_v - m) and 0 at the target. The reference m of a row is kept until the maximum
 exceeds it by `slack` nats, so the accumulated U = sum e_v W_v is rescaled almost never. The rounded e_v are summed too:
-divided by that sum, the weights of the rows in U add up to 1, and what all rows share leaves the derivative.
+divided by that sum, the weights of the rows in U add up to 1, and what all rows share leaves the derivative. So it
+does from that of the entropy, for which U2 = sum (z_v - m - c) e_v W_v is centred: c is the mean of z - m over the
+entries so far, and where it moves U2 is made relative to the new one. What rounding leaves of the sum of its weights,
+which is 0, is summed as well, for U to take away.
 
 `dlogits_bwd_kernel` overwrites the tile by the gradient of the logits, divided by one factor per row: with q_v = e_v/s
 over v != y it is D_y at the target and -q_v D_v elsewhere. A gradient of the entropy mixes in by three numbers per row:
@@ -27,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import CAPPED_SLICE, OPTIONS, PITCH, SLICE, TILE_ENTRIES, TILE_WARPS, WIDTH_BLOCK
-from .math import ROUNDED, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
+from .math import ROUNDED, ROUNDED_ZE, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
 
 
 @triton.jit
@@ -48,16 +51,40 @@ def load_logits(x_row, bias, v, Vs, reach, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def rescale(u, u2, row, H, shift, decay, SAVE: tl.constexpr, BLOCK: tl.constexpr):
-    """Make the sums of a row relative to a reference that is `shift` higher."""
+def rescale(u, u2, row, H, moved, decay, SAVE: tl.constexpr, BLOCK: tl.constexpr):
+    """Make the sums of a row relative to another reference, and U2 to a centre that is `moved` lower."""
     c = tl.arange(0, BLOCK)
     for start in range(0, H, BLOCK):
         k = start + c
         u_k = tl.load(u + row * H + k, mask=k < H, other=0.0)
         if SAVE > 1:
             u2_k = tl.load(u2 + row * H + k, mask=k < H, other=0.0)
-            tl.store(u2 + row * H + k, (u2_k + u_k * shift) * decay, mask=k < H)
+            tl.store(u2 + row * H + k, (u2_k + u_k * moved) * decay, mask=k < H)
         tl.store(u + row * H + k, u_k * decay, mask=k < H)
+
+
+@triton.jit
+def keep(out, mask, d, total, HAS_CAP: tl.constexpr):
+    """Write the exponentials; their sum as rounded, or `total`, that of e."""
+    kept = d.to(out.dtype.element_ty)
+    tl.store(out, kept, mask=mask)
+    if not HAS_CAP and out.dtype.element_ty != tl.float32:
+        total = tl.sum(kept.to(tl.float32), 0)
+    return total
+
+
+@triton.jit
+def keep_centred(
+    out2, mask, x, d, ze, s, ze_total, sums, shift, HAS_CAP: tl.constexpr, sum_at, rounded_ze, rounded, decay
+):
+    """Write (z - m - c) d and add up what rounding leaves of its sum; how much lower than before c is."""
+    old_centre, centre = tl.where(s == 0, 0.0, ze / s), tl.where(sums == 0, 0.0, ze_total / sums)
+    moved = shift + old_centre - centre
+    zd = tl.where(d == 0, 0.0, (x - centre) * d).to(out2.dtype.element_ty)
+    tl.store(out2, zd, mask=mask)
+    if not HAS_CAP:
+        tl.store(sum_at, (rounded_ze + rounded * moved) * decay + tl.sum(zd.to(tl.float32), 0))
+    return moved
 
 
 @triton.jit
@@ -65,8 +92,8 @@ def fold_fwd_kernel(
     tile,  # (C, Vs) fp32 x without the bias
     bias,  # (Vs,) fp32, times linear
     out,  # (C, Vs) exponentials, in the memory of `tile` or of their own
-    out2,  # (C, Vs) (z - m) times the exponentials
-    state,  # (8, C): m, s, x_y, sum (z - m) e, sum z, sum e^2, max z, sum of rounded e
+    out2,  # (C, Vs) (z - m - c) times the exponentials
+    state,  # (9, C): m, s, x_y, sum (z - m) e, sum z, sum e^2, max z, rounded sums
     labels,  # (C,) int64
     u,  # (C, H) fp32
     u2,  # (C, H) fp32
@@ -113,33 +140,34 @@ def fold_fwd_kernel(
     e = tl.exp(z - m)
     # every load of the state comes before a reduction, whose barrier comes before every store
     s, largest = tl.load(at + SUM * step), tl.load(at + TOP * step)
-    if SAVE > 0:
-        rounded = tl.load(at + ROUNDED * step)
+    rounded, rounded_ze = tl.load(at + ROUNDED * step), tl.load(at + ROUNDED_ZE * step)
     if EXTRAS:
         ze, z_sum, ee = tl.load(at + SUM_ZE * step), tl.load(at + SUM_Z * step), tl.load(at + SUM_EE * step)
     total = tl.sum(e, 0)
+    sums = s * decay + total
     tl.store(at, m)
-    tl.store(at + SUM * step, s * decay + total)
+    tl.store(at + SUM * step, sums)
     tl.store(at + TOP * step, tl.maximum(largest, top))
     if EXTRAS:
-        ze_total = tl.sum(tl.where(e == 0, 0.0, (z - m) * e), 0)
-        tl.store(at + SUM_ZE * step, (ze + s * shift) * decay + ze_total)
+        ze_total = (ze + s * shift) * decay + tl.sum(tl.where(e == 0, 0.0, (z - m) * e), 0)
+        tl.store(at + SUM_ZE * step, ze_total)
         tl.store(at + SUM_Z * step, z_sum + z_total)
         # the choice keeps the product from being fused into the sum's first exchange, which lanes would round apart
         tl.store(at + SUM_EE * step, ee * decay * decay + tl.sum(tl.where(e == 0, 0.0, e * e), 0))
     if SAVE > 0:
         d = e * sech2(x) if HAS_CAP else e
-        kept = d.to(out.dtype.element_ty)
-        tl.store(out + row * out_stride + v, kept, mask=v < reach)
-        if not HAS_CAP and out.dtype.element_ty != tl.float32:
-            total = tl.sum(kept.to(tl.float32), 0)
-        tl.store(at + ROUNDED * step, rounded * decay + total)
+        kept = keep(out + row * out_stride + v, v < reach, d, total, HAS_CAP)
+        tl.store(at + ROUNDED * step, rounded * decay + kept)
         if SAVE > 1:
-            zd = tl.where(d == 0, 0.0, (z - m) * d)
-            tl.store(out2 + row * out2_stride + v, zd.to(out2.dtype.element_ty), mask=v < reach)
+            moved = keep_centred(
+                out2 + row * out2_stride + v, v < reach, z - m, d, ze, s, ze_total, sums, shift, HAS_CAP,
+                at + ROUNDED_ZE * step, rounded_ze, rounded, decay,
+            )  # fmt: skip
     if RESCALE:
-        if m != old:
-            rescale(u, u2, row, H, shift, decay, SAVE, ROW_BLOCK)
+        if SAVE > 1:
+            rescale(u, u2, row, H, moved, decay, SAVE, ROW_BLOCK)
+        elif m != old:
+            rescale(u, u2, row, H, 0.0, decay, SAVE, ROW_BLOCK)
 
 
 @triton.jit
@@ -147,7 +175,7 @@ def dlogits_bwd_kernel(
     tile,  # (C, Vs) fp32 x without the bias
     bias,  # (Vs,) fp32, times linear
     out,  # (C, Vs), in the memory of `tile`
-    state,  # (8, C): m, s
+    state,  # (9, C): m, s
     labels,  # (C,) int64
     coefficient,  # (C,); where it is 0 the result is too, whatever the logits
     mix,  # (3, C)
@@ -196,7 +224,7 @@ def dlogits_bwd_kernel(
 def held_bwd_kernel(
     tile,  # (C, Vs) e sech^2(x) relative to `reference`, 0 at the target
     reference,  # (C,)
-    state,  # (8, C): m, x_y, sum of rounded e
+    state,  # (9, C): m, x_y, sum of rounded e
     labels,  # (C,) int64
     coefficient,  # (C,); where it is 0 the result is too
     first,
@@ -244,7 +272,7 @@ def fold_fwd(
     tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias; overwritten if save
     bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
     spare: Tensor | None,  # (C, Vs) fp32, for save == 2
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     labels: Tensor,  # (C,)
     u: Tensor | None,  # (C, H) contiguous, once it holds sums
     u2: Tensor | None,  # (C, H) contiguous, once it holds sums
@@ -298,7 +326,7 @@ def fold_fwd(
 def dlogits_bwd(
     tile: Tensor,  # (C, Vs) fp32, rows contiguous, without the bias; overwritten
     bias: Tensor | None,  # (Vs,) fp32 contiguous, times linear
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     labels: Tensor,  # (C,)
     coefficient: Tensor,  # (C,) contiguous
     mix: Tensor | None,  # (3, C), for a gradient of the entropy
@@ -337,7 +365,7 @@ def dlogits_bwd(
 def held_bwd(
     tile: Tensor,  # (C, Vs) rows contiguous; overwritten
     reference: Tensor,  # (C,) contiguous
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     labels: Tensor,  # (C,)
     coefficient: Tensor,  # (C,) contiguous
     first: int,

@@ -93,7 +93,7 @@ def launches():
             alignloss.linear_logprob_stats(h, w, labels, b, stats=names, **small).entropy.sum().backward()
             alignloss.linear_kl(h, w, hidden, weight, labels, **options).sum().backward()
             if dtype == torch.float32:
-                state, index = torch.zeros(8, 80), torch.zeros(80, dtype=torch.int64)
+                state, index = torch.zeros(9, 80), torch.zeros(80, dtype=torch.int64)
                 stats.stats_fwd(hidden.view(80, -1), weight, None, index, state, 1.0, softcap, False, "tf32")
         if emulator.emulated in blocks.COPY_ENGINE:
             write_exponentials()

@@ -190,7 +190,7 @@ def check_loss(call, name, count, packed):
         else:
             compute = torch.float64 if kind == "exact" else dtype
             logps = full(hidden, weight, bias, labels, options["ignore_index"], (), compute, **transform)[0]
-            columns = {"logps": logps.double().sum(1), "ref_logps": ref, "lengths": mask.sum(1).clamp(min=1)}
+            columns = {"logps": logps.double().sum(1), "ref_logps": ref, "lengths": mask.sum(1).clamp(min=1).double()}
             half = slice(sequences // 2), slice(sequences // 2, None)
             halves = {
                 ("ref_" if key == "ref_logps" else "") + side + "_" + key.removeprefix("ref_"): value[part]

@@ -234,6 +234,47 @@ def test_the_entropy_of_a_model_that_is_nearly_certain(backend, dtype, alike, ga
 
 
 @pytest.mark.emulated
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("kind", ["flat", "random", "one above a flat tail"])
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+def test_the_entropy_of_a_head_whose_rows_share_a_large_part(backend, dtype, kind, cap):
+    """Whatever the logits, nothing of what the rows share is left in the gradient."""
+    hidden, weight = torch.randn(2 * B, T, H), torch.randn(V, H) + 8 * torch.randn(H)
+    if kind == "random":
+        hidden -= (hidden @ weight.mean(0))[..., None] * weight.mean(0) / weight.mean(0).square().sum()
+        hidden *= 0.1
+    else:
+        hidden = torch.zeros_like(hidden)
+        hidden[..., -1] = 3 * torch.rand(2 * B, T)
+        weight[:, -1] = 0 if kind == "one above a flat tail" else 0.01 * torch.randn(V)
+        weight[7, -1] = 1 if kind == "one above a flat tail" else 0
+    tensors = [t.to(dtype).double() for t in (hidden, weight, torch.zeros(V))]
+    labels, options = torch.randint(0, V, (2 * B, T)), {"softcap": cap, "backend": backend, "workspace_bytes": TIGHT}
+    check(
+        lambda h, w, b: [alignloss.linear_logprob_stats(h, w, labels, stats=("entropy",), **options).entropy],
+        lambda h, w, b: [torch.special.entr(naive_logits(h, w, 0, cap).softmax(-1)).sum(-1)],
+        lambda h, w, b: [statistics(h, w, labels, softcap=cap)["entropy"]],
+        tensors, dtype, "hidden weight", beyond=2e-7,
+    )  # fmt: skip
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("trained", ["", "hidden", "weight", "hidden weight"], ids=lambda t: t or "nothing")
+@pytest.mark.parametrize("vocabulary", [1, 2])
+@pytest.mark.parametrize(("backend", "dtype"), [*RUNS, (RUNS[0][0], torch.float32)])
+def test_a_vocabulary_of_one_or_two(backend, dtype, vocabulary, trained):
+    """Numbers that Triton makes constants."""
+    tensors = [torch.randn(size).to(dtype).double() for size in ((3, 5, 16), (vocabulary, 16), (vocabulary,))]
+    labels = torch.randint(0, vocabulary, (3, 5))
+    check(
+        lambda h, w, b: [alignloss.linear_logprob(h, w, labels, backend=backend)],
+        lambda h, w, b: [naive_logps(h, w, 0, labels, None)],
+        lambda h, w, b: [token_logps(h, w, labels)],
+        tensors, dtype, trained, beyond=2e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.emulated
 @pytest.mark.parametrize("target", [1e5, 1e10, -1e10, 1e30, -1e30])
 def test_a_target_whose_logit_is_huge(target):
     """Beside others whose exponentials leave the range of float32."""

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,77 @@ def test_a_module_in_a_compiled_step(call):
         results.append([hidden.grad, head.weight.grad, head.bias.grad])
         hidden.grad = head.weight.grad = head.bias.grad = None
     assert all(error(got, expected) <= 1e-6 for got, expected in zip(*results, strict=True))
+
+
+def adds_an_adapter(layer):
+    extra = torch.randn(H, V)
+    return layer.register_forward_hook(lambda layer, given, out: out + given[0] @ extra)
+
+
+def doubled_in_place(layer, given, out):
+    out.mul_(2)
+
+
+CHANGES = {
+    "scaled": lambda layer: layer.register_forward_hook(lambda layer, given, out: 2 * out),
+    "in place": lambda layer: layer.register_forward_hook(doubled_in_place),
+    "an adapter": adds_an_adapter,
+    "a tuple": lambda layer: layer.register_forward_hook(lambda layer, given, out: (out,)),
+    "before the backward": lambda layer: layer.register_full_backward_pre_hook(lambda layer, grads: (2 * grads[0],)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("trains", [False, True])
+def test_hooks_that_change_logits_or_their_gradient_are_refused(change, trains):
+    hidden, head, labels = problem(True, frozen=not trains)
+    CHANGES[change](head)
+    with pytest.raises(ValueError, match="hook"):
+        alignloss.linear_logprob(hidden if trains else hidden.detach(), head, labels)
+    assert "forward" not in vars(head)
+
+
+def test_hooks_that_change_the_input_or_only_look_take_part():
+    hidden, head, labels = problem(True)
+    head.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
+    head.register_forward_hook(lambda layer, given, out: out.double())
+    got = alignloss.linear_logprob(hidden, head, labels)
+    assert torch.equal(got, alignloss.linear_logprob(2 * hidden, head.weight, labels, head.bias))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_loss_that_uses_the_head_beside(hooked):
+    hidden, head, labels = problem(True)
+    if hooked:
+        head.register_forward_hook(lambda *_: None)
+
+    def loss_fn(logps, _):
+        return -logps.mean() + head(hidden[:1]).logsumexp(-1).sum()
+
+    loss = alignloss.one_pass_loss(hidden, head, labels, loss_fn)
+    exact = -alignloss.linear_logprob(hidden, head.weight, labels, head.bias)[labels != -100].sum() / labels.numel()
+    exact = exact + nn.functional.linear(hidden[:1], head.weight, head.bias).logsumexp(-1).sum()
+    assert error(loss.detach(), exact.detach()) <= 1e-6
+
+
+def test_another_thread_has_its_logits_and_no_loss():
+    hidden, head, labels = problem(True)
+    head.register_forward_hook(lambda *_: None)
+    expected, found = head(hidden), []
+
+    def elsewhere():
+        found.append(head(hidden))
+        with pytest.raises(ValueError, match="another thread"):
+            alignloss.linear_logprob(hidden, head, labels)
+
+    def meanwhile(logps, _):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return -logps.mean()
+
+    alignloss.one_pass_loss(hidden, head, labels, meanwhile)
+    assert len(found) >= 1 and all(torch.equal(logits, expected) for logits in found)
 
 
 class Model(nn.Module):

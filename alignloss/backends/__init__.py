@@ -3,7 +3,7 @@
 Imports kernels alone.
 
 Both work on a tile h W_slice^T * linear of C tokens and Vs vocabulary entries, in fp32 (fp64 for fp64 input), to which
-they add the slice of the bias, b * linear, so that x = (h W_slice^T + b) * linear, and on `state`, a tensor (8, C) of
+they add the slice of the bias, b * linear, so that x = (h W_slice^T + b) * linear, and on `state`, a tensor (9, C) of
 running sums over the vocabulary without the target column y, whose rows `kernels.state` names. The logits are z = x, or
 z = cap tanh(x) under a softcap. Leaving the target out keeps 1 - p_y and log p_y exact as p_y -> 1.
 """

@@ -16,6 +16,7 @@ from ..kernels.state import (
     LOWEST,
     REF,
     ROUNDED,
+    ROUNDED_ZE,
     SUM,
     SUM_EE,
     SUM_Z,
@@ -31,7 +32,7 @@ def gather(
     part: slice,  # of the N scored tokens, C of them
     labels: Tensor,  # (C,); filled if tokens.token_index is given
     rows: Tensor | None,  # (C, H) in the dtype of the GEMM; filled
-    state: Tensor,  # (8, C); filled
+    state: Tensor,  # (9, C); filled
     targets: Targets | None = None,  # for a GEMM that leaves no logits, of which there is none here
 ) -> None:
     """Begin a block: its rows, rounded to the compute dtype, zero where the label is ignored; labels; empty sums."""
@@ -56,14 +57,14 @@ def fold(
     tile: Tensor,  # (C, Vs) x without the bias; overwritten
     bias: Tensor | None,  # (Vs,) times linear
     scratch: Tensor,  # (tiles, C, Vs)
-    state: Tensor,  # (8, C); updated
+    state: Tensor,  # (9, C); updated
     labels: Tensor,  # (C,)
     first: int,  # vocabulary index of the tile's first column
     transform: Transform,
     stats: int,
     derivatives: int,  # that accumulate: none, by `u`, by `u` and `u2`
     u: Tensor | None,  # (C, H) sum of exp(z - m) sech^2 W over v != y so far; rescaled
-    u2: Tensor | None,  # (C, H) the same with (z - m) exp(z - m)
+    u2: Tensor | None,  # (C, H) the same with (z - m - c) exp(z - m), c the mean of z - m so far
     dtype: torch.dtype,  # of the result, an operand of the next GEMM
     out: Tensor | None = None,  # (C, Vs) of this dtype: where to keep what `u` has to accumulate
 ) -> tuple[Tensor, Tensor | None]:
@@ -88,11 +89,7 @@ def fold(
     decay = shift.exp()
     if stats & IS_TOP1:
         torch.maximum(state[TOP], top, out=state[TOP])
-    if u2 is not None and u is not None:
-        u2.addcmul_(u, shift[:, None]).mul_(decay[:, None])
-    if u is not None:
-        u.mul_(decay[:, None])
-
+    old_centre = _rest_mean(state)
     exps = tile.sub_(state[REF, :, None]).exp_()
     z_exps = None
     if stats & LOG_SUM_SQ:
@@ -103,6 +100,15 @@ def fold(
         state[SUM_ZE].addcmul_(state[SUM], shift).mul_(decay).add_(z_exps.sum(1))
     total = exps.sum(1)
     state[SUM].mul_(decay).add_(total)
+    moved = None
+    if derivatives == 2 and z_exps is not None:
+        centre = _rest_mean(state)
+        moved = shift + old_centre - centre
+        z_exps.addcmul_(exps, centre[:, None], value=-1)
+        if u2 is not None and u is not None:
+            u2.addcmul_(u, moved[:, None]).mul_(decay[:, None])
+    if u is not None:
+        u.mul_(decay[:, None])
     if slope is not None:
         exps.mul_(slope)
         if derivatives == 2 and z_exps is not None:
@@ -110,8 +116,11 @@ def fold(
     kept = exps.to(dtype) if out is None else out.copy_(exps)
     if slope is None and dtype != exps.dtype:
         total = kept.sum(1, dtype=exps.dtype)
+    kept_ze = None if z_exps is None else z_exps.to(dtype)
+    if moved is not None and kept_ze is not None and slope is None:
+        state[ROUNDED_ZE].addcmul_(state[ROUNDED], moved).mul_(decay).add_(kept_ze.sum(1, dtype=exps.dtype))
     state[ROUNDED].mul_(decay).add_(total)
-    return kept, None if z_exps is None else z_exps.to(dtype)
+    return kept, kept_ze
 
 
 def statistics(
@@ -119,7 +128,7 @@ def statistics(
     weight: Tensor,  # (V, H), of the same dtype
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (C,)
-    state: Tensor,  # (8, C); filled
+    state: Tensor,  # (9, C); filled
     transform: Transform,
     stats: int,
     workspace_bytes: int,
@@ -132,7 +141,7 @@ def finish(
     tokens: Tokens,
     part: slice,  # of the N scored tokens, C of them
     labels: Tensor,  # (C,)
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     u: Tensor | None,  # (C, H); overwritten
     u2: Tensor | None,  # (C, H); overwritten
     weight: Tensor,  # (V, H)
@@ -179,7 +188,7 @@ def _row_stats(state: Tensor, vocabulary: int, transform: Transform, stats: int)
 def _derivative(
     u: Tensor,  # (C, H); overwritten
     u2: Tensor | None,  # (C, H); overwritten
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (C,)
     transform: Transform,
@@ -188,8 +197,9 @@ def _derivative(
 ) -> None:
     """d logp / d hidden and d entropy / d hidden of each row, both divided by slope (1 - p_y).
 
-    dlogp = D_y W_y - U / s and dentropy = -(U2 / s - mu U / s + pull D_y W_y), where D = sech^2(x) or 1, s = ROUNDED,
-    and mu, pull as in `_entropy_terms`. W_y is rounded to the compute dtype as in U, or their difference would be off.
+    dlogp = D_y W_y - U / s and dentropy = -((U2 - r U / s) / s + pull dlogp), where D = sech^2(x) or 1, s = ROUNDED,
+    r = ROUNDED_ZE, pull as in `_entropy_terms`, and U2 is centred. W_y is rounded to the compute dtype as in U, or
+    their difference would be off.
     """
     target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
     if transform.cap is not None:
@@ -197,17 +207,19 @@ def _derivative(
     inverse = torch.where(state[ROUNDED] == 0, 0, 1 / state[ROUNDED])[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
-        mu, pull = (term.to(u.dtype) for term in _entropy_terms(state, transform))
-        u2.mul_(inverse).addcmul_(u, mu[:, None], value=-1).addcmul_(target, pull[:, None])
-        dentropy.copy_(u2.neg_())
-    dlogp.copy_(torch.sub(target, u, out=u))
+        u2.mul_(inverse).addcmul_(u, state[ROUNDED_ZE, :, None] * inverse, value=-1)
+    torch.sub(target, u, out=u)
+    if u2 is not None and dentropy is not None:
+        _, pull = _entropy_terms(state, transform)
+        dentropy.copy_(u2.addcmul_(u, pull.to(u.dtype)[:, None]).neg_())
+    dlogp.copy_(u)
 
 
 def weigh(
     tokens: Tokens,
     part: slice,  # of the N scored tokens, C of them
     labels: Tensor,  # (C,); filled if tokens.token_index is given
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     transform: Transform,
     dlogps: Tensor,  # (M,) float64
     dentropies: Tensor | None,  # (M,)
@@ -268,7 +280,7 @@ def dlogits(
     tile: Tensor,  # (C, Vs) x without the bias; overwritten by the result
     bias: Tensor | None,  # (Vs,) times linear
     scratch: Tensor,  # (tiles, C, Vs)
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     labels: Tensor,  # (C,)
     first: int,
     transform: Transform,
@@ -310,7 +322,7 @@ def dlogits(
 def held_dlogits(
     tile: Tensor,  # (C, Vs) exponentials as `fold` left them, in the dtype of the GEMM; overwritten
     reference: Tensor,  # (C,) that they are relative to
-    state: Tensor,  # (8, C)
+    state: Tensor,  # (9, C)
     labels: Tensor,  # (C,)
     first: int,
     transform: Transform,
@@ -341,7 +353,7 @@ def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
     gap = _gap(state, transform)
     d = _logit(state[TARGET].double(), transform) - state[REF]
-    rest_mean = torch.where(state[SUM] == 0, 0, state[SUM_ZE].double() / state[SUM])
+    rest_mean = _rest_mean(state.double())
     p = torch.sigmoid(-gap)
     pd = torch.where(p == 0, 0, p * d)
     mu, pull = pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
@@ -349,6 +361,11 @@ def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]
         return mu, pull
     # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
     return mu.clamp(-128, 128), pull.clamp(-128, 128)
+
+
+def _rest_mean(state: Tensor) -> Tensor:
+    """The mean of z - m over v != y."""
+    return torch.where(state[SUM] == 0, 0, state[SUM_ZE] / state[SUM])
 
 
 def kl_fold(

@@ -146,7 +146,7 @@ def linear_logprob_bwd(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (M,)
     token_index: Tensor | None,  # (N,)
-    state: Tensor,  # (8, N), or more rows under `select`
+    state: Tensor,  # (9, N), or more rows under `select`
     dlogp: Tensor,  # (N, H) or empty
     dentropy: Tensor,  # (N, H) or empty
     hidden_dtype: torch.dtype,

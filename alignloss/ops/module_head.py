@@ -75,6 +75,11 @@ def _inside(
     compiled: Any = head
     head = getattr(compiled, "_orig_mod", head)  # nothing of a compiled forward is needed
     layer = _linear(head, weight)
+    if layer._backward_pre_hooks:
+        raise ValueError(
+            f"{weight} is a module with a hook before its backward, which would see no gradient of logits: remove the "
+            "hook, or give the weight"
+        )
     if _runs(layer) or (layer is head and not any(getattr(head, hooks) for hooks in _HOOKS)):
         return function(**given | {weight: layer.weight, bias: layer.bias})
     check_tensor(hidden, given.get(hidden))
@@ -93,16 +98,31 @@ def _between_hooks(
 ) -> T:
     _check_unit(head, weight)
     found: list[T] = []
+    made: list[Tensor] = []
 
     def forward(layer: nn.Module, rows: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         found.append(function(**given | {hidden: rows, weight: layer.weight, bias: layer.bias}))
-        return standing_for(found[0], rows)
+        made.append(standing_for(found[0], rows))
+        return made[0]
 
     with taken_over([layer], forward) as calls:
         returned = head(given[hidden])
     if len(calls) != 1:
         raise ValueError(f"{weight} is a {type(head).__name__} that ran its linear layer {len(calls)} times, not once")
+    _check_unchanged(made[0], returned, weight)
     return through(found[0], returned)
+
+
+def _check_unchanged(made: Tensor, returned: Any, name: str) -> None:
+    """A hook may pass on what stands for logits, as wrappers do, in another dtype too; nothing else."""
+    same = isinstance(returned, Tensor) and returned.shape == made.shape and returned._version == 0
+    if same and returned.data_ptr() != made.data_ptr():
+        same = bool((returned == 1).all())
+    if not same:
+        raise ValueError(
+            f"{name} is a module whose hooks change what it returns: the logits would not be those of its weight and "
+            "bias. Remove the hooks, or give the weight"
+        )
 
 
 def _linear(head: nn.Module, name: str) -> nn.Linear:
@@ -113,9 +133,12 @@ def _linear(head: nn.Module, name: str) -> nn.Linear:
     plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
     if plain and ("forward" not in vars(layer) or _runs(layer)):
         return layer
+    if hasattr(vars(layer).get("forward"), "replaced_by"):
+        raise ValueError(f"{name} is a module that a call in another thread is using: one call of it at a time")
+    what = f"a {type(layer).__module__}.{type(layer).__name__}"
     raise ValueError(
-        f"{name} must be a tensor (V, H) or the module of a head, an nn.Linear with the forward of one; got a "
-        f"{type(layer).__module__}.{type(layer).__name__}. For whatever else is in its place (adapters, quantised "
+        f"{name} must be a tensor (V, H) or the module of a head, an nn.Linear with the forward of one; got "
+        f"{what + ' whose forward was replaced' * plain}. For whatever else is in its place (adapters, quantised "
         "weights, offloading): alignloss.hf.head_call, around the whole model"
     )
 
@@ -142,18 +165,25 @@ def _check_unit(head: Any, name: str) -> None:
 def taken_over(layers: Sequence[nn.Module], forward: Forward) -> Iterator[list[nn.Module]]:
     """Another forward for a few layers, then exactly what was there before; gives the layers that were called."""
     calls: list[nn.Module] = []
+    running: list[nn.Module] = []
     # under a hook of accelerate (device_map, offload) the forward inside of the hook, where the weight is there
     named = [(layer, "_old_forward" if hasattr(layer, "_hf_hook") else "forward") for layer in layers]
 
     def replacement(layer: nn.Module, own: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         @torch.compiler.disable
         def run(hidden: Tensor, *more: Any, **named: Any) -> Tensor:
+            if layer in running or threading.get_ident() != run.replaced_by:
+                return own(hidden, *more, **named)  # of a loss that uses the layer too, or of another thread
             if more or named:
                 raise UnsupportedModel(
                     f"its output embedding is given more than hidden states, {sorted(named) or len(more)}"
                 )
             calls.append(layer)
-            return forward(layer, hidden, own)
+            running.append(layer)
+            try:
+                return forward(layer, hidden, own)
+            finally:
+                running.pop()
 
         run.replaced_by = threading.get_ident()
         return run
@@ -180,8 +210,9 @@ def taken_over(layers: Sequence[nn.Module], forward: Forward) -> Iterator[list[n
 
 
 def standing_for(result: Any, hidden: Tensor) -> Tensor:
-    """In place of logits, for whatever looks at what a layer returns: zeros (..., 1) that depend on a result."""
-    return _InPlaceOf.apply(hidden.detach(), *(leaf for leaf in tree_flatten(result)[0] if _trains(leaf)))
+    """In place of logits, for whatever looks at what a layer returns: ones (..., 1) that depend on a result."""
+    leaves = [leaf for leaf in tree_flatten(result)[0] if _trains(leaf)]
+    return _InPlaceOf.apply(hidden.detach(), *leaves) if leaves else hidden.detach().new_ones(*hidden.shape[:-1], 1)
 
 
 def through(result: T, returned: Any) -> T:
@@ -197,12 +228,12 @@ def _trains(value: Any) -> bool:
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """Zeros (..., 1) that depend on tensors, to whose gradients they add nothing."""
+    """Ones (..., 1) that depend on tensors, to whose gradients they add nothing."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *tensors: Tensor) -> Tensor:
         ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
+        return hidden.new_ones(*hidden.shape[:-1], 1)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:

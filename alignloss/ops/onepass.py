@@ -141,7 +141,7 @@ def _pass(
     bits: int,  # of the stats that the first pass was asked for: a second one has to go the same way
     stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS; filled
 ) -> tuple["HeadGradient", Tensor, Tensor]:
-    """The gradient of the head, and state (8, N) and d logp / d hidden (N, H) of the groups, one after the other."""
+    """The gradient of the head, and state (9, N) and d logp / d hidden (N, H) of the groups, one after the other."""
     hidden, weight, bias, labels, *_, options = projection
     wanted = list(stats) or [None] * len(backends.STATS)
     several = len(indices) > 1

@@ -108,7 +108,7 @@ class Walk(Scored):
 
     def forward(
         self,
-        state: Tensor,  # (8, N or more); filled
+        state: Tensor,  # (9, N or more); filled
         outputs: list[Tensor | None],  # logps and STATS, (M,); filled
         stats: int,
         dlogp: Tensor | None,  # (N or more, H); filled
@@ -280,7 +280,7 @@ class Upstream:
     def __init__(
         self,
         scored: Scored,
-        state: Tensor,  # (8, N or more)
+        state: Tensor,  # (9, N or more)
         dlogps: Tensor,  # (M,)
         dentropies: Tensor | None = None,  # (M,)
         dlogp: Tensor | None = None,  # (N or more, H) or empty
