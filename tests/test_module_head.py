@@ -193,21 +193,25 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("trains", [False, True])
-def test_hooks_that_change_logits_or_their_gradient_are_refused(change, trains):
+def test_hooks_that_change_logits_or_their_gradient_are_refused(change, mode, trains):
     hidden, head, labels = problem(True, frozen=not trains)
     CHANGES[change](head)
-    with pytest.raises(ValueError, match="hook"):
+    with pytest.raises(ValueError, match="hook"), mode():
         alignloss.linear_logprob(hidden if trains else hidden.detach(), head, labels)
     assert "forward" not in vars(head)
 
 
-def test_hooks_that_change_the_input_or_only_look_take_part():
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_hooks_that_change_the_input_or_only_look_take_part(mode):
     hidden, head, labels = problem(True)
     head.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
     head.register_forward_hook(lambda layer, given, out: out.double())
-    got = alignloss.linear_logprob(hidden, head, labels)
-    assert torch.equal(got, alignloss.linear_logprob(2 * hidden, head.weight, labels, head.bias))
+    with mode():
+        got = alignloss.linear_logprob(hidden, head, labels)
+        assert torch.equal(got, alignloss.linear_logprob(2 * hidden, head.weight, labels, head.bias))
+        assert alignloss.linear_logprob(hidden[:0], head, labels[:0]).shape == (0, T)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
