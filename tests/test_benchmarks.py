@@ -115,6 +115,7 @@ def test_what_fits_is_searched_for_up_to_a_limit():
     assert search(needed, 10, 8, 20, 2)[0] == 0
 
 
+@pytest.mark.nightly
 def test_the_most_tokens_that_fit_are_measured(tmp_path):
     common = ["run", "--shapes", "32x256", "--tokens", "64", "--device", "cpu", "--modes", "forward"]
     done = benchmarks(

@@ -573,6 +573,7 @@ for module, name, arguments, options in json.load(sys.stdin):
 """
 
 
+@pytest.mark.nightly  # by day the emulator compiles them
 def test_every_launch_compiles_with_the_types_it_is_given(monkeypatch):
     pytest.importorskip("triton")
     launches = set()

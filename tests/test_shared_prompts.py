@@ -108,7 +108,14 @@ flex = pytest.mark.filterwarnings("ignore")
 
 
 @flex
-@pytest.mark.parametrize("kind", ["Llama", "Gemma3, windows", "Mistral, a window", "Gemma2, softcaps and windows"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Llama",
+        "Mistral, a window",
+        *(pytest.param(k, marks=pytest.mark.nightly) for k in ("Gemma3, windows", "Gemma2, softcaps and windows")),
+    ],
+)
 def test_flex_attention_by_its_definition(kind, monkeypatch):
     """Neither compiled nor refused on a CPU, where torch has no backward for it."""
     torchs = pytest.importorskip("torch.nn.attention.flex_attention")
