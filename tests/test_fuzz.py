@@ -1,5 +1,7 @@
 """Calls of any shape, layout, dtype, mask and options, against full logits in float64 by the 2x rule."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -131,6 +133,9 @@ def compare(results, call, upstream):
     lost = 1e-13 * (1 + sum(float(t.norm()) for t in tensors if t is not None)) * (1 + upstream)
     for got, naive, exact in zip(*results, strict=True):
         err, of_naive = (float((value.double() - exact).norm()) for value in (got.view(exact.shape), naive))
+        if exact.numel() and float(exact.abs().max()) > torch.finfo(dtype).max / 2:
+            continue  # float16 cannot hold it
+        of_naive = of_naive if math.isfinite(of_naive) else 0.0
         assert err <= 2 * of_naive + beyond * float(exact.norm()) + lost
 
 
