@@ -214,6 +214,16 @@ def test_hooks_that_change_the_input_or_only_look_take_part(mode):
         assert alignloss.linear_logprob(hidden[:0], head, labels[:0]).shape == (0, T)
 
 
+def test_a_hooked_module_under_vmap():
+    hidden, head, labels = problem(True)
+    head.register_forward_hook(lambda *_: None)
+    every = torch.arange(T)
+    with torch.no_grad():
+        expected = alignloss.linear_logprob(hidden, head, labels)
+        got = torch.func.vmap(lambda h, y: alignloss.linear_logprob(h, head, y, token_index=every))(hidden, labels)
+    assert error(got, expected) <= 1e-6
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_a_loss_that_uses_the_head_beside(hooked):
     hidden, head, labels = problem(True)
