@@ -17,7 +17,7 @@ from alignloss.kernels.state import STATE_ROWS
 from alignloss.ops.sizes import Footprint, default_workspace, total_memory
 from alignloss.ops.walk import addmm
 
-from .cases import Case, make_inputs
+from .cases import Case, Inputs, make_inputs
 from .measure import BARE, Row, interleave, timed, timed_step
 from .providers import PROVIDERS
 
@@ -122,6 +122,14 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
 
             ways[f"{warps} warps"] = prepared(run, prepare)
         rows += _rows(kind, ways, rounds, {"gigabytes_per_second": 1e-9 * moved})
+    return rows + _whole_calls(case, inputs, rounds)
+
+
+def _whole_calls(case: Case, inputs: Inputs, rounds: int) -> list[Row]:
+    """Seconds of calls with tiles that are folded, and with exponentials that a GEMM writes where it can."""
+    from alignloss.kernels import blocks
+
+    rows: list[Row] = []
     for mode, products in (("frozen head", 2), ("DPO step", 3)):
         step = timed_step(case, PROVIDERS["alignloss"], inputs, mode)
 
@@ -133,7 +141,7 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
             return run
 
         ways = {"tiles folded": whole(()), "exponentials by the GEMM": whole(blocks.COPY_ENGINE)}
-        rows += _rows(mode, ways, rounds, {"tflops": products * 2e-12 * case.labelled * V * H})
+        rows += _rows(mode, ways, rounds, {"tflops": products * 2e-12 * case.labelled * case.vocabulary * case.hidden})
     return rows
 
 

@@ -95,9 +95,9 @@ def full(hidden, weight, bias, labels, ignore_index, stats, dtype, **transform):
     return [values[name].masked_fill(ignored, 0) for name in ("logps", *stats)]
 
 
-def check(call, stats):
+def judge(call, ours, theirs, upstream, differentiated):
+    """Compare outputs, and gradients of the first ones by `upstream`, of two functions of hidden, weight and bias."""
     tensors, dtypes, layouts, labels, trained, options = call
-    transform = {name: options[name] for name in ("logit_scale", "softcap", "temperature")}
     dtype = torch.float32 if dtypes[0] != dtypes[1] else dtypes[0]  # that it is computed in
     results = []
     for kind in ("ours", "naive", "exact"):
@@ -106,19 +106,34 @@ def check(call, stats):
         hidden, weight, bias = leaves
         if kind == "ours":
             hidden = laid_out(spoilt(hidden, labels, options["ignore_index"]), layouts[0])
-            weight = laid_out(weight, layouts[1])
-            out = alignloss.linear_logprob_stats(hidden, weight, labels, bias, stats=stats, **options)
-            outputs = [out.logps, *(getattr(out, name) for name in stats)]
+            outputs = ours(hidden, laid_out(weight, layouts[1]), bias)
         else:
-            compute = torch.float64 if kind == "exact" else dtype
-            outputs = full(hidden, weight, bias, labels, options["ignore_index"], stats, compute, **transform)
-        upstream = torch.linspace(-1, 2, labels.numel(), dtype=torch.float64).view(labels.shape)
-        differentiable = [o for o in outputs[:2] if o.requires_grad][: 1 + (stats[:1] == ("entropy",))]
+            outputs = theirs(hidden, weight, bias, torch.float64 if kind == "exact" else dtype)
+        differentiable = [o for o in outputs[:differentiated] if o.requires_grad]
         if differentiable:
             sum((o.double() * upstream).sum() for o in differentiable).backward()
         grads = [t.grad for t in leaves if t is not None and t.grad is not None]
         results.append([o.detach() for o in outputs] + grads)
     compare(results, call, float(upstream.norm()))
+
+
+def in_full(call):
+    """`full` of the labels and options of a call."""
+    labels, options = call[3], call[-1]
+    transform = {name: options[name] for name in ("logit_scale", "softcap", "temperature")}
+    return lambda h, w, b, dtype, stats=(): full(h, w, b, labels, options["ignore_index"], stats, dtype, **transform)
+
+
+def check(call, stats):
+    labels, options = call[3], call[-1]
+    theirs = in_full(call)
+
+    def ours(hidden, weight, bias):
+        out = alignloss.linear_logprob_stats(hidden, weight, labels, bias, stats=stats, **options)
+        return [out.logps, *(getattr(out, name) for name in stats)]
+
+    upstream = torch.linspace(-1, 2, labels.numel(), dtype=torch.float64).view(labels.shape)
+    judge(call, ours, lambda *args: theirs(*args, stats), upstream, 1 + (stats[:1] == ("entropy",)))
 
 
 def compare(results, call, upstream):
@@ -150,65 +165,47 @@ def steps(draw):
     labels = torch.randint(0, vocabulary, (2 * pairs, length), generator=generator)
     kept = torch.rand(labels.shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     labels = torch.where(kept, labels, ignore_index)
-    count = {"pair_weights": torch.rand(pairs, generator=generator)} if draw(st.booleans()) else {}
-    if draw(st.booleans()):
-        count["num_sequences"] = 2.5
+    weighted, count = draw(st.booleans()), {"num_sequences": 2.5} if draw(st.booleans()) else {}
     options.pop("token_index", None)
     call = [hidden, *tensors[1:]], dtypes, layouts, labels, trained, options
-    return call, draw(st.sampled_from(sorted(LOSSES))), count, draw(st.booleans())
+    return call, draw(st.sampled_from(sorted(LOSSES))), weighted, count, draw(st.booleans())
 
 
-def check_loss(call, name, count, packed):
-    tensors, dtypes, layouts, labels, trained, options = call
-    transform = {key: options[key] for key in ("logit_scale", "softcap", "temperature")}
-    dtype = torch.float32 if dtypes[0] != dtypes[1] else dtypes[0]
-    ours = alignloss.PreferenceLoss(name, **OPTIONS[name], **options)
+def check_loss(call, name, weighted, count, packed):
+    tensors, *_, labels, _, options = call
+    theirs, module = in_full(call), alignloss.PreferenceLoss(name, **OPTIONS[name], **options)
     sequences = len(labels)
-    units = sequences // 2 if ours.paired else sequences
-    if "pair_weights" in count:
+    units = sequences // 2 if module.paired else sequences
+    if weighted:
         count = count | {"pair_weights": torch.linspace(0, 2, units)}
-    data = {key: torch.linspace(0.1, 0.9, units, dtype=torch.float64) for key in ours.data}
+    data = {key: torch.linspace(0.1, 0.9, units, dtype=torch.float64) for key in module.data}
     if "desirable" in data:
         data["desirable"] = torch.arange(units) % 2 == 0
     if "chosen_scores" in data:
         data["chosen_scores"] = data["rejected_scores"] + 1
-    mask = labels != options["ignore_index"]
+    lengths = (labels != options["ignore_index"]).sum(1).clamp(min=1).double()
     # a reference near the policy, as in training
-    exact = full(*tensors, labels, options["ignore_index"], (), torch.float64, **transform)[0].sum(1)
-    ref = exact + torch.linspace(-0.5, 0.5, sequences, dtype=torch.float64)
-    results = []
-    for kind in ("ours", "naive", "exact"):
-        wanted = [torch.float64] * 3 if kind == "exact" else dtypes
-        leaves = [None if t is None else leaf(t, d, on) for t, d, on in zip(tensors, wanted, trained, strict=True)]
-        hidden, weight, bias = leaves
-        if kind == "ours":
-            hidden = laid_out(spoilt(hidden, labels, options["ignore_index"]), layouts[0])
-            weight = laid_out(weight, layouts[1])
-            given, layout = data | count, {}
-            if ours.needs_reference:
-                given["ref_logps"] = ref
-            y = labels
-            if packed:
-                layout["cu_seqlens"] = torch.arange(0, labels.numel() + 1, labels.shape[1])
-                hidden, y = hidden.flatten(0, 1), labels.flatten()
-            loss = ours(hidden, weight, y, bias, **given, **layout).loss
-        else:
-            compute = torch.float64 if kind == "exact" else dtype
-            logps = full(hidden, weight, bias, labels, options["ignore_index"], (), compute, **transform)[0]
-            columns = {"logps": logps.double().sum(1), "ref_logps": ref, "lengths": mask.sum(1).clamp(min=1).double()}
-            half = slice(sequences // 2), slice(sequences // 2, None)
-            halves = {
-                ("ref_" if key == "ref_logps" else "") + side + "_" + key.removeprefix("ref_"): value[part]
-                for key, value in columns.items()
-                for side, part in zip(("chosen", "rejected"), half, strict=True)
-            }
-            losses = loss_of(name, columns | halves | data, **OPTIONS[name])[0]
-            losses = losses * count.get("pair_weights", 1)
-            loss = losses.sum() / count.get("num_sequences", units)
-        if loss.requires_grad:
-            loss.backward()
-        results.append([loss.detach()] + [t.grad for t in leaves if t is not None and t.grad is not None])
-    compare(results, call, 1.0)
+    ref = theirs(*tensors, torch.float64)[0].sum(1) + torch.linspace(-0.5, 0.5, sequences, dtype=torch.float64)
+
+    def ours(hidden, weight, bias):
+        given, y = data | count | ({"ref_logps": ref} if module.needs_reference else {}), labels
+        if packed:
+            given["cu_seqlens"] = torch.arange(0, labels.numel() + 1, labels.shape[1])
+            hidden, y = hidden.flatten(0, 1), labels.flatten()
+        return [module(hidden, weight, y, bias, **given).loss]
+
+    def plain(*head):
+        columns = {"logps": theirs(*head)[0].double().sum(1), "ref_logps": ref, "lengths": lengths}
+        half = slice(sequences // 2), slice(sequences // 2, None)
+        halves = {
+            ("ref_" if key == "ref_logps" else "") + side + "_" + key.removeprefix("ref_"): value[part]
+            for key, value in columns.items()
+            for side, part in zip(("chosen", "rejected"), half, strict=True)
+        }
+        losses = loss_of(name, columns | halves | data, **OPTIONS[name])[0] * count.get("pair_weights", 1)
+        return [losses.sum() / count.get("num_sequences", units)]
+
+    judge(call, ours, plain, torch.ones((), dtype=torch.float64), 1)
 
 
 SETTINGS = {
