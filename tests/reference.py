@@ -98,8 +98,9 @@ def replace_kernels(monkeypatch, replacement):
 def state_of_targets(hidden, weight, labels, bias=None, linear=1.0, reference=False) -> Tensor:
     """The state (9, N) that a GEMM which leaves no logits begins with, from the kernel that gathers rows."""
     from alignloss.kernels import rows
+    from alignloss.kernels.state import STATE_ROWS
 
-    state = torch.empty(9, len(hidden), device=hidden.device)
+    state = torch.empty(STATE_ROWS, len(hidden), device=hidden.device)
     rows.gather_fwd(hidden, labels, None, None, labels, state, -100, hidden.dtype, weight, bias, linear, reference)
     return state
 

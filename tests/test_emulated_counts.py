@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 import emulator
 from alignloss.kernels import stats
+from alignloss.kernels.state import STATE_ROWS
 from emulator.driver import gpu
 
 pytestmark = [
@@ -20,7 +21,7 @@ def executed(tiles, label, monkeypatch):
     """Instructions of a thread of the first program, with so many tiles to each program."""
     V, H = PROGRAMS * tiles * BLOCK_V, 64
     monkeypatch.setattr(stats, "multiprocessors", lambda device: PROGRAMS)
-    labels, state = torch.full((128,), label), torch.zeros(9, 128)
+    labels, state = torch.full((128,), label), torch.zeros(STATE_ROWS, 128)
     state[0] = -1e30
     hidden, weight = torch.randn(128, H).bfloat16(), torch.randn(V, H).bfloat16()
     stats.stats_fwd(hidden, weight, None, labels, state, 1.0, None, False, "ieee")

@@ -12,6 +12,7 @@ import emulator
 import triton
 import triton.language as tl
 from alignloss.kernels import blocks, exps, kl, stats, tile
+from alignloss.kernels.state import STATE_ROWS
 from emulator.driver import gpu
 from emulator.text import PTXError
 from reference import as_on_a_gpu, inputs, leaf, replace_kernels, state_of_targets
@@ -93,7 +94,7 @@ def launches():
             alignloss.linear_logprob_stats(h, w, labels, b, stats=names, **small).entropy.sum().backward()
             alignloss.linear_kl(h, w, hidden, weight, labels, **options).sum().backward()
             if dtype == torch.float32:
-                state, index = torch.zeros(9, 80), torch.zeros(80, dtype=torch.int64)
+                state, index = torch.zeros(STATE_ROWS, 80), torch.zeros(80, dtype=torch.int64)
                 stats.stats_fwd(hidden.view(80, -1), weight, None, index, state, 1.0, softcap, False, "tf32")
         if emulator.emulated in blocks.COPY_ENGINE:
             write_exponentials()

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 import emulator
 from alignloss.kernels import blocks, kl, rows, stats, tile
+from alignloss.kernels.state import STATE_ROWS
 from emulator.driver import gpu
 from reference import state_of_targets
 
@@ -40,7 +41,7 @@ def last_row_of(rows, columns, dtype=torch.float32):
 
 def test_a_tile_of_logits():
     t, x = last_row_of(ROWS, COLUMNS)
-    labels, state = torch.full((ROWS,), 77), torch.zeros(9, ROWS)
+    labels, state = torch.full((ROWS,), 77), torch.zeros(STATE_ROWS, ROWS)
     state[0], state[6] = -1e30, -torch.inf
     gpu.only |= {"fold_fwd_kernel": {LAST}, "dlogits_bwd_kernel": {LAST}}
     block = blocks.SLICE  # a program holds no more of a row
@@ -73,7 +74,7 @@ def test_two_tiles():
 def test_rows_of_hidden_states():
     count, width = 560_000, 4096
     hidden, x = last_row_of(count, width, torch.bfloat16)
-    out, state = torch.empty(count, width, dtype=torch.bfloat16), torch.empty(9, count)
+    out, state = torch.empty(count, width, dtype=torch.bfloat16), torch.empty(STATE_ROWS, count)
     labels, index = torch.zeros(count, dtype=torch.int64), torch.arange(count)
     row_labels = torch.empty(count, dtype=torch.int64)
     gpu.only |= {"gather_fwd_kernel": {count - 1}}

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 import emulator
 from alignloss.kernels import stats, tile
+from alignloss.kernels.state import STATE_ROWS
 from emulator import arithmetic
 from emulator.driver import gpu
 from reference import error, inputs, state_of_targets
@@ -36,7 +37,7 @@ def test_statistics_and_exponentials_within_the_tolerance_of_the_others(dtype):
     stats.stats_fwd(hidden, weight, None, labels, state, 1.0, None, False, "ieee")
     assert error(state[1], (rest - state[0, :, None].double()).exp().sum(1)) <= 2e-5
     assert error(state[2], x.gather(1, labels[:, None]).squeeze(1)) <= 2e-5
-    state = torch.zeros(9, 40)
+    state = torch.zeros(STATE_ROWS, 40)
     state[0], state[6] = -1e30, -torch.inf
     e, _ = tile.fold_fwd(x.float(), None, None, state, labels, None, None, 0, None, 1, False, torch.float32)
     exact = (rest - state[0, :, None].double()).exp()

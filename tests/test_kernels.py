@@ -10,6 +10,7 @@ from reference import error, inputs, leaf, logits, replace_kernels, state_of_tar
 pytest.importorskip("triton")
 
 from alignloss.kernels import blocks, exps, kl, rows, sequence, stats, tile
+from alignloss.kernels.state import STATE_ROWS
 
 import alignloss
 from alignloss import losses
@@ -25,7 +26,7 @@ NARROW = [torch.float16] if os.environ.get("TRITON_INTERPRET") == "1" else [torc
 
 
 def fresh_state(rows):
-    state = torch.zeros(9, rows, device=DEVICE)
+    state = torch.zeros(STATE_ROWS, rows, device=DEVICE)
     state[0], state[2], state[6] = -1e30, torch.nan, -torch.inf
     return state
 
@@ -478,7 +479,7 @@ def test_rows_equal_the_specification(indexed, dtype):
         state = sums.to(wide)
         picked = torch.zeros(C, dtype=torch.int64, device=DEVICE) if indexed else labels[part].clone()
         block = torch.empty(C, H, dtype=narrow, device=DEVICE)
-        begun = torch.empty(9, C, dtype=wide, device=DEVICE)
+        begun = torch.empty(STATE_ROWS, C, dtype=wide, device=DEVICE)
         backend.gather(tokens, part, picked, block, begun)
         outputs = [torch.zeros(M, dtype=kind, device=DEVICE) for kind in output_dtypes(wide)]
         derivatives = [torch.empty(C, H, dtype=narrow, device=DEVICE) for _ in range(2)]
