@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import check_keywords, check_savable, checked_labels
-from .ops.head import PROJECTION_OPTIONS, project
+from .ops.head import PROJECTION_OPTIONS, Projection, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
 from .ops.module_head import takes_modules
@@ -52,6 +52,7 @@ def linear_logprob(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     validate: bool | None = None,
+    vocab_group: Any = None,
 ) -> Tensor:
     """Log-probability in nats of `labels[..., t]`, which `hidden[..., t]` predicts (never HF's unshifted labels).
 
@@ -79,6 +80,10 @@ def linear_logprob(
             of it, where one pass then fits. Below the few rows and columns that one tile needs, it is exceeded.
         validate: check values of labels and token_index on the host; by default on a CPU only. Unchecked, a label
             outside [0, V) gives NaN, in its gradient too, and never an access out of bounds.
+        vocab_group: the processes, a ProcessGroup or a DeviceMesh of one dimension, that the head is split over by
+            rows, in the order of their ranks: weight (and bias) is the part of this process, of any size, be it empty,
+            plain or a DTensor with Shard(0); hidden and labels are the same on all of them, and labels those of the
+            whole vocabulary. Results and the gradient of hidden are those of the whole head on each of them.
 
     Returns:
         (...) float32, or float64 for float64 input, 0 with no gradient at ignored positions. Gradients reach hidden,
@@ -108,6 +113,7 @@ def linear_logprob(
         backend=backend,
         workspace_bytes=workspace_bytes,
         validate=validate,
+        vocab_group=vocab_group,
     )
     return score(projection)[0].to(projection.result_dtype).view(labels.shape)
 
@@ -237,7 +243,8 @@ def linear_kl(
         ref_hidden, ref_weight, ref_bias: of the reference, with the same leading shape and vocabulary. No gradient
             reaches them, and none is kept for them.
         options: token_index, ignore_index, logit_scale, softcap, temperature (the same for both heads),
-            backend, workspace_bytes and validate, as in `linear_logprob`.
+            backend, workspace_bytes, validate and vocab_group (of both heads, in the same parts), as in
+            `linear_logprob`.
 
     Returns:
         (...) float32, or float64 for float64 input, 0 with no gradient at ignored positions. Rounding may leave a KL of
@@ -267,13 +274,13 @@ def linear_kl(
         except ValueError as error:
             raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
     if (
-        len(policy.weight) != len(reference.weight)
+        _vocabulary(policy) != _vocabulary(reference)
         or policy.result_dtype != reference.result_dtype
         or (hidden.device != ref_hidden.device)
     ):
         raise ValueError(
-            f"policy and reference must share vocabulary, precision and device; got V = {len(policy.weight)}, "
-            f"{hidden.dtype}, {hidden.device} and V = {len(reference.weight)}, {ref_hidden.dtype}, {ref_hidden.device}"
+            f"policy and reference must share vocabulary, precision and device; got V = {_vocabulary(policy)}, "
+            f"{hidden.dtype}, {hidden.device} and V = {_vocabulary(reference)}, {ref_hidden.dtype}, {ref_hidden.device}"
         )
     if hidden.requires_grad or policy.trains_head:
         references = {"ref_hidden": ref_hidden, "ref_weight": reference.weight, "ref_bias": ref_bias}
@@ -283,3 +290,9 @@ def linear_kl(
         policy.token_index, reference.options.compute_dtype, *policy.options,
     )  # fmt: skip
     return kl.view(labels.shape)
+
+
+def _vocabulary(projection: Projection) -> int | tuple[int, ...]:
+    """V, or that of each part of a head that is split over processes."""
+    split = projection.options.split
+    return len(projection.weight) if split is None else split.parts

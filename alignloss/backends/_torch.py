@@ -151,14 +151,23 @@ def finish(
     dentropy: Tensor | None,  # (C, H); filled
 ) -> None:
     """Log-probabilities, the asked statistics and the derivatives from the sums over the whole vocabulary."""
-    ignored = labels == tokens.ignore_index
     if u is not None and dlogp is not None:
-        _derivative(u, u2, state, weight, labels, transform, dlogp, dentropy)
-        for derivative in (dlogp, dentropy):
-            if derivative is not None:
-                derivative.masked_fill_(ignored[:, None], 0)
+        derivatives(tokens, labels, state, u, u2, weight, transform, dlogp, dentropy)
+    results(tokens, part, labels, state, len(weight), transform, outputs)
+
+
+def results(
+    tokens: Tokens,
+    part: slice,  # of the N scored tokens, C of them
+    labels: Tensor,  # (C,)
+    state: Tensor,  # (9, C)
+    vocabulary: int,  # V
+    transform: Transform,
+    outputs: Sequence[Tensor | None],  # logps and STATS, (M,); filled at the positions of `part`
+) -> None:
+    ignored = labels == tokens.ignore_index
     at = part if tokens.token_index is None else tokens.token_index[part]
-    for output, value in zip(outputs, _row_stats(state, weight.shape[0], transform, asked(outputs[1:])), strict=True):
+    for output, value in zip(outputs, _row_stats(state, vocabulary, transform, asked(outputs[1:])), strict=True):
         if output is not None and value is not None:
             output[at] = value.masked_fill(ignored, 0).to(output.dtype)
 
@@ -185,15 +194,16 @@ def _row_stats(state: Tensor, vocabulary: int, transform: Transform, stats: int)
     return [logps, lse, entropy, mean_logits, is_top1, log_sum_sq]
 
 
-def _derivative(
+def derivatives(
+    tokens: Tokens,
+    labels: Tensor,  # (C,)
+    state: Tensor,  # (9, C)
     u: Tensor,  # (C, H); overwritten
     u2: Tensor | None,  # (C, H); overwritten
-    state: Tensor,  # (9, C)
-    weight: Tensor,  # (V, H)
-    labels: Tensor,  # (C,)
+    weight: Tensor,  # (V, H), or a part of it; of a target that is not in it, W_y is left out
     transform: Transform,
-    dlogp: Tensor,  # (C, H); filled
-    dentropy: Tensor | None,  # (C, H); filled
+    dlogp: Tensor,  # (C, H); filled; may be `u`
+    dentropy: Tensor | None,  # (C, H); filled; may be `u2`
 ) -> None:
     """d logp / d hidden and d entropy / d hidden of each row, both divided by slope (1 - p_y).
 
@@ -201,18 +211,23 @@ def _derivative(
     r = ROUNDED_ZE, pull as in `_entropy_terms`, and U2 is centred. W_y is rounded to the compute dtype as in U, or
     their difference would be off.
     """
-    target = weight[labels.clamp(0, weight.shape[0] - 1)].to(dlogp.dtype).to(u.dtype)
-    if transform.cap is not None:
-        target.mul_(_sech2(state[TARGET])[:, None])
     inverse = torch.where(state[ROUNDED] == 0, 0, 1 / state[ROUNDED])[:, None]
     u.mul_(inverse)
     if u2 is not None and dentropy is not None:
         u2.mul_(inverse).addcmul_(u, state[ROUNDED_ZE, :, None] * inverse, value=-1)
-    torch.sub(target, u, out=u)
+    if len(weight):
+        target = weight[labels.clamp(0, len(weight) - 1)].to(tokens.compute_dtype).to(u.dtype)
+        if transform.cap is not None:
+            target.mul_(_sech2(state[TARGET])[:, None])
+        target.masked_fill_(((labels < 0) | (labels >= len(weight)))[:, None], 0)
+        torch.sub(target, u, out=u)
+    else:
+        u.neg_()
+    ignored = (labels == tokens.ignore_index)[:, None]
     if u2 is not None and dentropy is not None:
         _, pull = _entropy_terms(state, transform)
-        dentropy.copy_(u2.addcmul_(u, pull.to(u.dtype)[:, None]).neg_())
-    dlogp.copy_(u)
+        dentropy.copy_(u2.addcmul_(u, pull.to(u.dtype)[:, None]).neg_()).masked_fill_(ignored, 0)
+    dlogp.copy_(u).masked_fill_(ignored, 0)
 
 
 def weigh(

@@ -15,9 +15,11 @@ from ..ops.logprob import score
 from .groups import Batch, Results, train_in_one_pass
 from .outputs import METRIC_STATS, ScoredTokens
 
-# of a module, with their defaults; token_index is one of a call
+# of a module, with their defaults; the others belong to a call
 HEAD_OPTIONS = {
-    name: inspect.signature(project).parameters[name].default for name in PROJECTION_OPTIONS if name != "token_index"
+    name: inspect.signature(project).parameters[name].default
+    for name in PROJECTION_OPTIONS
+    if name not in ("token_index", "vocab_group")
 }
 
 

@@ -138,16 +138,17 @@ class PreferenceLoss(HeadLoss):
         num_tokens: float | Tensor | None = None,
         stats: Sequence[str] = (),
         sequence_group: Any = None,
+        vocab_group: Any = None,
         **data: Any,
     ) -> Any:
         """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
 
         Args:
-            hidden, weight, labels, bias, token_index: as in `linear_logprob`. For a paired loss the B chosen sequences
-                come first, then the B rejected ones, padded or packed.
+            hidden, weight, labels, bias, token_index, vocab_group: as in `linear_logprob`. For a paired loss the B
+                chosen sequences come first, then the B rejected ones, padded or packed.
             ref_logps: the reference's sums in nats, in the order of the batch, without gradient. Or:
             ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, projected here without gradient,
-                with this module's logit_scale, softcap and temperature.
+                with this module's logit_scale, softcap and temperature; with vocab_group a part of its head too.
             cu_seqlens, real_sequences: offsets of packed sequences, and how many are real where they are padded, as in
                 `sequence_logprob`: the halves of chosen and rejected ones, counts and means are those of the real ones.
             token_weights: factors on the tokens in the sums of policy and reference (not in the NLL), detached.
@@ -182,12 +183,13 @@ class PreferenceLoss(HeadLoss):
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
         layout = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "sequence_group": group}
-        layout |= {"token_weights": token_weights, "token_index": token_index}
+        of_call = {"token_index": token_index, "vocab_group": vocab_group}
+        layout |= {"token_weights": token_weights, **of_call}
         scored_labels = labels
         if nll_labels is not None:
             nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets, sequences)
             scored_labels = torch.where(labels != self.ignore_index, labels, nll_labels)
-        projection = project(hidden, weight, scored_labels, bias, token_index=token_index, **self.head_options)
+        projection = project(hidden, weight, scored_labels, bias, **of_call, **self.head_options)
         batch = Batch(labels.reshape(-1), offsets, sequences, self.paired, projection.options.backend, group=group)
         batch = self._with_data(batch, labels, token_weights, pair_weights, nll_labels, num_sequences, num_tokens, data)
         if ref_hidden is not None and ref_weight is not None:

@@ -40,20 +40,23 @@ class SFTLoss(HeadLoss):
         num_tokens: float | Tensor | None = None,
         stats: Sequence[str] = (),
         sequence_group: Any = None,
+        vocab_group: Any = None,
         **unknown: Any,
     ) -> UnpairedOutput:
         """The loss for labels aligned with hidden: `labels[..., t]` is what `hidden[..., t]` predicts, not HF's labels.
 
         loss = -sum of (weighted) token log-probabilities / num_tokens, by default the labelled tokens of this call.
         `losses` are the sequences' NLL sums (nats), `logps` their negatives; NLL implies no reward: `rewards` are 0.
-        `cu_seqlens` and `real_sequences` as in `sequence_logprob`, `stats` and `sequence_group` as in `PreferenceLoss`.
+        `cu_seqlens` and `real_sequences` as in `sequence_logprob`, `vocab_group` as in `linear_logprob`, `stats` and
+        `sequence_group` as in `PreferenceLoss`.
         """
         check_keywords("SFTLoss takes no further data", {}, unknown)
         labels = checked_labels("labels", labels)
         layout = cu_seqlens, self.validate, real_sequences, self.ignore_index
         offsets, sequences, group = parts_layout(labels, *layout, sequence_group)
         token_weights = checked_token_weights(token_weights, labels)
-        projection = project(hidden, weight, labels, bias, token_index=token_index, **self.head_options)
+        of_call = {"token_index": token_index, "vocab_group": vocab_group}
+        projection = project(hidden, weight, labels, bias, **of_call, **self.head_options)
         batch = Batch(
             projection.labels,
             offsets,

@@ -1,6 +1,7 @@
 """The checked call that every op starts from: tensors, and one block of options."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ..checks import (
 )
 from ..kernels import blocks
 from .columns import first_trained, trained_columns
-from .processes import check_gradient_meets_others
+from .processes import check_gradient_meets_others, checked_group
 from .sizes import (
     Footprint,
     accumulation_dtype,
@@ -31,7 +32,9 @@ from .sizes import (
     default_workspace,
     one_pass_workspace,
     total_memory,
+    writes_dweight,
 )
+from .vocabulary import Split, agree, check_part, local_part
 
 
 class Options(NamedTuple):
@@ -46,6 +49,18 @@ class Options(NamedTuple):
     backend: str  # "torch" or "triton"
     workspace_bytes: int
     validate: bool
+    vocab_group: str | None = None  # the name of the processes that the vocabulary is split over
+    vocab_parts: Sequence[int] | None = None  # entries of each of them
+
+    @property
+    def split(self) -> Split | None:
+        if self.vocab_group is None or self.vocab_parts is None:
+            return None
+        return Split(self.vocab_group, tuple(self.vocab_parts))
+
+    def vocabulary(self, weight: Tensor) -> int:
+        """V of a weight, or of the head that it is a part of."""
+        return len(weight) if self.split is None else self.split.total
 
     @property
     def transform(self) -> backends.Transform:
@@ -68,6 +83,7 @@ class Options(NamedTuple):
             self.backend == "triton"
             and self.compute_dtype == torch.bfloat16
             and not (softcap or bias or width % 8)
+            and self.vocab_group is None  # its reference is the logit of the target, which one part has
             and architecture(device_type) in blocks.EXPONENTIALS
         )
         return Footprint(
@@ -78,6 +94,8 @@ class Options(NamedTuple):
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, indexed: bool, trained_from: int = 0
     ) -> Footprint:
         vocabulary, width = weight.shape
+        if self.split is not None:
+            vocabulary = self.split.widest
         dtypes = hidden.dtype, weight.dtype
         found = self.footprint(vocabulary, width, *dtypes, weight.device.type, indexed, trained_from, bias is not None)
         if found.exponentials:
@@ -140,11 +158,15 @@ def project(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     validate: bool | None = None,
+    vocab_group: Any = None,
 ) -> Projection:
     """Check the arguments of a call and resolve its options."""
-    _check_tensors(hidden, weight, labels, bias, token_index)
+    group = checked_group("vocab_group", vocab_group)
+    if group is not None:
+        weight, bias = _parts(weight, bias, group)
+    _check_tensors(hidden, weight, labels, bias, token_index, whole=group is None)
     assert isinstance(weight, Tensor)
-    _check_modes(hidden, weight, bias, token_index, validates(validate, hidden.device))
+    _check_modes(hidden, weight, bias, token_index, validates(validate, hidden.device), group)
     check_options(ignore_index, logit_scale, softcap, temperature, workspace_bytes)
     compute_dtype = _compute_dtype(hidden, weight, bias)
     flat_labels = checked_labels("labels", labels).reshape(-1)
@@ -176,6 +198,11 @@ def project(
     )
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     one_pass = int(workspace_bytes or one_pass_workspace(*where))
+    if group is not None:
+        same = _alike(hidden, weight, bias, options)
+        bytes_of_both = options.workspace_bytes, one_pass
+        split, (least, one_pass) = agree(group, len(weight), flat_labels, token_index, same, bytes_of_both)
+        options = options._replace(workspace_bytes=least, vocab_group=split.group, vocab_parts=split.parts)
     return Projection(flat_hidden, weight, bias, flat_labels, token_index, not given, one_pass, options)
 
 
@@ -185,8 +212,34 @@ PROJECTION_OPTIONS = {
 }
 
 
+def _parts(weight: Tensor | nn.Module, bias: Tensor | None, group: Any) -> tuple[Tensor, Tensor | None]:
+    """This process's part of a head that is split over a group."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "a call with vocab_group is not compiled, for its processes talk while it is prepared: give the function "
+            "that calls it to torch.compiler.disable"
+        )
+    part = local_part("weight", weight, group)
+    check_part("weight", part)
+    assert part is not None
+    return part, local_part("bias", bias, group)
+
+
+def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> dict[str, Any]:
+    """What the processes of one split vocabulary have to share, by name: sizes and collectives follow from it."""
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    grads = [name for name, value in tensors.items() if value.requires_grad and torch.is_grad_enabled()]
+    return {
+        "hidden": (tuple(hidden.shape), hidden.dtype),
+        "weight": (weight.shape[1], weight.dtype, "slices of a gradient written by GEMMs", writes_dweight(weight)),
+        "bias": None if bias is None else bias.dtype,
+        "what requires a gradient": grads,
+        "options": options._replace(workspace_bytes=0)._asdict(),
+    }
+
+
 def _check_tensors(
-    hidden: Tensor, weight: Any, labels: Tensor, bias: Tensor | None, token_index: Tensor | None
+    hidden: Tensor, weight: Any, labels: Tensor, bias: Tensor | None, token_index: Tensor | None, whole: bool
 ) -> None:
     required = {"hidden": hidden, "weight": weight, "labels": labels}
     given = {name: value for name, value in (("bias", bias), ("token_index", token_index)) if value is not None}
@@ -195,8 +248,10 @@ def _check_tensors(
         if isinstance(value, Tensor):
             _check_transforms(name, value)
         check_tensor(name, value, hints.get(name, ""))
-    check_head("weight", weight)
-    if hidden.dim() < 1 or weight.dim() != 2 or 0 in weight.shape or hidden.shape[-1] != weight.shape[1]:
+    if whole or weight.dtype not in DTYPES:
+        check_head("weight", weight)
+    empty = 0 in weight.shape[1 - whole :]
+    if hidden.dim() < 1 or weight.dim() != 2 or empty or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be (..., H) and weight (V, H) with one H >= 1 and V >= 1; "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -216,7 +271,7 @@ def _check_tensors(
 
 
 def _check_modes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_index: Tensor | None, validate: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_index: Tensor | None, validate: bool, group: Any
 ) -> None:
     """Tensors without values, those of inference mode that a backward would need, gradients that would not meet."""
     if torch.compiler.is_compiling():
@@ -226,7 +281,7 @@ def _check_modes(
     if trains_head:
         check_savable(hidden=hidden, weight=weight, bias=bias)
     if (trains_head or hidden.requires_grad) and torch.is_grad_enabled():
-        check_gradient_meets_others(weight)
+        check_gradient_meets_others(weight, group)
 
 
 def _check_transforms(name: str, value: Tensor) -> None:

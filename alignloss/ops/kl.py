@@ -7,6 +7,7 @@ slice of the vocabulary after the other with every row, so that each slice of dw
 the head).
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -18,8 +19,8 @@ from ..checks import check_kept, check_values, kept
 from ..kernels.state import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_ROWS, KL_SUM, KL_TOP, LOWEST, STATE_ROWS
 from .context import UNSAFE_IN_GRAPHS, Op, computing, no_double_backward, within_memory
 from .head import Options
-from .sizes import BOTH_WIDE, Sizes, accumulation_dtype
-from .walk import Walk, addmm, power_of_two, writes_dweight
+from .sizes import BOTH_WIDE, Sizes, accumulation_dtype, writes_dweight
+from .walk import Walk, addmm, power_of_two
 
 
 class _Heads:
@@ -117,13 +118,16 @@ def linear_kl_fwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
+    vocab_group: str | None,
+    vocab_parts: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """KL (M,) and state (5, N), or more columns under `select`."""
     options = Options(
-        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate
-    )
+        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate,
+        vocab_group, vocab_parts,
+    )  # fmt: skip
     if validate:
-        check_values(labels, token_index, ignore_index, len(weight))
+        check_values(labels, token_index, ignore_index, options.vocabulary(weight))
     tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     with _computing(hidden, compute_dtype, ref_dtype), within_memory(hidden.device, workspace_bytes):
         heads = _Heads(tensors, labels, token_index, ref_dtype, options)
@@ -136,12 +140,14 @@ def linear_kl_fwd(
             for first in heads.slices():
                 tiles = heads.logits(rows, heads.weights(first), first)
                 policy.primitives.kl_fold(*tiles, sums, policy.transform)
+            if policy.split is not None:
+                policy.split.combine_kl(sums)
             mean_gap = sums[KL_GAP] / sums[KL_REF_SUM]
             for row in (KL_SUM, KL_REF_SUM):
                 sums[row].log_()
             value = mean_gap + (sums[KL_TOP] - sums[KL_REF_TOP]) + (sums[KL_SUM] - sums[KL_REF_SUM])
             at = part if policy.tokens.token_index is None else policy.tokens.token_index[part]
-            kl[at] = value.masked_fill(policy.labels[part] == ignore_index, 0)
+            kl[at] = value.masked_fill(policy.labels[part] == policy.tokens.ignore_index, 0)
         return kl, state
 
 
@@ -211,11 +217,14 @@ def linear_kl_bwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
+    vocab_group: str | None,
+    vocab_parts: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) of the policy; what was not asked for is empty."""
     options = Options(
-        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate
-    )
+        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate,
+        vocab_group, vocab_parts,
+    )  # fmt: skip
     tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     with _computing(dkl, compute_dtype, ref_dtype), within_memory(dkl.device, workspace_bytes):
         dweight = torch.empty_like(weight) if need_dweight else state.new_empty(0)
@@ -239,6 +248,8 @@ def linear_kl_bwd(
             dbias.mul_(unit / lift)
         dhidden = dkl.new_empty(0, dtype=hidden.dtype)
         if need_dhidden:
+            if policy.split is not None:
+                policy.split.add_up(dh)
             dh.mul_(coefficient[:, None] / lift)
             dhidden = dh.to(hidden.dtype)
             if index is not None:

@@ -1,5 +1,6 @@
 """The ops of log-probabilities and statistics of tokens: forward, and the backward that recomputes."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -49,6 +50,8 @@ def linear_logprob_fwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
+    vocab_group: str | None,
+    vocab_parts: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, *stats, state, dlogp, dentropy); what was not asked for is empty.
 
@@ -56,10 +59,11 @@ def linear_logprob_fwd(
     the factor 1 - p that belongs to it is still to come.
     """
     options = Options(
-        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate
-    )
+        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate,
+        vocab_group, vocab_parts,
+    )  # fmt: skip
     if validate:
-        check_values(labels, token_index, ignore_index, weight.shape[0])
+        check_values(labels, token_index, ignore_index, options.vocabulary(weight))
     with computing(hidden, compute_dtype):
         walk = Walk(hidden, weight, bias, labels, token_index, options, first_trained(weight, columns))
         # under `select` the shape has to be known to the compiler: the rows beyond the scored ones are unused
@@ -164,11 +168,14 @@ def linear_logprob_bwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
+    vocab_group: str | None,
+    vocab_parts: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias); what was not asked for is empty."""
     options = Options(
-        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate
-    )
+        select, compute_dtype, ignore_index, logit_scale, softcap, temperature, backend, workspace_bytes, validate,
+        vocab_group, vocab_parts,
+    )  # fmt: skip
     with computing(dlogps, compute_dtype):
         head = None if hidden is None or weight is None else (hidden, weight, bias)
         scored = (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..checks import check_tensor
+from ..checks import check_tensor, is_dtensor
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -80,7 +80,10 @@ def _inside(
             f"{weight} is a module with a hook before its backward, which would see no gradient of logits: remove the "
             "hook, or give the weight"
         )
-    if _runs(layer) or (layer is head and not any(getattr(head, hooks) for hooks in _HOOKS)):
+    hooked = layer is not head or any(getattr(head, hooks) for hooks in _HOOKS)
+    # of a head that is split over the vocabulary the hooks make logits of its parts, and gather nothing
+    split = given.get("vocab_group") is not None and is_dtensor(layer.weight) and not hasattr(head, "_get_fsdp_state")
+    if _runs(layer) or not hooked or split:
         return function(**given | {weight: layer.weight, bias: layer.bias})
     check_tensor(hidden, given.get(hidden))
     return _between_hooks(head, layer, hidden, weight, bias, given, function)

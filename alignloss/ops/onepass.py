@@ -36,7 +36,8 @@ def one_pass(
     """The sum of the groups' shares, 0-d, differentiable with respect to hidden, weight and bias."""
     options = projection.options
     if options.validate:
-        check_values(projection.labels, projection.token_index, options.ignore_index, len(projection.weight))
+        vocabulary = options.vocabulary(projection.weight)
+        check_values(projection.labels, projection.token_index, options.ignore_index, vocabulary)
     return _OnePass.apply(projection.hidden, *projection.head, projection, indices, shares, held, stats)
 
 
@@ -197,6 +198,7 @@ class HeadGradient:
             trained = weight[:, footprint.trained_from :]
             self.dweight = torch.empty_like(trained, dtype=dtype, memory_format=layout)
         self.dbias = torch.empty(len(weight) if need_dbias else 0, dtype=accum_dtype, device=weight.device)
+        self.need_dbias = need_dbias
         self.unit: Tensor | None = None
         self.begun = False
 
@@ -222,7 +224,7 @@ class HeadGradient:
                     addmm(out, dz_part, scaled[:, walk.footprint.trained_from :], beta=int(self.begun))
                     if partial is not None:
                         dw.copy_(out)
-            if self.dbias.numel():
+            if self.need_dbias:
                 addmm(self.dbias[None, columns], upstream.coefficient[None].to(dz.dtype), dz, beta=int(self.begun))
         self.begun = True
 
@@ -232,4 +234,4 @@ class HeadGradient:
         for gradient in (self.dweight, self.dbias):
             self.primitives.scale(gradient, factor)
         dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None
-        return dweight, self.dbias if self.dbias.numel() else None
+        return dweight, self.dbias if self.need_dbias else None

@@ -71,17 +71,20 @@ class _SumsOver(torch.autograd.Function):
         return gradient * ctx.size, None
 
 
-def check_gradient_meets_others(weight: Tensor) -> None:
-    """A ValueError for a head whose gradients, or those of the hidden states, would be those of this process alone."""
+def check_gradient_meets_others(weight: Tensor, group: Any) -> None:
+    """A ValueError for a head whose gradients, or those of the hidden states, would be those of this process alone.
+
+    group: the processes that it is split over, or None.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     if weight.grad_fn is not None:
-        _check_gathered(weight)
+        _check_gathered(weight, group)
     elif isinstance(weight, nn.Parameter):
         _check_owners(weight)
 
 
-def _check_gathered(weight: Tensor) -> None:
+def _check_gathered(weight: Tensor, group: Any) -> None:
     node: Any = weight.grad_fn
     while node is not None and not hasattr(node, "dtensor_spec"):  # casts and views of what left a DTensor
         following = [after for after, _ in node.next_functions if after is not None]
@@ -90,9 +93,12 @@ def _check_gathered(weight: Tensor) -> None:
         return
     placements = node.dtensor_spec.placements
     if any(placement.is_shard() for placement in placements):
+        if group is not None:
+            return
         raise ValueError(
             f"weight is the local shard of a DTensor {placements}; its probabilities would be those of a part of the "
-            f"head: {INSIDE}, or, {GATHERED}"
+            "head. Where the processes of its mesh have the same tokens, give them as vocab_group; elsewhere "
+            f"{INSIDE}, or, {GATHERED}"
         )
     if node.grad_placements is None:
         raise ValueError(

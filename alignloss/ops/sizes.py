@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import backends
 from ..kernels import blocks
@@ -53,6 +54,11 @@ def architecture(device_type: str) -> str:
     """The key of the tables of blocks; without a GPU that of Hopper."""
     here = device_type == "cpu" or torch.cuda.is_available()
     return blocks.architecture(torch.device(device_type)) if here else "sm_90"
+
+
+def writes_dweight(weight: Tensor) -> bool:
+    """Whether a GEMM can write slices of the gradient of a weight like this: `wide_weight`, and contiguous."""
+    return weight.dtype == accumulation_dtype(weight.dtype) and weight.is_contiguous()
 
 
 def gemm_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

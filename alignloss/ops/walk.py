@@ -27,7 +27,8 @@ from .. import backends
 from ..backends import Targets, Tokens
 from ..kernels.state import REF
 from .head import Options
-from .sizes import accumulation_dtype, gemm_dtype
+from .sizes import accumulation_dtype, gemm_dtype, writes_dweight
+from .vocabulary import IGNORED, Split
 
 
 class Scored:
@@ -41,7 +42,9 @@ class Scored:
         options: Options,
     ) -> None:
         self.primitives = backends.get(options.backend)
-        labels, ignore_index = labels.contiguous(), options.ignore_index
+        labels, ignore_index, self.split = labels.contiguous(), options.ignore_index, options.split
+        if self.split is not None:
+            labels, ignore_index = self.split.local_labels(labels, ignore_index), IGNORED
         index = torch.nonzero(labels != ignore_index).squeeze(1) if options.select else token_index
         index = None if index is None else index.contiguous()
         self.tokens = Tokens(hidden, labels, index, ignore_index, options.compute_dtype)
@@ -146,7 +149,9 @@ class Walk(Scored):
             rows = self.hidden[part] if copy is None else copy
             primitives.gather(self.tokens, part, labels, copy, sums, targets)
             u = u2 = None
-            if not fused or not primitives.statistics(
+            if not self.vocabulary:  # a part may be empty
+                u, u2 = ((self.empty(count, self.width).zero_() if i < derivatives else None) for i in range(2))
+            elif not fused or not primitives.statistics(
                 rows, self.weight, self.bias, labels, sums, transform, stats, self.workspace_bytes
             ):
                 if tile is None:
@@ -182,8 +187,34 @@ class Walk(Scored):
                         held.references[first // columns].copy_(sums[REF])
                     if u is not None:
                         addmm(u, exps, weight, beta=int(first > 0))
-            found = (None if t is None else t[part] for t in (dlogp, dentropy))
-            primitives.finish(self.tokens, part, labels, sums, u, u2, self.weight, transform, outputs, *found)
+            found = [None if t is None else t[part] for t in (dlogp, dentropy)]
+            if self.split is None:
+                primitives.finish(self.tokens, part, labels, sums, u, u2, self.weight, transform, outputs, *found)
+            else:
+                self._finish_split(self.split, part, labels, sums, u, u2, outputs, found)
+
+    def _finish_split(
+        self,
+        split: Split,
+        part: slice,
+        labels: Tensor,
+        sums: Tensor,
+        u: Tensor | None,
+        u2: Tensor | None,
+        outputs: list[Tensor | None],
+        found: list[Tensor | None],  # dlogp and dentropy, (C, H); filled
+    ) -> None:
+        """`finish` from sums over a part of the vocabulary. In plain torch: what passes over U here is little beside
+        its way to the other processes."""
+        primitives = backends.get("torch")
+        split.combine(labels, sums, u, u2)
+        if u is not None:
+            primitives.derivatives(self.tokens, labels, sums, u, u2, self.weight, self.transform, u, u2)
+            for whole, rounded in zip((u, u2), found, strict=True):
+                if whole is not None and rounded is not None:
+                    split.add_up(whole)
+                    rounded.copy_(whole)
+        primitives.results(self.tokens, part, labels, sums, split.total, self.transform, outputs)
 
     def backward(
         self,
@@ -209,6 +240,8 @@ class Walk(Scored):
 
         if self.gemm_dtype == torch.float16:
             upstream.find_unit()
+        elif not self.vocabulary:
+            upstream.weigh(slice(0, self.rows))
 
         written = writes_dweight(dweight if need_dweight else self.weight)
         assert not add or (written and upstream.unit is None)
@@ -342,11 +375,6 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) 
 
 
 _ADDMM_TAKES_A_WIDE_BASE = torch.__version__ >= "2.10"  # pytorch/pytorch#167931
-
-
-def writes_dweight(weight: Tensor) -> bool:
-    """Whether a GEMM can write slices of the gradient of a weight like this: `wide_weight`, and contiguous."""
-    return weight.dtype == accumulation_dtype(weight.dtype) and weight.is_contiguous()
 
 
 def power_of_two(values: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""A vocabulary split over processes: each holds some rows of the head, and all of them have the same tokens.
+
+What is summed over the vocabulary is summed over the part of a process, then over the processes: per block of rows the
+maxima, the sums of their exponentials, and U once the target's row has joined it, before it is rounded. From then on
+every process has the sums of the whole vocabulary, so that the gradients of its part need nothing of the others.
+"""
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checks import check_tensor, is_dtensor
+from ..kernels.state import (
+    KL_GAP,
+    KL_REF_SUM,
+    KL_REF_TOP,
+    KL_SUM,
+    KL_TOP,
+    REF,
+    ROUNDED,
+    ROUNDED_ZE,
+    SUM,
+    SUM_EE,
+    SUM_Z,
+    SUM_ZE,
+    TARGET,
+    TOP,
+)
+
+# labels in a part: of positions that are not scored, and of those whose target is in another part
+IGNORED, ELSEWHERE = -100, -1
+
+
+class Split(NamedTuple):
+    """The parts of a vocabulary, one for each process of a group."""
+
+    group: str  # the name of the ProcessGroup
+    parts: tuple[int, ...]  # vocabulary entries, by rank in the group
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts)
+
+    @property
+    def widest(self) -> int:
+        """What sizes follow from, so that they are the same on every process."""
+        return max(self.parts)
+
+    @property
+    def process_group(self) -> Any:
+        resolve: Any = dist.distributed_c10d._resolve_process_group
+        return resolve(self.group)
+
+    def local_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Labels (M,) of the whole vocabulary as those of this process's part, ELSEWHERE or IGNORED."""
+        rank = dist.get_rank(self.process_group)
+        local = labels - sum(self.parts[:rank])
+        there = (local >= 0) & (local < self.parts[rank])
+        return torch.where(there, local, ELSEWHERE).masked_fill_(labels == ignore_index, IGNORED)
+
+    def combine(self, labels: Tensor, state: Tensor, u: Tensor | None, u2: Tensor | None) -> None:
+        """Make sums over a part (9, C) those over the whole vocabulary; u and u2 become relative to them.
+
+        In float64: with one centre of z - m for every part, what rounding leaves of a centred sum would cancel.
+        """
+        here = labels >= 0
+        wide = state.double()
+        mean = torch.where(wide[SUM] == 0, 0, wide[SUM_ZE] / wide[SUM])
+        tops = self._largest(state, REF, TOP)
+        shift = (state[REF] - tops[0]).double()
+        decay = shift.exp()
+        sums = torch.stack(
+            [
+                decay * wide[SUM],
+                decay * (wide[SUM_ZE] + shift * wide[SUM]),
+                wide[SUM_Z],
+                decay**2 * wide[SUM_EE],
+                decay * wide[ROUNDED],
+                decay * (wide[ROUNDED_ZE] + (shift + mean) * wide[ROUNDED]),
+                torch.where(here, wide[TARGET], 0),
+                here.double(),
+            ]
+        )
+        self.add_up(sums)
+        whole_mean = torch.where(sums[0] == 0, 0, sums[1] / sums[0])
+        if u is not None:
+            if u2 is not None:
+                moved = torch.where(decay == 0, 0, shift + mean - whole_mean)
+                u2.addcmul_(u, moved.to(u.dtype)[:, None]).mul_(decay.to(u.dtype)[:, None])
+            u.mul_(decay.to(u.dtype)[:, None])
+        state[REF], state[TOP] = tops
+        for row, values in zip((SUM, SUM_ZE, SUM_Z, SUM_EE, ROUNDED), sums[:5], strict=True):
+            state[row] = values
+        state[ROUNDED_ZE] = sums[5] - whole_mean * sums[4]
+        state[TARGET] = torch.where(sums[7] == 1, sums[6], torch.nan)
+
+    def combine_kl(self, state: Tensor) -> None:
+        """Make the sums of a KL over a part, (5, C), those over the whole vocabulary."""
+        tops = self._largest(state, KL_TOP, KL_REF_TOP)
+        decay = (state[KL_TOP] - tops[0]).double().exp()
+        ref_decay = (state[KL_REF_TOP] - tops[1]).double().exp()
+        sums = torch.stack([decay * state[KL_SUM], ref_decay * state[KL_REF_SUM], ref_decay * state[KL_GAP]])
+        self.add_up(sums)
+        state[KL_TOP], state[KL_REF_TOP] = tops
+        state[KL_SUM], state[KL_REF_SUM], state[KL_GAP] = sums
+
+    def add_up(self, values: Tensor) -> None:
+        """The sum over the processes, in place."""
+        dist.all_reduce(values, group=self.process_group)
+
+    def _largest(self, state: Tensor, *rows: int) -> Tensor:
+        tops = torch.stack([state[row] for row in rows])
+        dist.all_reduce(tops, dist.ReduceOp.MAX, group=self.process_group)
+        return tops
+
+
+def local_part(name: str, value: Any, group: Any) -> Any:
+    """This process's part of a weight or bias: of a DTensor split over the group; anything else as it is."""
+    if not is_dtensor(value):
+        return value
+    from torch.distributed.tensor import Shard
+
+    ranks = value.device_mesh.mesh.flatten().tolist()
+    if value.placements != (Shard(0),) or ranks != dist.get_process_group_ranks(group):
+        raise ValueError(
+            f"with vocab_group {name} must be a plain part of it, or a DTensor with the placement Shard(0) on the "
+            f"processes of the group, {dist.get_process_group_ranks(group)}; got {value.placements} on {ranks}"
+        )
+    return value.to_local()
+
+
+def check_part(name: str, weight: Tensor) -> None:
+    """A ValueError for what cannot be a part (rows, H), be it an empty one."""
+    check_tensor(name, weight)
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"with vocab_group {name} must be a part (rows, H) of the head, got {tuple(weight.shape)}")
+
+
+def agree(
+    group: Any, rows: int, labels: Tensor, token_index: Tensor | None, same: dict[str, Any], least: tuple[int, ...]
+) -> tuple[Split, list[int]]:
+    """The parts of every process, and the least of each of some numbers; a ValueError on each of them otherwise.
+
+    rows: of the part of this process; same: what has to be the same on all of them, by name. One collective, and one
+    wait for a GPU.
+    """
+    digests = [zlib.crc32(repr(value).encode()) for value in same.values()]
+    mine = torch.tensor([rows, *least, labels.numel(), *digests], device=labels.device)
+    mine = torch.cat([mine, torch.stack([_checksum(labels), _checksum(token_index)]).to(labels.device)])
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    gathered = [list(values) for values in zip(*torch.stack(every).tolist(), strict=True)]
+    parts, numbers, tokens = gathered[0], gathered[1 : 1 + len(least)], gathered[1 + len(least)]
+    digested, sums = gathered[2 + len(least) : -2], gathered[-2:]
+    if len(set(tokens)) > 1 or any(len(set(each)) > 1 for each in sums):
+        raise ValueError(
+            "with vocab_group every process has the same hidden states and labels, and a part of the head; the "
+            f"processes of the group have {tokens} tokens, with other labels or token_index on some. The processes of "
+            "FSDP or DDP, which have tokens of their own, are no vocab_group"
+        )
+    agreed = [len(set(each)) == 1 for each in digested]
+    differing = [
+        f"{name} (here {value})" for (name, value), found in zip(same.items(), agreed, strict=True) if not found
+    ]
+    if differing:
+        raise ValueError(
+            f"with vocab_group the calls of all processes must agree, and these differ: {', '.join(differing)}"
+        )
+    if sum(parts) == 0:
+        raise ValueError("with vocab_group the parts of the head are all empty: V must be at least 1")
+    return Split(group.group_name, tuple(parts)), [min(each) for each in numbers]
+
+
+def _checksum(values: Tensor | None) -> Tensor:
+    """0-d int64 that tells values and their order apart."""
+    if values is None:
+        return torch.zeros((), dtype=torch.int64)
+    mixed = (values.reshape(-1) + 1) * 6364136223846793005
+    place = torch.arange(1, mixed.numel() + 1, device=values.device) * 2654435761
+    return ((mixed ^ (mixed >> 29)) * place).sum()
