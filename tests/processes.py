@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 _IMPORTED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "alignloss"]
 
+
 def run_processes(work, size, folder, *arguments, seconds=300) -> None:
     """work(rank, size, *arguments) in each of `size` processes of one group; the error of one is raised here.
 

@@ -215,3 +215,22 @@ def split_sequences(rank: int, size: int) -> None:
 
 def test_the_gradients_of_split_sequences_are_those_of_one_process(tmp_path):
     run_processes(split_sequences, 2, tmp_path)
+
+
+VOCABULARY = re.search(r"```python\n(part = torch.*?)```", PAGE, re.S)[1]
+
+
+def split_vocabulary(rank: int, size: int) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2 * B, T, H, requires_grad=True), torch.randn(V, H)
+    labels = torch.randint(0, V, (2 * B, T))
+    single = hidden.detach().clone().requires_grad_(), weight.clone().requires_grad_()
+    alignloss.CPOLoss()(*single, labels).loss.backward()
+    names = {"torch": torch, "alignloss": alignloss} | locals()
+    exec(VOCABULARY, names)
+    assert error(hidden.grad, single[0].grad) <= 1e-5
+    assert error(names["part"].grad, single[1].grad.chunk(size)[rank]) <= 1e-5
+
+
+def test_the_gradients_of_a_split_vocabulary_are_those_of_one_process(tmp_path):
+    run_processes(split_vocabulary, 2, tmp_path)

@@ -182,9 +182,8 @@ class PreferenceLoss(HeadLoss):
         offsets, sequences, group = parts_layout(labels, cu_seqlens, *checks, sequence_group)
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
-        layout = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "sequence_group": group}
         of_call = {"token_index": token_index, "vocab_group": vocab_group}
-        layout |= {"token_weights": token_weights, **of_call}
+        layout = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "sequence_group": group}
         scored_labels = labels
         if nll_labels is not None:
             nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets, sequences)
@@ -193,8 +192,8 @@ class PreferenceLoss(HeadLoss):
         batch = Batch(labels.reshape(-1), offsets, sequences, self.paired, projection.options.backend, group=group)
         batch = self._with_data(batch, labels, token_weights, pair_weights, nll_labels, num_sequences, num_tokens, data)
         if ref_hidden is not None and ref_weight is not None:
-            ref = self._projected_reference(ref_hidden, ref_weight, labels, ref_bias, layout)
-            batch = batch._replace(ref_logps=ref)
+            layout |= {"token_weights": token_weights, **of_call}
+            batch = batch._replace(ref_logps=self._reference_logps(ref_hidden, ref_weight, labels, ref_bias, **layout))
         elif ref_logps is not None:
             batch = batch._replace(ref_logps=_given_reference(ref_logps, sequences, labels.device))
         return self._output(*self._evaluated(projection, batch, stats), batch, projection.result_dtype)
@@ -254,8 +253,8 @@ class PreferenceLoss(HeadLoss):
             num_tokens=divisor("num_tokens", num_tokens, device),
         )
 
-    def _projected_reference(
-        self, hidden: Tensor, weight: Tensor | nn.Module, labels: Tensor, bias: Tensor | None, layout: dict[str, Any]
+    def _reference_logps(
+        self, hidden: Tensor, weight: Tensor | nn.Module, labels: Tensor, bias: Tensor | None, **layout: Any
     ) -> Tensor:
         try:
             with torch.no_grad():

@@ -118,8 +118,8 @@ def linear_kl_fwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
-    vocab_group: str | None,
-    vocab_parts: Sequence[int] | None,
+    vocab_group: str | None = None,
+    vocab_parts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """KL (M,) and state (5, N), or more columns under `select`."""
     options = Options(
@@ -217,8 +217,8 @@ def linear_kl_bwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
-    vocab_group: str | None,
-    vocab_parts: Sequence[int] | None,
+    vocab_group: str | None = None,
+    vocab_parts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) of the policy; what was not asked for is empty."""
     options = Options(

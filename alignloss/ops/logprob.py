@@ -50,8 +50,8 @@ def linear_logprob_fwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
-    vocab_group: str | None,
-    vocab_parts: Sequence[int] | None,
+    vocab_group: str | None = None,
+    vocab_parts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, *stats, state, dlogp, dentropy); what was not asked for is empty.
 
@@ -168,8 +168,8 @@ def linear_logprob_bwd(
     backend: str,
     workspace_bytes: int,
     validate: bool,
-    vocab_group: str | None,
-    vocab_parts: Sequence[int] | None,
+    vocab_group: str | None = None,
+    vocab_parts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias); what was not asked for is empty."""
     options = Options(

@@ -28,7 +28,7 @@ from ..backends import Targets, Tokens
 from ..kernels.state import REF
 from .head import Options
 from .sizes import accumulation_dtype, gemm_dtype, writes_dweight
-from .vocabulary import IGNORED, Split
+from .vocabulary import IGNORED
 
 
 class Scored:
@@ -188,14 +188,10 @@ class Walk(Scored):
                     if u is not None:
                         addmm(u, exps, weight, beta=int(first > 0))
             found = [None if t is None else t[part] for t in (dlogp, dentropy)]
-            if self.split is None:
-                primitives.finish(self.tokens, part, labels, sums, u, u2, self.weight, transform, outputs, *found)
-            else:
-                self._finish_split(self.split, part, labels, sums, u, u2, outputs, found)
+            self._finish(part, labels, sums, u, u2, outputs, found)
 
-    def _finish_split(
+    def _finish(
         self,
-        split: Split,
         part: slice,
         labels: Tensor,
         sums: Tensor,
@@ -204,17 +200,21 @@ class Walk(Scored):
         outputs: list[Tensor | None],
         found: list[Tensor | None],  # dlogp and dentropy, (C, H); filled
     ) -> None:
-        """`finish` from sums over a part of the vocabulary. In plain torch: what passes over U here is little beside
-        its way to the other processes."""
+        """The results of a block from its sums; of a split vocabulary in plain torch: its passes over U are little
+        beside the way of U to the other processes."""
+        of = self.weight, self.transform
+        if self.split is None:
+            self.primitives.finish(self.tokens, part, labels, sums, u, u2, *of, outputs, *found)
+            return
         primitives = backends.get("torch")
-        split.combine(labels, sums, u, u2)
+        self.split.combine(labels, sums, u, u2)
         if u is not None:
-            primitives.derivatives(self.tokens, labels, sums, u, u2, self.weight, self.transform, u, u2)
+            primitives.derivatives(self.tokens, labels, sums, u, u2, *of, u, u2)
             for whole, rounded in zip((u, u2), found, strict=True):
                 if whole is not None and rounded is not None:
-                    split.add_up(whole)
+                    self.split.add_up(whole)
                     rounded.copy_(whole)
-        primitives.results(self.tokens, part, labels, sums, split.total, self.transform, outputs)
+        primitives.results(self.tokens, part, labels, sums, self.split.total, self.transform, outputs)
 
     def backward(
         self,
