@@ -90,6 +90,7 @@ def test_bad_input_is_explained(arguments, message, tmp_path, monkeypatch):
         main()
 
 
+@pytest.mark.nightly
 def test_a_run_of_one_measure_is_plotted_and_one_of_nothing_says_so(tmp_path):
     common = ["run", "--shapes", "32x256", "--tokens", "64", "128", "--device", "cpu", "--providers", "alignloss"]
     done = benchmarks(*common, "--measure", "memory", "--modes", "forward", "--out", str(tmp_path))
@@ -148,6 +149,7 @@ def test_a_whole_step_is_measured_beside_its_estimate(tmp_path):
         assert row["peak_bytes"] == pytest.approx(row["estimated_bytes"], rel=0.1)
 
 
+@pytest.mark.nightly
 def test_block_sizes_and_profiles_are_measured(tmp_path):
     common = ["--shapes", "32x256", "--tokens", "64", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
     done = benchmarks("kernels", *common, TRITON_INTERPRET="1")

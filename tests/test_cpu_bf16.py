@@ -118,7 +118,9 @@ def test_where_the_switch_is_used(monkeypatch, capabilities, used):
     assert cpu_bf16.available() is used
 
 
-@pytest.mark.parametrize("isa", ["AVX512_CORE_BF16", "AVX512_CORE", "AVX2"])
+@pytest.mark.parametrize(
+    "isa", ["AVX512_CORE_BF16", *(pytest.param(isa, marks=pytest.mark.nightly) for isa in ("AVX512_CORE", "AVX2"))]
+)
 def test_logits_stay_exact_with_what_onednn_has_besides_amx(isa):
     code = """
 import torch

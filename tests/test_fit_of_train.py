@@ -28,7 +28,7 @@ WAYS = {
     "QLoRA": ["--qlora", "gradient_checkpointing=false"],
     "QLoRA, shared prompts, checkpointing": ["--qlora", "--share-prompts"],
 }
-EACH_DAY = ("full, shared prompts", "QLoRA, shared prompts, checkpointing")
+EACH_DAY = ("QLoRA, shared prompts, checkpointing",)
 
 
 @pytest.fixture(scope="module")

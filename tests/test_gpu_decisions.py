@@ -415,12 +415,11 @@ def stand_in(monkeypatch, replacement):
     monkeypatch.setattr(blocks, "architecture", lambda device: "sm_90")
 
 
-@pytest.mark.parametrize(
-    "extent", [["--first-and-last"], pytest.param([], marks=pytest.mark.nightly)], ids=["", "every case"]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("extent", [["--first-and-last"], []], ids=["", "every case"])
 @pytest.mark.parametrize(
     "name",
-    ["test_kernels.py", *(pytest.param(f"test_{n}.py", marks=pytest.mark.nightly) for n in ("onepass", "exactness"))],
+    [f"test_{n}.py" for n in ("kernels", "onepass", "exactness")],
 )
 def test_what_runs_on_a_gpu_gets_as_far_as_its_kernels(name, extent):
     """Devices that mix, autocast of another device, sizes of a CPU: see `pretended_gpu`."""

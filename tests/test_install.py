@@ -68,6 +68,7 @@ def test_both_packages_work_from_a_wheel(scratch, tmp_path):
     assert "site-packages" in run(USE_BOTH, cwd=tmp_path, python=python)
 
 
+@pytest.mark.nightly
 def test_both_packages_work_from_the_root_of_an_editable_install(scratch):
     # `python -c` puts the working directory first on sys.path, where the folder kernels/ lies
     python, source = scratch("-e")

@@ -47,6 +47,7 @@ def test_paired(backend, trained, workspace):
         "lengths/chosen": lengths[:B].mean(),
         "lengths/rejected": lengths[B:].mean(),
         "nll_loss": -sums[:B].sum() / lengths[:B].sum(),
+        "not_finite": 0.0,
         "log_odds_chosen": odds.mean(),
         "log_odds_ratio": torch.nn.functional.logsigmoid(odds).mean(),
         "entropy": exact["entropy"][labelled].mean(),
@@ -103,7 +104,7 @@ def test_unpaired_and_kto():
     assert only["rewards/rejected"].isnan()
     sft = alignloss.SFTLoss()(hidden, weight, labels).metrics()
     close(sft["logps"], sums.mean())
-    assert set(sft) == {"lengths", "logps", "rewards"}
+    assert set(sft) == {"lengths", "logps", "not_finite", "rewards"}
 
 
 def test_prompts_that_the_nll_runs_over_are_not_counted():
@@ -214,3 +215,28 @@ def test_a_token_of_weight_0_that_is_no_number_leaves_no_share_of_hits(module, b
     weights = torch.ones(4, 5).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(0.0))
     out = module(backend=backend)(hidden, weight, labels, token_weights=weights, stats=("is_top1",))
     assert out.metrics()["mean_token_accuracy"].isnan()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("module", [alignloss.SFTLoss, alignloss.CPOLoss])
+def test_sequences_that_are_no_number_are_counted(module, backend):
+    """And leave no trace in the others: their log-probabilities, and the gradients of their hidden states."""
+    hidden, weight, _, labels = inputs(4, 5, masked=0.0, dtype=torch.float32)
+    broken = hidden.clone()
+    broken[0, 2], broken[3, 1] = torch.nan, torch.inf
+    found = []
+    for states in (hidden, broken):
+        states.requires_grad_()
+        out = module(backend=backend)(states, weight, labels)
+        logps = out.logps if hasattr(out, "logps") else torch.cat([out.chosen_logps, out.rejected_logps])
+        found.append((out.metrics()["not_finite"], logps, alignloss.linear_logprob(states, weight, labels)))
+    assert [float(count) for count, *_ in found] == [0, 2]
+    (_, whole, tokens), (_, logps, broken_tokens) = found
+    assert not logps[[0, 3]].isfinite().any() and torch.equal(logps[1:3], whole[1:3])
+    fine = torch.ones(4, 5, dtype=torch.bool)
+    fine[0, 2] = fine[3, 1] = False
+    assert torch.equal(broken_tokens[fine], tokens[fine]) and not broken_tokens[~fine].isfinite().any()
+    (clean,), (of_others,) = (
+        torch.autograd.grad(t[fine].sum(), h) for t, h in ((tokens, hidden), (broken_tokens, broken))
+    )
+    assert torch.equal(of_others[fine], clean[fine]) and not of_others[~fine].any()

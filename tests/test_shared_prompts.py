@@ -111,9 +111,11 @@ flex = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "kind",
     [
-        "Llama",
         "Mistral, a window",
-        *(pytest.param(k, marks=pytest.mark.nightly) for k in ("Gemma3, windows", "Gemma2, softcaps and windows")),
+        *(
+            pytest.param(kind, marks=pytest.mark.nightly)
+            for kind in ("Llama", "Gemma3, windows", "Gemma2, softcaps and windows")
+        ),
     ],
 )
 def test_flex_attention_by_its_definition(kind, monkeypatch):

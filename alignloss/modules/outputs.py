@@ -99,9 +99,10 @@ class PairedOutput(_PairedFields):
         Means over pairs: `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (chosen above
         rejected), `logps/chosen`, `logps/rejected` (sums in nats), `lengths/chosen`, `lengths/rejected`,
         `log_odds_chosen` (log odds ratio of the sequences' mean log-probabilities) and `log_odds_ratio` (its log
-        sigmoid). `nll_loss` is per chosen token. From the statistics that the call asked for, means over labelled
-        tokens: `entropy`; `logits/chosen`, `logits/rejected` ("mean_logits"); `mean_token_accuracy` of the chosen
-        ("is_top1"). A value that is not a number stays one in its means. Nothing waits for a GPU until a value is read.
+        sigmoid). `nll_loss` is per chosen token. `not_finite` counts the sequences whose log-probability is not finite:
+        a NaN stays in its own sequence, but not out of the means. From the statistics that the call asked for, means
+        over labelled tokens: `entropy`; `logits/chosen`, `logits/rejected` ("mean_logits"); `mean_token_accuracy` of
+        the chosen ("is_top1"). Nothing waits for a GPU until a value is read.
 
         Raises:
             RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of; or
@@ -126,6 +127,7 @@ class PairedOutput(_PairedFields):
             "lengths/rejected": lengths[count:].mean(),
             "log_odds_chosen": odds.mean(),
             "log_odds_ratio": torch.nn.functional.logsigmoid(odds).mean(),
+            "not_finite": _not_finite(self.chosen_logps, self.rejected_logps),
             **scored.metrics({"/chosen": chosen, "/rejected": 1 - chosen}, self.chosen_logps, accuracy_of=chosen),
         }
         return {name: value.to(self.loss.dtype) for name, value in metrics.items()}
@@ -146,10 +148,10 @@ class UnpairedOutput(_UnpairedFields):
 
         Where the loss knows `desirable`: means over the desirable sequences ("chosen") and over the others
         ("rejected"), `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `logps/chosen`, `logps/rejected` (sums in
-        nats), NaN where there are none; otherwise `rewards` and `logps` over all. `lengths` and `kl` are means. From
-        the statistics that the call asked for, means over labelled tokens: `entropy`; `logits/chosen`,
-        `logits/rejected` or `logits` ("mean_logits"); `mean_token_accuracy` ("is_top1"). Nothing waits for a GPU until
-        a value is read.
+        nats), NaN where there are none; otherwise `rewards` and `logps` over all. `lengths` and `kl` are means,
+        `not_finite` a count as in `PairedOutput.metrics`. From the statistics that the call asked for, means over
+        labelled tokens: `entropy`; `logits/chosen`, `logits/rejected` or `logits` ("mean_logits");
+        `mean_token_accuracy` ("is_top1"). Nothing waits for a GPU until a value is read.
 
         Raises:
             RuntimeError: for a result that something rebuilt around other tensors, which lost what they are made of; or
@@ -168,8 +170,16 @@ class UnpairedOutput(_UnpairedFields):
                 metrics[name + group] = kept.sum() / (len(values) if members is None else members.sum())
         if scored.desirable is not None:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        metrics |= {"lengths": scored.lengths().mean(), **scored.metrics(groups, self.logps)}
+        metrics |= {
+            "lengths": scored.lengths().mean(),
+            "not_finite": _not_finite(self.logps),
+            **scored.metrics(groups, self.logps),
+        }
         return {name: value.to(self.loss.dtype) for name, value in metrics.items()}
+
+
+def _not_finite(*logps: Tensor) -> Tensor:
+    return (~torch.cat(logps).isfinite()).sum()
 
 
 _Output = TypeVar("_Output", PairedOutput, UnpairedOutput)

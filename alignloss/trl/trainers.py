@@ -304,8 +304,9 @@ class AlignlossTrainer(_Base):
             return hidden_and_head(self.ref_model or model, given)
 
     def _logged(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Means over processes."""
-        return {name: self.accelerator.gather_for_metrics(value).mean().item() for name, value in metrics.items()}
+        """Means over processes, of what TRL logs: a count is no mean."""
+        means = {name: value for name, value in metrics.items() if name != "not_finite"}
+        return {name: self.accelerator.gather_for_metrics(value).mean().item() for name, value in means.items()}
 
     def _own_loss(self, model: Any, inputs: dict[str, Any], ref_logps: Tensor | None, **data: Any) -> Tensor:
         """The loss that takes TRL's place, with its metrics."""
