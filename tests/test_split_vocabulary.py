@@ -193,6 +193,19 @@ def sharp(rank, size, parts, backend):
     assert torch.allclose(found, exact, rtol=1e-9, atol=0)
 
 
+def rounded_once(rank, size, parts):
+    """In 16 bits the gradient of hidden errs as that of one process does."""
+    hidden, weight, _, labels = problem(torch.bfloat16)
+    found = []
+    for dtype, part in ((torch.float64, weight), (torch.bfloat16, weight), (torch.bfloat16, weight.split(parts)[rank])):
+        mine = leaf(hidden, dtype)
+        group = {} if len(part) == V else {"vocab_group": dist.group.WORLD}
+        weighed(alignloss.linear_logprob(mine, part.to(dtype), labels, **group)).backward()
+        found.append(mine.grad)
+    exact, whole, split = found
+    assert error(split, exact) <= 1.1 * error(whole, exact)
+
+
 def split_twice(rank, size, parts):
     """Sequences over one dimension of a mesh, the vocabulary over the other."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -399,6 +412,10 @@ def test_the_kernels_take_a_part(work, tmp_path):
 @pytest.mark.parametrize("work", [split_twice, tensor_parallel])
 def test_beside_other_splits(work, tmp_path):
     run_processes(work, 4, tmp_path, None)
+
+
+def test_a_gradient_is_rounded_once(tmp_path):
+    run_processes(rounded_once, 4, tmp_path, (30, 30, 30, 11))
 
 
 @pytest.mark.parametrize(
