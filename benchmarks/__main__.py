@@ -4,6 +4,7 @@ python -m benchmarks run --shapes smollm2-135m --tokens 1024 2048 --masked 0 0.5
 python -m benchmarks step --shapes smollm2-135m --lengths 128 --pairs 4 --masked 0.5
 python -m benchmarks step --trainers --shapes smollm2-135m --lengths 256 --pairs 2 --prompts 0.25 0.5 0.75
 python -m benchmarks kernels --shapes 1024x32768
+python -m benchmarks accuracy --shapes 128x32000 128x131072 128x262144
 python -m benchmarks host --shapes smollm2-135m --rounds 300
 python -m benchmarks study --profile quick --out study
 python -m benchmarks plot benchmarks/results/NAME.json
@@ -24,6 +25,7 @@ import torch
 from alignloss.commands.fit import MODELS
 from alignloss.ops.sizes import total_memory
 
+from .accuracy import OFFSETS, PEAKS, SUMMED, Setting, measure_accuracy, summary
 from .cases import Case, case
 from .kernels import measure_kernels
 from .limit import limit, measure_limit
@@ -74,6 +76,7 @@ def main() -> None:
         total = total_memory(torch.device(arguments.device))
         arguments.memory = (total or 8 * GIB) / GIB
     commands = {"run": run, "step": step, "references": references, "kernels": kernels, "host": host}
+    commands["accuracy"] = accuracy
     commands[arguments.command](arguments)
 
 
@@ -126,6 +129,12 @@ def parse() -> argparse.Namespace:
     hosts = commands.add_parser("host", parents=[common], help="host time of a call, its launches doing nothing")
     hosts.add_argument("--tokens", nargs="+", type=int, default=[512])
     hosts.set_defaults(pairs=4)
+
+    errors = commands.add_parser("accuracy", parents=[common], help="errors where distributions are sharp and offset")
+    errors.add_argument("--tokens", nargs="+", type=int, default=[SUMMED], help="whose log-probabilities are summed")
+    errors.add_argument("--peaks", nargs="+", default=list(PEAKS), choices=list(PEAKS))
+    errors.add_argument("--offsets", nargs="+", type=float, default=list(OFFSETS), help="of every logit, in nats")
+    errors.set_defaults(pairs=1)
 
     runs = commands.add_parser("curves", help="runs of `alignloss train` with SmolLM2-135M on the bundled pairs")
     runs.add_argument("--losses", nargs="+", default=["dpo", "ipo", "kto", "cpo"])
@@ -326,6 +335,27 @@ def host(arguments: argparse.Namespace) -> None:
         raise SystemExit("kernels are to be compiled: unset TRITON_INTERPRET")
     found = [chosen._replace(dtype="bfloat16") for chosen in cases(arguments, arguments.tokens)]
     measured(arguments, ((chosen, lambda chosen=chosen: measure_host(chosen, arguments.rounds)) for chosen in found))
+
+
+def accuracy(arguments: argparse.Namespace) -> None:
+    found = cases(arguments, arguments.tokens)
+    if min(arguments.offsets) < 0 or min(chosen.hidden for chosen in found) < 2:
+        raise SystemExit("an offset is at least 0, and H at least 2: a column of it holds the offset")
+    modes = ["trainable head", "SFT step"]
+    names = list(dict.fromkeys(name for name, _ in available(found[0], arguments.providers, modes)))
+    every: list[Row] = []
+
+    def measure(chosen: Case, setting: Setting) -> list[Row]:
+        rows = measure_accuracy(chosen, setting, names)
+        every.extend({"vocabulary": chosen.vocabulary} | row for row in rows)
+        return rows
+
+    settings = [Setting(*each) for each in product(arguments.peaks, arguments.offsets)]
+    each = [
+        (chosen, lambda chosen=chosen, setting=setting: measure(chosen, setting))
+        for chosen, setting in product(found, settings)
+    ]
+    measured(arguments, [*each, (found[0]._replace(shape="every shape"), lambda: summary(every))])
 
 
 if __name__ == "__main__":

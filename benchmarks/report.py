@@ -45,8 +45,13 @@ COLUMNS = {
     "estimate_of_measured": ("estimate of\nmeasured", ".2f", 1),
     "stopped_by": ("stopped by", ".50", 1),
     "logps_error_rms": ("error\nlogps", ".1e", 1),
+    "logps_error_max": ("largest\nlogps", ".1e", 1),
+    "sum_error": ("error of\ntheir sum", ".1e", 1),
+    "sum_error_of_alignloss": ("of\nalignloss", ".2g", 1),
     "dhidden_error": ("error\ndhidden", ".1e", 1),
+    "dhidden_error_of_alignloss": ("of\nalignloss", ".2g", 1),
     "dweight_error": ("error\ndweight", ".1e", 1),
+    "dweight_error_of_alignloss": ("of\nalignloss", ".2g", 1),
 }
 # of a plot: keys of a row, the first that it has, factor, label
 METRICS = (

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.accuracy import Setting, exact_logps, make, measure_accuracy, summary
+from benchmarks.cases import case
 from benchmarks.measure import search
 from benchmarks.report import plot
 
@@ -169,6 +171,21 @@ def test_block_sizes_and_profiles_are_measured(tmp_path):
     rows = json.loads((tmp_path / "latest.json").read_text())["rows"]
     assert 0.3 < sum(row["share"] for row in rows) <= 1 + 1e-9
     assert "aten::addmm" in {row["kernel"] for row in rows}
+
+
+def test_accuracy_is_measured_against_float64_where_distributions_are_sharp_and_offset():
+    chosen = case("32x500", tokens=256, masked=0.0, dtype="float32", device="cpu", sequences=2)
+    rows = []
+    for setting in (Setting("certain", 0.0), Setting("flat", 30.0)):
+        found = measure_accuracy(chosen, setting, ["alignloss", "full logits"])
+        rows += [{"vocabulary": chosen.vocabulary} | row for row in found]
+    ours, logits, *_ = rows
+    logps = exact_logps(make(chosen, Setting("certain", 0.0)))
+    assert logps.mean().exp() == pytest.approx(1, abs=1e-5)
+    assert 100 * ours["logps_error_rms"] < logits["logps_error_rms"] < 1e-5
+    assert 100 * ours["dhidden_error"] < logits["dhidden_error"] < 0.1
+    mine, other = summary(rows)
+    assert mine["sum_error_of_alignloss"] == 1 and other["dhidden_error"] == logits["dhidden_error"]
 
 
 @pytest.mark.nightly
