@@ -10,7 +10,7 @@ from .cases import Case, Inputs
 from .measure import Row, exact, reason
 from .providers import PROVIDERS, backward, forward, logps_of_logits, require
 
-# log-odds of a label, in nats
+# log-odds of a label in nats, about: by other logits that are standard normal, which those of a small H are not
 PEAKS = {"flat": None, "trained": 0.0, "certain": 14.0, "impossible": -30.0}
 # hidden states and rows of the head both have this much in a direction of their own, squared an offset of every logit
 OFFSETS = (0.0, 30.0, 300.0)
