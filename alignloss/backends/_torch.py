@@ -217,9 +217,9 @@ def derivatives(
         u2.mul_(inverse).addcmul_(u, state[ROUNDED_ZE, :, None] * inverse, value=-1)
     if len(weight):
         target = weight[labels.clamp(0, len(weight) - 1)].to(tokens.compute_dtype).to(u.dtype)
+        target.masked_fill_(((labels < 0) | (labels >= len(weight)))[:, None], 0)
         if transform.cap is not None:
             target.mul_(_sech2(state[TARGET])[:, None])
-        target.masked_fill_(((labels < 0) | (labels >= len(weight)))[:, None], 0)
         torch.sub(target, u, out=u)
     else:
         u.neg_()

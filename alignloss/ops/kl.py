@@ -294,9 +294,9 @@ def _backward(ctx, dkl, dstate):  # type: ignore[no-untyped-def]
     arguments = len(ctx.needs_input_grad)
     if dkl is None:
         return (None,) * arguments
-    needs = ctx.needs_input_grad[:3]
-    check_kept(ctx.kept, **dict(zip(_TENSORS, ctx.saved_tensors, strict=False)))
-    gradients = linear_kl_bwd(dkl.contiguous(), *ctx.saved_tensors, ctx.ref_dtype, *needs, *ctx.options)
+    needs, saved = ctx.needs_input_grad[:3], ctx.saved_tensors  # once: a checkpoint unpacks them no second time
+    check_kept(ctx.kept, **dict(zip(_TENSORS, saved, strict=False)))
+    gradients = linear_kl_bwd(dkl.contiguous(), *saved, ctx.ref_dtype, *needs, *ctx.options)
     dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return dhidden, dweight, None if dbias is None else dbias.to(ctx.bias_dtype), *(None,) * (arguments - 3)
 
