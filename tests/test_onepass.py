@@ -108,6 +108,30 @@ def test_loss_outputs_and_gradients(name, tokens, backend, passes):
         assert error(ours.grad, theirs.grad) <= 2e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_held_tiles_of_an_older_reference(backend, passes):
+    """The likeliest token is in the last of three held tiles, far above what the others are relative to."""
+    torch.manual_seed(0)
+    hidden, weight, _, labels = inputs(2, T, vocabulary=4500, masked=0.0)
+    hidden[..., 0] = 1 + hidden[..., 0].abs()
+    weight[:, 0] = 0
+    weight[4400, 0] = 40
+    gap = hidden @ weight.T
+    assert (gap[..., 4096:].amax(-1) - gap[..., :4096].amax(-1)).min() > 25
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        h, w = leaf(hidden, dtype), leaf(weight, dtype)
+        if dtype == torch.float32:
+            loss = alignloss.SFTLoss(backend=backend)(h, w, labels).loss
+        else:
+            loss = -token_logps(h, w, labels).mean()
+        loss.backward()
+        found.append([loss.detach(), h.grad, w.grad, w.grad[:4096]])
+    assert passes == [(1, 2 * T)]
+    for got, exact in zip(*found, strict=True):
+        assert error(got, exact) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [ONE, 14])
 def test_16_bit_errs_at_most_twice_as_much_as_plain_torch(tokens, dtype):
