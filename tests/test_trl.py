@@ -6,8 +6,10 @@ import json
 import os
 import random
 import socket
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -639,10 +641,14 @@ def test_a_copy_of_a_trained_model_is_a_model_of_its_own():
 
 def in_one_of_two(rank, port, case, mine, folder):
     """Logs of a trainer in two processes."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "1",
-    }  # fmt: skip
+    if rank is None:  # of a launcher
+        rank = int(os.environ["RANK"])
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    else:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1",
+        }  # fmt: skip
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     name, config, data, extra, options = TWO_PROCESSES[case]
@@ -733,3 +739,27 @@ def test_shared_prompts_have_no_images(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"text alone, and a batch has \['pixel_values'\] beside its tokens"):
         trained.train()
+
+
+@pytest.mark.nightly
+def test_accelerate_launch(tmp_path):
+    """The trainers in two processes of the launcher: what they log there is what TRL's log."""
+    found = {}
+    for mine in (False, True):
+        script = tmp_path / f"{mine}.py"
+        script.write_text(
+            "from pathlib import Path\n"
+            "from test_trl import in_one_of_two\n"
+            f"in_one_of_two(None, None, 'DPO', {mine}, Path({str(tmp_path)!r}))\n"
+        )
+        # its launcher of several processes on a CPU is mpirun's
+        options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[mine] = json.loads((tmp_path / f"{mine}.json").read_text())
+    for truth, got in zip(found[False], found[True], strict=True):
+        assert truth.keys() == got.keys()
+        for name, value in truth.items():
+            assert abs(got[name] - value) <= (LOSS if name == "loss" else METRICS) * max(1, abs(value)), name
