@@ -238,3 +238,24 @@ def test_many_log_probabilities_and_statistics(call, stats):
 @given(steps())
 def test_many_losses(step):
     check_loss(*step)
+
+
+def by_kernels(call):
+    """The same call on Triton's kernels, which compute in float32."""
+    tensors, dtypes, *rest, options = call
+    return tensors, [torch.float32 if d == torch.float64 else d for d in dtypes], *rest, options | {"backend": "triton"}
+
+
+@settings(max_examples=5, **SETTINGS)
+@given(calls(), SOME_STATS, steps())
+def test_kernels(call, stats, step):
+    check(by_kernels(call), stats)
+    check_loss(by_kernels(step[0]), *step[1:])
+
+
+@pytest.mark.nightly
+@settings(max_examples=500, **SETTINGS)
+@given(calls(), SOME_STATS, steps())
+def test_many_by_kernels(call, stats, step):
+    check(by_kernels(call), stats)
+    check_loss(by_kernels(step[0]), *step[1:])
