@@ -155,7 +155,8 @@ def linear_logprob_stats(
     """
     check_keywords("linear_logprob_stats takes the options", PROJECTION_OPTIONS, options)
     bits = backends.stat_bits(stats)
-    projection = project(hidden, weight, labels, bias, **options)
+    asked = bits, differentiable_entropy
+    projection = project(hidden, weight, labels, bias, asked, **options)
     outputs = score(projection, bits, differentiable_entropy)
     fields = {
         name: (value if name == "entropy" and differentiable_entropy else value.detach()).view(labels.shape)
@@ -213,7 +214,7 @@ def sequence_logprob(
     ignore_index = options.get("ignore_index", -100)
     labels = checked_labels("labels", labels)
     layout = cu_seqlens, options.get("validate"), real_sequences, ignore_index
-    offsets, sequences, group = parts_layout(labels, *layout, sequence_group)
+    offsets, sequences, group = parts_layout(labels, *layout, sequence_group, options.get("vocab_group"))
     weights = masked_weights(checked_token_weights(token_weights, labels), labels.reshape(-1), ignore_index)
     projection = project(hidden, weight, labels, bias, **options)
     sums = sequence_sum(score(projection)[0], offsets, sequences, weights, projection.options.backend)

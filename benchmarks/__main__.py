@@ -202,6 +202,8 @@ def study(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse at the start what would fail after minutes of measuring."""
+    if arguments.workspace is not None and arguments.workspace < 1:
+        raise SystemExit(f"--workspace is at least 1 MiB; got {arguments.workspace}")
     if arguments.rounds < 1:
         raise SystemExit(f"rounds are at least 1; got {arguments.rounds}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -339,8 +341,10 @@ def host(arguments: argparse.Namespace) -> None:
 
 def accuracy(arguments: argparse.Namespace) -> None:
     found = cases(arguments, arguments.tokens)
-    if min(arguments.offsets) < 0 or min(chosen.hidden for chosen in found) < 2:
-        raise SystemExit("an offset is at least 0, and H at least 2: a column of it holds the offset")
+    if not all(0 <= offset <= 1e6 for offset in arguments.offsets):
+        raise SystemExit(f"an offset is from 0 to 1e6; got {arguments.offsets}")
+    if min(min(chosen.hidden, chosen.vocabulary) for chosen in found) < 2:
+        raise SystemExit("H and V are at least 2: a column of H holds the offset")
     modes = ["trainable head", "SFT step"]
     names = list(dict.fromkeys(name for name, _ in available(found[0], arguments.providers, modes)))
     every: list[Row] = []

@@ -259,6 +259,22 @@ def test_another_thread_has_its_logits_and_no_loss():
     assert len(found) >= 1 and all(torch.equal(logits, expected) for logits in found)
 
 
+def test_one_module_as_two_heads_whose_hooks_change_its_input():
+    head, hidden, labels = nn.Linear(8, 20), torch.randn(4, 5, 8), torch.randint(0, 20, (4, 5))
+    ref = {"ref_hidden": hidden, "ref_weight": head}
+    handle = head.register_forward_pre_hook(lambda layer, given: None)  # that looks on
+    assert float(alignloss.linear_kl(hidden, head, hidden, head, labels).abs().max().detach()) <= 1e-6
+    assert error(alignloss.DPOLoss()(hidden, head, labels, **ref).loss.detach(), torch.tensor(2.0).log()) <= 1e-6
+    handle.remove()
+    head.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
+    for call in (
+        lambda: alignloss.linear_kl(hidden, head, hidden, head, labels),
+        lambda: alignloss.DPOLoss()(hidden, head, labels, **ref),
+    ):
+        with pytest.raises(ValueError, match="are one module whose hooks change its input"):
+            call()
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()

@@ -358,6 +358,26 @@ def refusals(rank, size, parts):
     refused("a DTensor", alignloss.linear_logprob, hidden, sharded, labels)
     trained = torch.nn.Parameter(sharded)
     refused("give them as vocab_group", alignloss.linear_logprob, hidden, trained.to_local(), labels)
+    of_others = {"vocab_group": dist.group.WORLD, "sequence_group": dist.group.WORLD}
+    refused("other tokens each", alignloss.CPOLoss(), hidden, part, labels, **of_others)
+    index = (labels.flatten() != -100).nonzero().flatten()
+    refused(f"{differ}token_index", score, hidden, part, labels, token_index=index if rank else None)
+    one, other = (alignloss.SimPOLoss(), alignloss.CPOLoss()) if rank else (alignloss.CPOLoss(), alignloss.CPOLoss())
+    refused(f"{differ}what is asked for", one, hidden, part, labels, **group)
+    refused(
+        f"{differ}what is asked for",
+        alignloss.DPOLoss(beta=0.1 + rank),
+        hidden,
+        part,
+        labels,
+        **group,
+        ref_logps=torch.zeros(4),
+    )
+    refused(f"{differ}what is asked for", other, hidden, part, labels, **group, stats=("entropy",) * rank)
+    stats = partial(alignloss.linear_logprob_stats, **group)
+    refused(f"{differ}what is asked for", stats, hidden, part, labels, stats=("entropy",) * rank)
+    batched = torch.func.vmap(lambda y: score(hidden[0], part, y, token_index=torch.arange(T)))
+    refused("no torch.func.vmap", batched, labels)
     ref = (hidden, weight.split(parts[::-1])[rank], labels)
     refused("must share vocabulary", partial(alignloss.linear_kl, **group), hidden, part, *ref)
     compiled = torch.compile(partial(alignloss.SFTLoss(), **group), fullgraph=True)
@@ -374,6 +394,57 @@ def refusals(rank, size, parts):
     for value in ("world", init_device_mesh("cpu", (1, size))):
         match = "must be a ProcessGroup or a DeviceMesh"
         refused(match, alignloss.linear_logprob, hidden, part, labels, vocab_group=value)
+
+
+def dtensors_of_other_splits(rank, size, parts):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    hidden, weight, _, labels = problem()
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "vocabulary"))
+    columns, rows = mesh["vocabulary"], mesh["data"]
+
+    def part_of(mesh, *placements):
+        return torch.nn.Parameter(distribute_tensor(weight, mesh, placements))
+
+    gathered = part_of(columns, Shard(0)).full_tensor(grad_placements=[Replicate()])
+    for other in (part_of(mesh, Shard(0), Shard(0)).to_local(), part_of(rows, Shard(0)).to_local(), gathered):
+        with pytest.raises(ValueError, match=r"was made of a DTensor .*; with vocab_group it is a part"):
+            alignloss.linear_logprob(hidden, other, labels, vocab_group=columns)
+    right = alignloss.linear_logprob(hidden, part_of(columns, Shard(0)).to_local(), labels, vocab_group=columns)
+    assert error(right.detach(), alignloss.linear_logprob(hidden, weight, labels)) <= FP32
+    whole = distribute_tensor(hidden, columns, [Replicate()])
+    with pytest.raises(ValueError, match=r"hidden is a DTensor.*redistribute"):
+        alignloss.linear_logprob(whole, part_of(columns, Shard(0)), labels, vocab_group=columns)
+    model = torch.nn.Sequential()
+    model.lm_head = torch.nn.Linear(hidden.shape[-1], V)
+    parallelize_module(model, columns, {"lm_head": ColwiseParallel()})
+    alignloss.SFTLoss()(hidden, model.lm_head, labels, vocab_group=columns)
+    for register in (model.lm_head.register_forward_hook, model.lm_head.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        with pytest.raises(ValueError, match="has hooks of its own"):
+            alignloss.SFTLoss()(hidden, model.lm_head, labels, vocab_group=columns)
+        handle.remove()
+
+
+def transposed(rank, size, parts):
+    """Parts in other layouts, of which one of a row, or none, has none."""
+    hidden, weight, _, labels = problem()
+    whole = leaf(hidden), leaf(weight)
+    weighed(alignloss.linear_logprob(*whole, labels)).backward()
+    for sizes in ([60, 41], [100, 1], [101, 0]):
+        for of in ([True, True], [True, False]):  # which are stored by columns
+            part = weight.split(sizes)[rank]
+            part = part.T.contiguous().T if of[rank] else part
+            part.requires_grad_()
+            mine = leaf(hidden, torch.float32)
+            options = {"workspace_bytes": 12_000, "vocab_group": dist.group.WORLD}
+            weighed(alignloss.linear_logprob(mine, part, labels, **options)).backward()
+            assert error(mine.grad, whole[0].grad) <= FP32
+            off = (part.grad - whole[1].grad.split(sizes)[rank]).norm() / whole[1].grad.norm()
+            assert off <= FP32
+            part = part.detach()
 
 
 def one_that_raises(rank, size, parts):
@@ -412,6 +483,14 @@ def test_the_kernels_take_a_part(work, tmp_path):
 @pytest.mark.parametrize("work", [split_twice, tensor_parallel])
 def test_beside_other_splits(work, tmp_path):
     run_processes(work, 4, tmp_path, None)
+
+
+def test_dtensors_of_other_splits(tmp_path):
+    run_processes(dtensors_of_other_splits, 4, tmp_path, None)
+
+
+def test_parts_lie_in_memory_as_they_like(tmp_path):
+    run_processes(transposed, 2, tmp_path, None)
 
 
 def test_a_gradient_is_rounded_once(tmp_path):

@@ -67,7 +67,7 @@ def one_pass_loss(
     """
     check_keywords("one_pass_loss takes the options", PROJECTION_OPTIONS, options)
     bits = backends.stat_bits(stats)
-    projection = project(hidden, weight, labels, bias, **options)
+    projection = project(hidden, weight, labels, bias, bits, **options)
     members = None if units is None else _checked_units(units, labels)
 
     def evaluate(logps: Tensor, values: Sequence[Tensor | None]) -> Tensor:

@@ -179,7 +179,7 @@ class PreferenceLoss(HeadLoss):
         self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
         self._check_nll(nll_labels=nll_labels, num_tokens=num_tokens)
         labels, checks = checked_labels("labels", labels), (self.validate, real_sequences, self.ignore_index)
-        offsets, sequences, group = parts_layout(labels, cu_seqlens, *checks, sequence_group)
+        offsets, sequences, group = parts_layout(labels, cu_seqlens, *checks, sequence_group, vocab_group)
         if self.paired and sequences % 2:
             raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
         of_call = {"token_index": token_index, "vocab_group": vocab_group}
@@ -188,7 +188,7 @@ class PreferenceLoss(HeadLoss):
         if nll_labels is not None:
             nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets, sequences)
             scored_labels = torch.where(labels != self.ignore_index, labels, nll_labels)
-        projection = project(hidden, weight, scored_labels, bias, **of_call, **self.head_options)
+        projection = project(hidden, weight, scored_labels, bias, (self, stats), **of_call, **self.head_options)
         batch = Batch(labels.reshape(-1), offsets, sequences, self.paired, projection.options.backend, group=group)
         batch = self._with_data(batch, labels, token_weights, pair_weights, nll_labels, num_sequences, num_tokens, data)
         if ref_hidden is not None and ref_weight is not None:

@@ -19,6 +19,7 @@ from ..checks import (
     check_tensor,
     check_values_exist,
     checked_labels,
+    is_dtensor,
     savable,
     validates,
 )
@@ -32,7 +33,6 @@ from .sizes import (
     default_workspace,
     one_pass_workspace,
     total_memory,
-    writes_dweight,
 )
 from .vocabulary import Split, agree, check_part, local_part
 
@@ -149,6 +149,7 @@ def project(
     weight: Tensor | nn.Module,
     labels: Tensor,
     bias: Tensor | None,
+    asked: Any = None,  # for what: the processes of one split vocabulary compare how it prints
     *,
     token_index: Tensor | None = None,
     ignore_index: int = -100,
@@ -173,7 +174,7 @@ def project(
     select, given = False, token_index is not None
     if token_index is not None:
         token_index = savable(token_index.long())
-    elif is_batchedtensor(flat_labels):
+    elif is_batchedtensor(flat_labels) and group is None:
         raise ValueError(
             "under torch.func.vmap over labels each call would score its own number of positions: give token_index, "
             "padded to one number by positions that carry ignore_index"
@@ -199,7 +200,7 @@ def project(
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     one_pass = int(workspace_bytes or one_pass_workspace(*where))
     if group is not None:
-        same = _alike(hidden, weight, bias, options)
+        same = _alike(hidden, weight, bias, options) | {"token_index": given, "what is asked for": asked}
         bytes_of_both = options.workspace_bytes, one_pass
         split, (least, one_pass) = agree(group, len(weight), flat_labels, token_index, same, bytes_of_both)
         options = options._replace(workspace_bytes=least, vocab_group=split.group, vocab_parts=split.parts)
@@ -231,7 +232,7 @@ def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options
     grads = [name for name, value in tensors.items() if value.requires_grad and torch.is_grad_enabled()]
     return {
         "hidden": (tuple(hidden.shape), hidden.dtype),
-        "weight": (weight.shape[1], weight.dtype, "slices of a gradient written by GEMMs", writes_dweight(weight)),
+        "weight": (weight.shape[1], weight.dtype),
         "bias": None if bias is None else bias.dtype,
         "what requires a gradient": grads,
         "options": options._replace(workspace_bytes=0)._asdict(),
@@ -243,6 +244,11 @@ def _check_tensors(
 ) -> None:
     required = {"hidden": hidden, "weight": weight, "labels": labels}
     given = {name: value for name, value in (("bias", bias), ("token_index", token_index)) if value is not None}
+    if is_dtensor(hidden):
+        raise ValueError(
+            "hidden is a DTensor, of which this call would see a part: give the hidden states of every token, "
+            "hidden.redistribute(placements=[Replicate()]).to_local()"
+        )
     hints = {"weight": "; pass lm_head or lm_head.weight", "hidden": "; pass the model's last hidden states"}
     for name, value in (required | given).items():
         if isinstance(value, Tensor):

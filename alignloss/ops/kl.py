@@ -47,7 +47,7 @@ class _Heads:
             sum(foot.width * foot.gemm_dtype.itemsize * foot.copies_rows for foot in feet)
             + feet[0].width * feet[0].gemm_dtype.itemsize
             + feet[0].row_product_bytes,
-            sum(foot.slice_bytes for foot in feet) + feet[0].width * accum * (not writes_dweight(policy.weight)),
+            sum(foot.slice_bytes for foot in feet) + feet[0].width * accum * (not policy.sized_direct),
             # two tiles; in torch one for exponentials or sech^2, a mask, and the gradient as an operand
             (2 + self.spare) * accum + self.spare + feet[0].narrow_bytes,
         )

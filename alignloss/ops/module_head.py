@@ -81,12 +81,23 @@ def _inside(
             "hook, or give the weight"
         )
     hooked = layer is not head or any(getattr(head, hooks) for hooks in _HOOKS)
-    # of a head that is split over the vocabulary the hooks make logits of its parts, and gather nothing
     split = given.get("vocab_group") is not None and is_dtensor(layer.weight) and not hasattr(head, "_get_fsdp_state")
+    if hooked and split:
+        _check_hooks_of_split(layer, weight)
     if _runs(layer) or not hooked or split:
         return function(**given | {weight: layer.weight, bias: layer.bias})
     check_tensor(hidden, given.get(hidden))
     return _between_hooks(head, layer, hidden, weight, bias, given, function)
+
+
+def _check_hooks_of_split(layer: nn.Module, name: str) -> None:
+    """Hooks by which torch makes logits of the parts of a head gather nothing, and are left out; others are not."""
+    hooks = [hook for kind in _HOOKS for hook in getattr(layer, kind).values()]
+    if not all(getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for hook in hooks):
+        raise ValueError(
+            f"{name} is a module that is split over vocab_group and has hooks of its own, which would see no logits: "
+            "remove them, or give the weight"
+        )
 
 
 @torch.compiler.disable
@@ -104,6 +115,7 @@ def _between_hooks(
     made: list[Tensor] = []
 
     def forward(layer: nn.Module, rows: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        _check_input(rows, layer, hidden, weight, given)
         found.append(function(**given | {hidden: rows, weight: layer.weight, bias: layer.bias}))
         made.append(standing_for(found[0], rows))
         return made[0]
@@ -114,6 +126,19 @@ def _between_hooks(
         raise ValueError(f"{weight} is a {type(head).__name__} that ran its linear layer {len(calls)} times, not once")
     _check_unchanged(made[0], returned, weight)
     return through(found[0], returned)
+
+
+def _check_input(rows: Tensor, layer: nn.Module, hidden: str, weight: str, given: dict[str, Any]) -> None:
+    """Where one module is two heads of a call, it runs once: its hooks must leave the hidden states as they are."""
+    heads = {name: value for name, value in given.items() if name.endswith("weight") and name != weight}
+    for name, head in heads.items():
+        if not isinstance(head, nn.Module) or _linear(getattr(head, "_orig_mod", head), name) is not layer:
+            continue
+        if rows.dtype != given[hidden].dtype or not torch.equal(rows, given[hidden]):
+            raise ValueError(
+                f"{weight} and {name} are one module whose hooks change its input, and it runs once in a call: "
+                f"give the weight as {name}, with hidden states as the head takes them"
+            )
 
 
 def _check_unchanged(made: Tensor, returned: Any, name: str) -> None:

@@ -34,6 +34,16 @@ def checked_group(name: str, group: Any) -> Any:
     raise ValueError(f"{name} must be a ProcessGroup or a DeviceMesh of one dimension, got {group!r}")
 
 
+def check_apart(sequence_group: Any, vocab_group: Any) -> None:
+    """A ValueError for processes that would have the same tokens, of one vocabulary, and parts of one sequence."""
+    both = set(dist.get_process_group_ranks(sequence_group)) & set(dist.get_process_group_ranks(vocab_group))
+    if len(both) > 1:
+        raise ValueError(
+            f"processes {sorted(both)} are in sequence_group, whose processes have other tokens each, and in "
+            "vocab_group, whose processes have the same ones: give the two dimensions of a mesh"
+        )
+
+
 def check_sequences(group: Any, sequences: int, device: torch.device) -> None:
     """A ValueError on every process of a group, where they have parts of different numbers of sequences."""
     mine = torch.tensor([sequences], device=device)
@@ -92,9 +102,15 @@ def _check_gathered(weight: Tensor, group: Any) -> None:
     if node is None or node.dtensor_spec.mesh.size() == 1:
         return
     placements = node.dtensor_spec.placements
+    if group is not None:
+        ranks = node.dtensor_spec.mesh.mesh.flatten().tolist()
+        if len(placements) != 1 or not placements[0].is_shard(0) or ranks != dist.get_process_group_ranks(group):
+            raise ValueError(
+                f"weight was made of a DTensor {placements} on the processes {ranks}; with vocab_group it is a part of "
+                f"the head, split by Shard(0) over those of the group, {dist.get_process_group_ranks(group)}"
+            )
+        return
     if any(placement.is_shard() for placement in placements):
-        if group is not None:
-            return
         raise ValueError(
             f"weight is the local shard of a DTensor {placements}; its probabilities would be those of a part of the "
             "head. Where the processes of its mesh have the same tokens, give them as vocab_group; elsewhere "

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_like, check_tensor, check_values_exist, savable, validates
 from .context import Op, device_guard, no_double_backward
-from .processes import check_sequences, checked_group
+from .processes import check_apart, check_sequences, checked_group
 
 
 def sequence_layout(
@@ -73,9 +73,12 @@ def parts_layout(
     real_sequences: int | None,
     ignore_index: int,
     sequence_group: Any,
+    vocab_group: Any,
 ) -> tuple[Tensor | None, int, Any]:
     """`sequence_layout`, and the ProcessGroup whose processes each hold a part of every sequence, or an empty one."""
     group = checked_group("sequence_group", sequence_group)
+    if group is not None and vocab_group is not None:
+        check_apart(group, checked_group("vocab_group", vocab_group))
     layout = cu_seqlens, validate, real_sequences, ignore_index
     offsets, sequences = sequence_layout(labels, *layout, may_be_empty=group is not None)
     if group is not None and validates(validate, labels.device):

@@ -82,6 +82,11 @@ class Walk(Scored):
         if bias is not None:
             self.bias = bias.to(options.compute_dtype).to(self.accum_dtype) * self.transform.linear
 
+    @property
+    def sized_direct(self) -> bool:
+        """Whether sizes may count on `writes_dweight`: not where the parts of other processes may lie otherwise."""
+        return self.split is None and writes_dweight(self.weight)
+
     def tile_view(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
         """The tile (rows, columns) in a buffer (..., at least rows x pitch of the columns)."""
         pitch = self.footprint.pitch(columns)
@@ -130,7 +135,7 @@ class Walk(Scored):
         primitives, transform = self.primitives, self.transform
         derivatives = (dlogp is not None) + (dentropy is not None)
         block, columns, _ = self.footprint.forward_tile(
-            self.rows, stats, derivatives, self.workspace_bytes, recomputed, writes_dweight(self.weight)
+            self.rows, stats, derivatives, self.workspace_bytes, recomputed, self.sized_direct
         )
         if held is not None:
             block, columns = self.rows, held.columns
@@ -246,7 +251,7 @@ class Walk(Scored):
         written = writes_dweight(dweight if need_dweight else self.weight)
         assert not add or (written and upstream.unit is None)
         # where logits have to be those of the forward, its tile: that knew the weight and not how its gradient lies
-        direct = writes_dweight(self.weight) if self.footprint.recomputes_exactly else written
+        direct = self.sized_direct if self.footprint.recomputes_exactly else written
         (block, columns, _), direct = self.footprint.backward_tile(
             self.rows, stats, derivatives, direct, self.workspace_bytes, rounded=dweight.is_contiguous()
         )
