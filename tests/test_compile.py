@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
 from alignloss.losses.common import log_odds
-from alignloss.ops import logprob, preference, sequence
+from alignloss.ops import kl, logprob, preference, sequence
 
 REF = torch.linspace(-9, -3, 4)
 
@@ -185,6 +185,15 @@ def test_opcheck_of_the_log_probability(stats, with_index):
         2 if stats else 1, True, not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True,
     )  # fmt: skip
     torch.library.opcheck(logprob.linear_logprob_fwd.operator, arguments)
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_opcheck_of_the_kl(with_index):
+    hidden, weight, bias, labels = inputs(9, hidden_size=5, vocabulary=13, dtype=torch.float32)
+    index = torch.nonzero(labels != -100).squeeze(1) if with_index else None
+    heads = *(leaf(t, torch.float32) for t in (hidden, weight, bias)), hidden.flip(0), weight.flip(0), None
+    options = not with_index, torch.float32, -100, 1.2, 2.0, 0.9, "torch", 4_000, True
+    torch.library.opcheck(kl.linear_kl_fwd.operator, (*heads, labels, index, torch.float32, *options))
 
 
 @pytest.mark.parametrize("offsets", [torch.tensor([0, 4, 4, 9]), None])

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ def whole_model(rank: int, size: int, how: str, tied: bool) -> None:
     """A model of transformers, as it comes, sharded in several ways, by head_call."""
     import transformers
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     from alignloss.hf import UnsupportedModel, check_model, head_call, hidden_and_head
 
@@ -98,6 +99,8 @@ def whole_model(rank: int, size: int, how: str, tied: bool) -> None:
     single = copy.deepcopy(model)
     if how.startswith("DDP"):
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters="unused" in how)
+    elif how == "FSDP1":
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     else:
         mesh = init_device_mesh("cpu", (2,))
         for layer in model.model.layers if "layers" in how else ():
@@ -121,9 +124,13 @@ def whole_model(rank: int, size: int, how: str, tied: bool) -> None:
         wrapped.zero_grad()
         loss_of(single, torch.arange(2 * B)).backward()
         loss_of(wrapped, torch.cat([mine, B + mine])).backward()
-        for (name, got), expected in zip(model.named_parameters(), single.parameters(), strict=True):
-            gradient = got.grad if how.startswith("DDP") else got.grad.full_tensor()
-            assert error(gradient, expected.grad) <= 2e-5, name
+        summoned = nullcontext()
+        if how == "FSDP1":
+            summoned = FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True)
+        with summoned:
+            for (name, got), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+                gradient = got.grad.full_tensor() if how.startswith("FSDP2") else got.grad
+                assert error(gradient, expected.grad) <= 2e-5, name
     with pytest.raises(UnsupportedModel, match="head_call"):
         hidden_and_head(wrapped, {"input_ids": ids})
 
@@ -141,6 +148,8 @@ def nightly(*values):
         ("FSDP2 layers", True),
         nightly("FSDP2 layers", False),
         ("FSDP2 layers head", False),
+        ("FSDP1", False),
+        nightly("FSDP1", True),
     ],
 )
 def test_a_model_of_transformers_has_the_gradients_of_one_process(how, tied, tmp_path):
