@@ -205,6 +205,7 @@ def test_every_metric_of_offsets_that_do_not_fit_is_no_number(loss):
     given = {"kto": {"kl": 0.1}, "sft": {"rewards": 0.0}}.get(loss, {})  # whatever the offsets
     for name, value in given.items():
         assert float(metrics.pop(name)) == pytest.approx(value)
+    assert metrics.pop("not_finite") == 6
     assert all(value.isnan() for value in metrics.values()), metrics
 
 
