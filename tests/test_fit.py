@@ -424,10 +424,15 @@ def test_the_command_prints_a_table():
     ("arguments", "message"),
     [
         (["--model", "gpt-5"], "'gpt-5' is neither a config.json nor one of smollm2-135m"),
-        (["--model", "llama-3-8b", "--labelled", "0"], "labelled must lie in (0, 1]"),
-        (["--model", "llama-3-8b", "--gpu-memory", "inf"], "gpu_memory must be a positive number, got inf"),
-        (["--model", "llama-3-8b", "--precision", "fp8"], "precision must be 'bf16', 'mixed' or 'fp32'"),
-        (["--model", "llama-3-8b", "--optimizer", "lion"], "optimizer one of ['adamw'"),
+        *(
+            pytest.param(["--model", "llama-3-8b", *arguments], message, marks=pytest.mark.nightly)
+            for arguments, message in (
+                (["--labelled", "0"], "labelled must lie in (0, 1]"),
+                (["--gpu-memory", "inf"], "gpu_memory must be a positive number, got inf"),
+                (["--precision", "fp8"], "precision must be 'bf16', 'mixed' or 'fp32'"),
+                (["--optimizer", "lion"], "optimizer one of ['adamw'"),
+            )
+        ),
     ],
 )
 def test_bad_input_is_explained(arguments, message):

@@ -475,7 +475,7 @@ def test_every_call(work, size, parts, tmp_path):
     run_processes(work, size, tmp_path, parts, "torch")
 
 
-@pytest.mark.parametrize("work", [token_calls, module_calls, sharp])
+@pytest.mark.parametrize("work", [pytest.param(token_calls, marks=pytest.mark.nightly), module_calls, sharp])
 def test_the_kernels_take_a_part(work, tmp_path):
     run_processes(work, 2, tmp_path, (100, 1), "triton")
 

@@ -59,13 +59,13 @@ def folder(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.nightly)])
-def test_a_run_is_had_again_from_its_line(folder, tmp_path, few):
+@pytest.mark.nightly
+def test_a_run_is_had_again_from_its_line(folder, tmp_path):
     lines = schedule.read_table(folder / "runs.csv")
     assert len(lines) == len(schedule.PROFILES["tiny"].rows()) == 24
     threads = torch.get_num_threads()
     lines = [line for line in lines if line["scenario"] == "after SFT" and line["pairs"] == "32"]
-    for line in lines[:2] if few else lines:
+    for line in lines:
         found = schedule.execute("generated", schedule.row_of(line), tmp_path / "starts")  # its start too
         for name, value in found.items():
             if name != "seconds":
@@ -73,7 +73,8 @@ def test_a_run_is_had_again_from_its_line(folder, tmp_path, few):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("cut", [2, *(pytest.param(cut, marks=pytest.mark.nightly) for cut in (1, 40))])
+@pytest.mark.nightly
+@pytest.mark.parametrize("cut", [1, 2, 40])
 def test_what_was_cut_off_is_run_again(folder, cut):
     table = folder / "runs.csv"
     whole = schedule.read_table(table)
@@ -98,6 +99,7 @@ def damaged(lines, fault):
     return [*lines[: 3 + (fault == "another judge")], ",".join(cells), *lines[4:]]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -117,6 +119,7 @@ def test_a_damaged_table_is_refused_and_left_as_it_is(folder, tmp_path, fault, m
     assert table.read_text() == text
 
 
+@pytest.mark.nightly
 def test_a_table_may_hold_a_line_twice_and_what_is_no_number(folder, tmp_path):
     lines = (folder / "runs.csv").read_text().splitlines()
     place = lines[0].split(",").index("kl")
@@ -147,12 +150,14 @@ def test_a_package_that_is_missing_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.nightly
 def test_the_folder_of_the_results_is_no_file(folder):
     command = [sys.executable, "-m", "benchmarks", "study", "--profile", "tiny", "--out", str(folder / "runs.csv")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "runs.csv is a file" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.nightly
 def test_a_run_that_fails_leaves_the_others(folder):
     profile = schedule.PROFILES["tiny"]._replace(methods=("no method", "sft"), sizes=())
     lines, failures = schedule.run_all(profile, folder, processes=1)
@@ -160,6 +165,7 @@ def test_a_run_that_fails_leaves_the_others(folder):
     assert "KeyError: 'no method'" in failures[0]
 
 
+@pytest.mark.nightly
 def test_a_table_of_something_else_is_left_alone(folder, tmp_path):
     profile, text = schedule.PROFILES["tiny"]._replace(seeds=2), (folder / "runs.csv").read_text()
     commit = schedule.read_table(folder / "runs.csv")[0]["commit"]
@@ -178,6 +184,7 @@ def test_a_table_of_something_else_is_left_alone(folder, tmp_path):
     assert len(schedule.run_all(schedule.PROFILES["tiny"], tmp_path / "commit", processes=1)[0]) == 24
 
 
+@pytest.mark.nightly
 def test_the_report(folder):
     lines = schedule.read_table(folder / "runs.csv")
     page = write_report(lines, folder, generated.FAMILIES, generated.ABOUT).read_text()
@@ -187,13 +194,8 @@ def test_the_report(folder):
     assert "seeds: 2" in page and "one seed tells nothing" not in page
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(method, marks=[] if method in ("dpo", "cpo", "spin") else pytest.mark.nightly)
-        for method in methods.METHODS
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_each_method_raises_its_own_objective(folder, method):
     steps, rate = (60, 3e-3) if method == "rlhf" else (24, 1e-3)  # which sees a few samples in a step
     row = methods.Row("after SFT", method, 0, 64, 1.0, rate, steps, 16, 60)

@@ -230,7 +230,11 @@ REFUSED_ALIKE = [
     [
         ({"methods": {"dpo": {"learning_rate": 1e-3, "beta": -0.1}}}, "methods.dpo: .*beta must lie in"),
         ({"sft": {"learning_rate": "fast"}}, "sft.learning_rate: Input should be a valid number"),
-        ({"sft": {"learning_rate": 1e-3, "epochs": 1}}, "sft: --steps and --epochs are both given"),
+        pytest.param(
+            {"sft": {"learning_rate": 1e-3, "epochs": 1}},
+            "sft: --steps and --epochs are both given",
+            marks=pytest.mark.nightly,
+        ),
         ({"base": "/nowhere/model"}, "sft: there is no folder /nowhere/model"),
         *(pytest.param(*case, marks=pytest.mark.nightly) for case in REFUSED_ALIKE),
     ],
