@@ -83,17 +83,17 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks them no second time
         with torch.no_grad():
-            gradients = _OnePass.gradients(ctx, upstream)
+            gradients = _OnePass.gradients(ctx, saved, upstream)
         if torch.is_grad_enabled():  # create_graph=True
-            anchor = torch.ones((), device=upstream.device, requires_grad=True)
-            gradients = _OnlyFirstDerivatives.apply(anchor, *gradients)
+            gradients = _OnlyFirstDerivatives.apply(4, *saved[:3], upstream, *gradients)
         return *gradients, *[None] * 5
 
     @staticmethod
-    def gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: Sequence[Any], upstream: Tensor) -> tuple[Tensor | None, ...]:
         """dhidden, dweight, dbias and dcolumns."""
-        hidden, weight, bias, labels, state, dlogp, dlogps, *indices = ctx.saved_tensors
+        hidden, weight, bias, labels, state, dlogp, dlogps, *indices = saved
         gradient, ctx.gradient = ctx.gradient, None
         # one that is made already has to fit what it belongs to
         check_kept(ctx.kept, values=gradient is None, hidden=hidden, weight=weight, bias=bias)
@@ -115,10 +115,11 @@ class _OnePass(torch.autograd.Function):
 
 
 class _OnlyFirstDerivatives(torch.autograd.Function):
-    """Gradients that raise an error where they would be differentiated."""
+    """Gradients that raise an error where they would be differentiated in what they were made from."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, made_from: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = tensors[made_from:]
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     backward = staticmethod(no_double_backward)
