@@ -174,7 +174,7 @@ def project(
     select, given = False, token_index is not None
     if token_index is not None:
         token_index = savable(token_index.long())
-    elif is_batchedtensor(flat_labels) and group is None:
+    elif is_batchedtensor(flat_labels):
         raise ValueError(
             "under torch.func.vmap over labels each call would score its own number of positions: give token_index, "
             "padded to one number by positions that carry ignore_index"
@@ -222,7 +222,6 @@ def _parts(weight: Tensor | nn.Module, bias: Tensor | None, group: Any) -> tuple
         )
     part = local_part("weight", weight, group)
     check_part("weight", part)
-    assert part is not None
     return part, local_part("bias", bias, group)
 
 
