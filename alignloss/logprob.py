@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import check_keywords, check_savable, checked_labels
-from .ops.head import PROJECTION_OPTIONS, Projection, project
+from .ops.head import PROJECTION_OPTIONS, Projection, meaning, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
 from .ops.module_head import takes_modules
@@ -214,9 +214,11 @@ def sequence_logprob(
     ignore_index = options.get("ignore_index", -100)
     labels = checked_labels("labels", labels)
     layout = cu_seqlens, options.get("validate"), real_sequences, ignore_index
-    offsets, sequences, group = parts_layout(labels, *layout, sequence_group, options.get("vocab_group"))
+    groups = sequence_group, options.get("vocab_group"), {"what is asked for": meaning(options), "data": None}
+    offsets, sequences, group = parts_layout(labels, *layout, *groups)
     weights = masked_weights(checked_token_weights(token_weights, labels), labels.reshape(-1), ignore_index)
-    projection = project(hidden, weight, labels, bias, **options)
+    data = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "token_weights": token_weights}
+    projection = project(hidden, weight, labels, bias, None, data, **options)
     sums = sequence_sum(score(projection)[0], offsets, sequences, weights, projection.options.backend)
     lengths = labelled_tokens(labels, offsets, sequences, ignore_index)
     sums, lengths = sums_over(group, sums, lengths)

@@ -160,6 +160,7 @@ def parse() -> argparse.Namespace:
 def curves(arguments: argparse.Namespace) -> None:
     from .curves import draw, measure_curves
 
+    check_out(arguments)
     result = measure_curves(arguments.losses, arguments.train, arguments.steps)
     path = arguments.out / f"{arguments.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -219,6 +220,12 @@ def check(arguments: argparse.Namespace) -> None:
         for package in (*needed, *(["peft"] if "lora" in getattr(arguments, "train", ()) else [])):
             if find_spec(package) is None:
                 raise SystemExit(f"a whole step needs {package}, which is not installed")
+    check_out(arguments)
+
+
+def check_out(arguments: argparse.Namespace) -> None:
+    if Path(arguments.name).name != arguments.name:
+        raise SystemExit(f"--name is that of a file in the folder --out, without folders; got {arguments.name!r}")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -81,6 +81,7 @@ def test_time_and_memory_are_plotted(measured):
         (["--tokens", "63"], "8 sequences of one length; got 63"),
         (["--masked", "1.0"], "in [0, 1); got 1.0"),
         (["--rounds", "0"], "rounds are at least 1"),
+        (["--name", "../other"], "without folders; got '../other'"),
         (["--pairs", "0"], "sequences come in pairs; got 0"),
         (["step"], "a whole step needs shapes of models, out of smollm2-135m"),
     ],

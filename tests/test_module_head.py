@@ -214,6 +214,21 @@ def test_hooks_that_change_the_input_or_only_look_take_part(mode):
         assert alignloss.linear_logprob(hidden[:0], head, labels[:0]).shape == (0, T)
 
 
+def test_hooks_of_every_module_take_part():
+    hidden, head, labels = problem(True)
+    of_every_module = torch.nn.modules.module
+    handle = of_every_module.register_module_forward_pre_hook(lambda layer, given: (2 * given[0],))
+    with handle:
+        got = alignloss.linear_logprob(hidden, head, labels)
+    assert torch.equal(got, alignloss.linear_logprob(2 * hidden, head.weight, labels, head.bias))
+    for register, hook in (
+        (of_every_module.register_module_forward_hook, lambda layer, given, out: 2 * out),
+        (of_every_module.register_module_full_backward_pre_hook, lambda layer, grads: None),
+    ):
+        with register(hook), pytest.raises(ValueError, match="hook"):
+            alignloss.linear_logprob(hidden, head, labels)
+
+
 def test_a_hooked_module_under_vmap():
     hidden, head, labels = problem(True)
     head.register_forward_hook(lambda *_: None)

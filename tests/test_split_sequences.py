@@ -152,6 +152,35 @@ def refusals(rank, size, cuts):
             alignloss.CPOLoss()(hidden, weight, labels, sequence_group=alone)
 
 
+def data_that_differ(rank, size, cuts):
+    """What belongs to whole sequences and one process has otherwise is an error on all of them."""
+    hidden, weight, labels, factors = problem()
+    given = {"sequence_group": dist.group.WORLD}
+    logps, pairs = torch.linspace(-20, -10, SEQUENCES), torch.ones(2)
+    elsewhere = rank == size - 1
+
+    def dpo(beta=0.1, ref_logps=logps, validate=None, temperature=1.0, **data):
+        loss_fn = alignloss.DPOLoss(beta=beta, validate=validate, temperature=temperature)
+        return loss_fn(hidden, weight, labels, ref_logps=ref_logps, **data, **given)
+
+    for name, value, other in (
+        ("data", {"ref_logps": logps}, {"ref_logps": logps.flip(0)}),
+        ("data", {"pair_weights": pairs}, {"pair_weights": pairs / 2}),
+        ("data", {"num_sequences": 2}, {"num_sequences": 3}),
+        ("what is asked for", {"beta": 0.1}, {"beta": 0.2}),
+        ("what is asked for", {"temperature": 1.0}, {"temperature": 2.0}),
+    ):
+        dpo(**value)
+        with pytest.raises(ValueError, match=rf"must agree, and these differ: {name} \(here"):
+            dpo(**(other if elsewhere else value))
+    with pytest.raises(ValueError, match="these differ: what is asked for"):
+        alignloss.sequence_logprob(hidden, weight, labels, temperature=1.0 + elsewhere, **given)
+    with pytest.raises(ValueError, match="these differ: data"):
+        alignloss.SFTLoss()(hidden, weight, labels, num_tokens=5 + elsewhere, **given)
+    dpo(token_weights=factors * (1 + rank))  # of a part
+    dpo(ref_logps=logps.flip(0) if elsewhere else logps, validate=False)
+
+
 def one_that_raises(rank, size, cuts):
     """The others get an error of their own after the group's time-out, be the one still there."""
     hidden, weight, labels, _ = problem()
@@ -173,7 +202,9 @@ def test_losses_and_gradients_are_those_of_one_process(work, size, cuts, tmp_pat
     run_processes(work, size, tmp_path, cuts)
 
 
-@pytest.mark.parametrize(("work", "seconds"), [(collectives, 300), (refusals, 300), (one_that_raises, 3)])
+@pytest.mark.parametrize(
+    ("work", "seconds"), [(collectives, 300), (refusals, 300), (data_that_differ, 300), (one_that_raises, 3)]
+)
 def test_what_a_step_asks_of_the_group(work, seconds, tmp_path):
     run_processes(work, 2, tmp_path, CUTS[2][0], seconds=seconds)
 

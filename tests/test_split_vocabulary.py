@@ -396,6 +396,63 @@ def refusals(rank, size, parts):
         refused(match, alignloss.linear_logprob, hidden, part, labels, vocab_group=value)
 
 
+def with_margins(chosen_logps, rejected_logps, margins, desirable):
+    gaps = chosen_logps - rejected_logps - margins
+    return -gaps * desirable, chosen_logps.detach(), rejected_logps.detach()
+
+
+def data_that_differ(rank, size, parts):
+    """Whatever results depend on and one process has otherwise is an error on all of them; hidden states may err."""
+    hidden, weight, _, labels = problem()
+    part, group = weight.split(parts)[rank], {"vocab_group": dist.group.WORLD}
+    loss_fn = alignloss.PreferenceLoss(with_margins, nll_weight=1.0)
+    margins = {"margins": torch.tensor([0.5, 0.25]), "desirable": torch.tensor([True, False])}
+    dpo, logps = alignloss.DPOLoss(), torch.linspace(-20, -10, SEQUENCES)
+    elsewhere = rank == size - 1  # the one process whose data are others
+
+    def others(values):
+        values = values.clone()
+        values.view(-1)[-1] = not values.view(-1)[-1] if values.dtype == torch.bool else 1.5
+        return values
+
+    def moved(offsets):
+        return offsets + torch.tensor([0, 0, 1, 0, 0])
+
+    packed = partial(alignloss.sequence_logprob, hidden.flatten(0, 1), part, labels.flatten())
+    ones, offsets = torch.ones(labels.shape), torch.arange(SEQUENCES + 1) * T
+    cases = [
+        (partial(dpo, hidden, part, labels), {"ref_logps": logps}, others),
+        (partial(dpo, hidden, part, labels, ref_logps=logps), {"pair_weights": torch.ones(2)}, others),
+        (partial(dpo, hidden, part, labels, ref_logps=logps), {"token_weights": ones}, others),
+        (partial(dpo, hidden, part, labels, ref_logps=logps), {"num_sequences": 4.0}, lambda number: number + 1),
+        (partial(loss_fn, hidden, part, labels), margins, lambda margin: others(margin)),
+        (
+            partial(loss_fn, hidden, part, labels, **margins),
+            {"nll_labels": labels},
+            lambda y: y.masked_fill(y > 50, -100),
+        ),
+        (partial(loss_fn, hidden, part, labels, **margins), {"num_tokens": torch.tensor(8)}, lambda number: number + 1),
+        (partial(alignloss.SFTLoss(), hidden, part, labels), {"token_weights": ones}, others),
+        (partial(alignloss.SFTLoss(), hidden, part, labels), {"num_tokens": 3}, lambda number: number + 1),
+        (packed, {"cu_seqlens": offsets}, moved),
+        (partial(packed, cu_seqlens=offsets), {"token_weights": ones.flatten()}, others),
+    ]
+    for call, data, changed in cases:
+        call(**data, **group)
+        for name, value in data.items():
+            mine = data | ({name: changed(value)} if elsewhere else {})
+            with pytest.raises(ValueError, match=rf"must agree, and these differ: data \(here .*'{name}'"):
+                call(**mine, **group)
+    generator = torch.Generator().manual_seed(rank)
+    dropped = hidden * (torch.rand(hidden.shape, generator=generator) > 0.1) / 0.9
+    rounded = hidden * (1 + 2**-9 * torch.randn(hidden.shape, generator=generator))
+    unknown = hidden.index_fill(1, torch.tensor([0]), torch.nan)
+    with pytest.raises(ValueError, match=r"same hidden states; those of ranks \[.*drops out"):
+        alignloss.linear_logprob(dropped, part, labels, **group)
+    alignloss.linear_logprob(rounded, part, labels, **group)
+    assert alignloss.linear_logprob(unknown, part, labels, **group)[:, 1:].isfinite().all()
+
+
 def dtensors_of_other_splits(rank, size, parts):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -426,6 +483,25 @@ def dtensors_of_other_splits(rank, size, parts):
         with pytest.raises(ValueError, match="has hooks of its own"):
             alignloss.SFTLoss()(hidden, model.lm_head, labels, vocab_group=columns)
         handle.remove()
+
+
+def written_to(rank, size, parts):
+    """A DTensor that is written to between forward and backward; plain tensors are refused by torch itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    hidden, weight, _, labels = problem()
+    mesh = init_device_mesh("cpu", (size,))
+    for wrapped in (False, True):
+        head = torch.nn.Linear(weight.shape[1], V, bias=False)
+        head.weight = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+        given = head if wrapped else head.weight
+        alignloss.SFTLoss()(leaf(hidden, torch.float32), given, labels, vocab_group=mesh).loss.backward()
+        loss = alignloss.linear_logprob(leaf(hidden, torch.float32), given, labels, vocab_group=mesh).sum()
+        with torch.no_grad():
+            head.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="needs weight as the forward had it, and it was written to in place"):
+            loss.backward()
 
 
 def transposed(rank, size, parts):
@@ -487,6 +563,14 @@ def test_beside_other_splits(work, tmp_path):
 
 def test_dtensors_of_other_splits(tmp_path):
     run_processes(dtensors_of_other_splits, 4, tmp_path, None)
+
+
+def test_data_of_every_process_are_the_same(tmp_path):
+    run_processes(data_that_differ, 4, tmp_path, (30, 30, 30, 11))
+
+
+def test_a_head_is_written_to_before_the_backward(tmp_path):
+    run_processes(written_to, 2, tmp_path, None)
 
 
 def test_parts_lie_in_memory_as_they_like(tmp_path):

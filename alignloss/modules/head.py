@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends
 from ..checks import check_keywords, check_number, check_options, check_tensor, savable
-from ..ops.head import PROJECTION_OPTIONS, Projection, project
+from ..ops.head import PROJECTION_OPTIONS, Projection, meaning, project
 from ..ops.logprob import score
 from .groups import Batch, Results, train_in_one_pass
 from .outputs import METRIC_STATS, ScoredTokens
@@ -65,6 +65,10 @@ class HeadLoss(nn.Module):
         if "is_top1" in asked:
             asked["is_top1"] = torch.where(named["lse"].isnan(), torch.nan, asked["is_top1"].double())  # type: ignore[union-attr]
         return results, ScoredTokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index, **asked)
+
+    def alike(self, asked: Any, data: dict[str, Any]) -> dict[str, Any]:
+        """What the processes have to have the same of that each hold a part of every sequence, by name."""
+        return {"what is asked for": (asked, meaning(self.head_options)), "data": data}
 
     def extra_repr(self) -> str:
         """The options of the projection that are not the default ones."""

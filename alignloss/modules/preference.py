@@ -179,20 +179,20 @@ class PreferenceLoss(HeadLoss):
         self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
         self._check_nll(nll_labels=nll_labels, num_tokens=num_tokens)
         labels, checks = checked_labels("labels", labels), (self.validate, real_sequences, self.ignore_index)
-        offsets, sequences, group = parts_layout(labels, cu_seqlens, *checks, sequence_group, vocab_group)
-        if self.paired and sequences % 2:
-            raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
+        asked = self.function, self.nll_weight, self.couples_batch, tuple(stats)
+        whole = {"ref_logps": ref_logps, "pair_weights": pair_weights} | data
+        whole |= {"num_sequences": num_sequences, "num_tokens": num_tokens}
+        groups = sequence_group, vocab_group, self.alike(asked, whole)
+        offsets, sequences, group = parts_layout(labels, cu_seqlens, *checks, *groups)
         of_call = {"token_index": token_index, "vocab_group": vocab_group}
-        layout = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "sequence_group": group}
-        scored_labels = labels
-        if nll_labels is not None:
-            nll_labels = self._chosen_nll_labels(nll_labels, labels, offsets, sequences)
-            scored_labels = torch.where(labels != self.ignore_index, labels, nll_labels)
-        projection = project(hidden, weight, scored_labels, bias, (self, stats), **of_call, **self.head_options)
+        layout = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "token_weights": token_weights}
+        nll_labels, scored_labels = self._scored_labels(nll_labels, labels, offsets, sequences)
+        compared = whole | layout | {"nll_labels": nll_labels}
+        projection = project(hidden, weight, scored_labels, bias, asked, compared, **of_call, **self.head_options)
         batch = Batch(labels.reshape(-1), offsets, sequences, self.paired, projection.options.backend, group=group)
         batch = self._with_data(batch, labels, token_weights, pair_weights, nll_labels, num_sequences, num_tokens, data)
         if ref_hidden is not None and ref_weight is not None:
-            layout |= {"token_weights": token_weights, **of_call}
+            layout |= {"sequence_group": group, **of_call}
             batch = batch._replace(ref_logps=self._reference_logps(ref_hidden, ref_weight, labels, ref_bias, **layout))
         elif ref_logps is not None:
             batch = batch._replace(ref_logps=_given_reference(ref_logps, sequences, labels.device))
@@ -213,8 +213,14 @@ class PreferenceLoss(HeadLoss):
                 f"got {sorted(given) or 'none'}"
             )
 
-    def _chosen_nll_labels(self, nll_labels: Tensor, labels: Tensor, offsets: Tensor | None, sequences: int) -> Tensor:
-        """nll_labels with the rejected sequences ignored."""
+    def _scored_labels(
+        self, nll_labels: Tensor | None, labels: Tensor, offsets: Tensor | None, sequences: int
+    ) -> tuple[Tensor | None, Tensor]:
+        """nll_labels with the rejected sequences ignored, and the labels of both."""
+        if self.paired and sequences % 2:
+            raise ValueError(f"a paired loss takes 2B sequences, chosen then rejected; got {sequences}, an odd number")
+        if nll_labels is None:
+            return None, labels
         check_like("nll_labels", nll_labels, "labels", labels)
         nll_labels = checked_labels("nll_labels", nll_labels)
         end = sequences // 2 * labels.shape[1] if offsets is None else offsets[sequences // 2]
@@ -224,7 +230,7 @@ class PreferenceLoss(HeadLoss):
             both = (labels != self.ignore_index) & (nll_labels != self.ignore_index)
             if bool((both & (labels != nll_labels)).any()):
                 raise ValueError("labels and nll_labels must agree where both are set: each is the next token")
-        return nll_labels
+        return nll_labels, torch.where(labels != self.ignore_index, labels, nll_labels)
 
     def _with_data(
         self,

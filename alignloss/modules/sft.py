@@ -53,10 +53,12 @@ class SFTLoss(HeadLoss):
         check_keywords("SFTLoss takes no further data", {}, unknown)
         labels = checked_labels("labels", labels)
         layout = cu_seqlens, self.validate, real_sequences, self.ignore_index
-        offsets, sequences, group = parts_layout(labels, *layout, sequence_group, vocab_group)
+        asked, data = ("SFT", tuple(stats)), {"num_tokens": num_tokens}
+        offsets, sequences, group = parts_layout(labels, *layout, sequence_group, vocab_group, self.alike(asked, data))
+        data |= {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "token_weights": token_weights}
         token_weights = checked_token_weights(token_weights, labels)
         of_call = {"token_index": token_index, "vocab_group": vocab_group}
-        projection = project(hidden, weight, labels, bias, (self, stats), **of_call, **self.head_options)
+        projection = project(hidden, weight, labels, bias, asked, data, **of_call, **self.head_options)
         batch = Batch(
             projection.labels,
             offsets,

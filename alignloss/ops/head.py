@@ -149,7 +149,8 @@ def project(
     weight: Tensor | nn.Module,
     labels: Tensor,
     bias: Tensor | None,
-    asked: Any = None,  # for what: the processes of one split vocabulary compare how it prints
+    asked: Any = None,  # for what: the same on every process of a vocab_group, as is `data`
+    data: dict[str, Any] | None = None,
     *,
     token_index: Tensor | None = None,
     ignore_index: int = -100,
@@ -200,17 +201,21 @@ def project(
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     one_pass = int(workspace_bytes or one_pass_workspace(*where))
     if group is not None:
-        same = _alike(hidden, weight, bias, options) | {"token_index": given, "what is asked for": asked}
-        bytes_of_both = options.workspace_bytes, one_pass
-        split, (least, one_pass) = agree(group, len(weight), flat_labels, token_index, same, bytes_of_both)
+        same = _alike(hidden, weight, bias, options) | {"token_index": given, "what is asked for": asked, "data": data}
+        of_all = group, len(weight), flat_hidden, flat_labels, token_index, same
+        split, (least, one_pass) = agree(*of_all, (options.workspace_bytes, one_pass))
         options = options._replace(workspace_bytes=least, vocab_group=split.group, vocab_parts=split.parts)
     return Projection(flat_hidden, weight, bias, flat_labels, token_index, not given, one_pass, options)
 
 
+_DEFAULTS = {name: p.default for name, p in inspect.signature(project).parameters.items() if p.kind is p.KEYWORD_ONLY}
 # by name, and whether it is required, as `check_keywords` takes them
-PROJECTION_OPTIONS = {
-    name: False for name, p in inspect.signature(project).parameters.items() if p.kind is p.KEYWORD_ONLY
-}
+PROJECTION_OPTIONS = dict.fromkeys(_DEFAULTS, False)
+
+
+def meaning(options: dict[str, Any]) -> list[Any]:
+    """Of the options of a projection, some of them given, those that its results depend on."""
+    return [options.get(name, _DEFAULTS[name]) for name in ("ignore_index", "logit_scale", "softcap", "temperature")]
 
 
 def _parts(weight: Tensor | nn.Module, bias: Tensor | None, group: Any) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_backward_pre_hooks, _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_tensor, is_dtensor
@@ -75,16 +76,16 @@ def _inside(
     compiled: Any = head
     head = getattr(compiled, "_orig_mod", head)  # nothing of a compiled forward is needed
     layer = _linear(head, weight)
-    if layer._backward_pre_hooks:
+    if layer._backward_pre_hooks or _global_backward_pre_hooks:
         raise ValueError(
             f"{weight} is a module with a hook before its backward, which would see no gradient of logits: remove the "
             "hook, or give the weight"
         )
-    hooked = layer is not head or any(getattr(head, hooks) for hooks in _HOOKS)
+    own = layer is not head or any(getattr(head, hooks) for hooks in _HOOKS)
     split = given.get("vocab_group") is not None and is_dtensor(layer.weight) and not hasattr(head, "_get_fsdp_state")
-    if hooked and split:
+    if own and split:
         _check_hooks_of_split(layer, weight)
-    if _runs(layer) or not hooked or split:
+    if _runs(layer) or split or not (own or _has_any_global_hook()):
         return function(**given | {weight: layer.weight, bias: layer.bias})
     check_tensor(hidden, given.get(hidden))
     return _between_hooks(head, layer, hidden, weight, bias, given, function)

@@ -5,12 +5,15 @@ version has none of them, nothing is refused.
 """
 
 import gc
+import re
 import weakref
+import zlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..checks import GATHERED, INSIDE
@@ -44,17 +47,69 @@ def check_apart(sequence_group: Any, vocab_group: Any) -> None:
         )
 
 
-def check_sequences(group: Any, sequences: int, device: torch.device) -> None:
-    """A ValueError on every process of a group, where they have parts of different numbers of sequences."""
-    mine = torch.tensor([sequences], device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
-    counts = [int(count) for count in every]
-    if len(set(counts)) > 1:
+def check_sequences(group: Any, sequences: int, same: dict[str, Any], device: torch.device) -> None:
+    """A ValueError on every process of a group whose parts are of different numbers of sequences, or data differ."""
+    found, _ = gathered(group, {"sequences": sequences} | same, torch.empty(0, dtype=torch.float64, device=device))
+    if len(set(found["sequences"])) > 1:
         raise ValueError(
             "with sequence_group every process has a part of every sequence, be it an empty one; the processes of the "
-            f"group have {counts} sequences. Processes that have sequences of their own need no group"
+            f"group have {found['sequences']} sequences. Processes that have sequences of their own need no group"
         )
+    check_agreement("sequence_group", found, same)
+
+
+def gathered(group: Any, values: dict[str, Any], measures: Tensor) -> tuple[dict[str, list[int]], Tensor]:
+    """By name what stands for a value on each process, and the measures (k,) float64 of each, (processes, k).
+
+    An int stands for itself, for anything else a sum that depends on the dtype, the bits and their order in a tensor,
+    and on how the rest prints; a dict is a value too. Names and k are the same on every process, whatever their calls
+    are. One collective, on the device of the measures, and one wait for a GPU.
+    """
+    numbers = [value if type(value) is int else _printed(value) for value in values.values()]
+    mine = torch.tensor(numbers, dtype=torch.int64, device=measures.device)
+    for place, (name, value) in enumerate(values.items()):
+        entries = value.values() if isinstance(value, dict) else [value]
+        for number, tensor in enumerate(filter(torch.is_tensor, entries)):
+            if is_batchedtensor(tensor):
+                raise ValueError(
+                    f"between processes there is no torch.func.vmap over {name}: give the batch as a leading dimension"
+                )
+            mine[place] += (2 * number + 1) * _checksum(tensor.detach()).to(mine.device)
+    mine = torch.cat([mine, measures.view(torch.int64)])
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    table = torch.stack(every)
+    found = dict(zip(values, table[:, : len(values)].T.tolist(), strict=True))
+    return found, table[:, len(values) :].view(torch.float64)
+
+
+def check_agreement(argument: str, found: dict[str, list[int]], same: dict[str, Any]) -> None:
+    """A ValueError for what is not the same on every process, where what stands for it was gathered."""
+    differing = [f"{name} (here {_shown(value)})" for name, value in same.items() if len(set(found[name])) > 1]
+    if differing:
+        raise ValueError(
+            f"with {argument} the calls of all processes must agree, and these differ: {', '.join(differing)}"
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value without those of tensors."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {_shown(each)}" for name, each in value.items()) + "}"
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
+def _printed(value: Any) -> int:
+    return zlib.crc32(re.sub(" at 0x[0-9a-f]+", "", _shown(value)).encode())
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """0-d int64 that tells bits and their order apart."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = values.reshape(-1).contiguous().view(integers.get(values.element_size(), torch.uint8)).long()
+    mixed = (bits + 1) * 6364136223846793005
+    place = torch.arange(1, mixed.numel() + 1, device=values.device) * 2654435761
+    return ((mixed ^ (mixed >> 29)) * place).sum()
 
 
 def sums_over(group: Any, *values: Tensor) -> tuple[Tensor, ...]:

@@ -74,15 +74,19 @@ def parts_layout(
     ignore_index: int,
     sequence_group: Any,
     vocab_group: Any,
+    same: dict[str, Any],
 ) -> tuple[Tensor | None, int, Any]:
-    """`sequence_layout`, and the ProcessGroup whose processes each hold a part of every sequence, or an empty one."""
+    """`sequence_layout`, and the ProcessGroup whose processes each hold a part of every sequence, or an empty one.
+
+    same: what those have to have alike, by name; compared where values are validated.
+    """
     group = checked_group("sequence_group", sequence_group)
     if group is not None and vocab_group is not None:
         check_apart(group, checked_group("vocab_group", vocab_group))
     layout = cu_seqlens, validate, real_sequences, ignore_index
     offsets, sequences = sequence_layout(labels, *layout, may_be_empty=group is not None)
     if group is not None and validates(validate, labels.device):
-        check_sequences(group, sequences, labels.device)
+        check_sequences(group, sequences, same, labels.device)
     return offsets, sequences, group
 
 

@@ -5,8 +5,6 @@ maxima, the sums of their exponentials, and U once the target's row has joined i
 every process has the sums of the whole vocabulary, so that the gradients of its part need nothing of the others.
 """
 
-import re
-import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +29,7 @@ from ..kernels.state import (
     TARGET,
     TOP,
 )
+from .processes import check_agreement, gathered
 
 # labels in a part: of positions that are not scored, and of those whose target is in another part
 IGNORED, ELSEWHERE = -100, -1
@@ -132,7 +131,19 @@ def local_part(name: str, value: Any, group: Any) -> Any:
             f"processes of the group, {dist.get_process_group_ranks(group)}; got {value.placements} on {ranks}. Under "
             "FSDP2 across the data the head belongs into the unit of the whole, and the loss inside its forward"
         )
-    return value.to_local()
+    part = value.to_local()
+    if part.requires_grad:
+        before = value._version  # which its local part does not share
+        part.register_hook(lambda _: _check_unwritten(name, value, before))
+    return part
+
+
+def _check_unwritten(name: str, value: Tensor, before: int) -> None:
+    if value._version != before:
+        raise RuntimeError(
+            f"the backward needs {name} as the forward had it, and it was written to in place: at version "
+            f"{value._version} after {before}"
+        )
 
 
 def check_part(name: str, weight: Tensor) -> None:
@@ -143,48 +154,45 @@ def check_part(name: str, weight: Tensor) -> None:
 
 
 def agree(
-    group: Any, rows: int, labels: Tensor, token_index: Tensor | None, same: dict[str, Any], least: tuple[int, ...]
+    group: Any,
+    rows: int,
+    hidden: Tensor,
+    labels: Tensor,
+    token_index: Tensor | None,
+    same: dict[str, Any],
+    least: tuple[int, ...],
 ) -> tuple[Split, list[int]]:
     """The parts of every process, and the least of each of some numbers; a ValueError on each of them otherwise.
 
-    rows: of the part of this process; same: what has to be the same on all of them, by name. One collective, and one
-    wait for a GPU.
+    rows: of the part of this process; hidden: (M, H), which may differ by rounding; same: what has to be the same on
+    all of them, by name. One collective, and one wait for a GPU.
     """
-    if any(is_batchedtensor(value) for value in (labels, token_index) if value is not None):
-        raise ValueError(
-            "with vocab_group there is no torch.func.vmap over labels: give the batch as a leading dimension"
-        )
-    digests = [zlib.crc32(re.sub(" at 0x[0-9a-f]+", "", repr(value)).encode()) for value in same.values()]
-    mine = torch.tensor([rows, *least, labels.numel(), *digests], device=labels.device)
-    mine = torch.cat([mine, torch.stack([_checksum(labels), _checksum(token_index)]).to(labels.device)])
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
-    gathered = [list(values) for values in zip(*torch.stack(every).tolist(), strict=True)]
-    parts, numbers, tokens = gathered[0], gathered[1 : 1 + len(least)], gathered[1 + len(least)]
-    digested, sums = gathered[2 + len(least) : -2], gathered[-2:]
-    if len(set(tokens)) > 1 or any(len(set(each)) > 1 for each in sums):
+    tokens = {"tokens": len(labels), "labels": labels, "positions": token_index}
+    numbers = {f"least {place}": number for place, number in enumerate(least)}
+    found, measures = gathered(group, {"rows": rows} | numbers | tokens | same, _measures(hidden))
+    if any(len(set(found[name])) > 1 for name in tokens):
         raise ValueError(
             "with vocab_group every process has the same hidden states and labels, and a part of the head; the "
-            f"processes of the group have {tokens} tokens, with other labels or token_index on some. The processes of "
-            "FSDP or DDP, which have tokens of their own, are no vocab_group"
+            f"processes of the group have {found['tokens']} tokens, with other labels or token_index on some. The "
+            "processes of FSDP or DDP, which have tokens of their own, are no vocab_group"
         )
-    agreed = [len(set(each)) == 1 for each in digested]
-    differing = [
-        f"{name} (here {value})" for (name, value), found in zip(same.items(), agreed, strict=True) if not found
-    ]
-    if differing:
+    check_agreement("vocab_group", found, same)
+    apart = (measures - measures[0]).norm(dim=1) > 0.1 * measures[0].norm()
+    if bool(apart.any()):
         raise ValueError(
-            f"with vocab_group the calls of all processes must agree, and these differ: {', '.join(differing)}"
+            f"with vocab_group every process has the same hidden states; those of ranks {apart.nonzero().tolist()} "
+            "differ from those of rank 0, as where each drops out values of its own"
         )
-    if sum(parts) == 0:
+    if sum(found["rows"]) == 0:
         raise ValueError("with vocab_group the parts of the head are all empty: V must be at least 1")
-    return Split(group.group_name, tuple(parts)), [min(each) for each in numbers]
+    return Split(group.group_name, tuple(found["rows"])), [min(found[name]) for name in numbers]
 
 
-def _checksum(values: Tensor | None) -> Tensor:
-    """0-d int64 that tells values and their order apart."""
-    if values is None:
-        return torch.zeros((), dtype=torch.int64)
-    mixed = (values.reshape(-1) + 1) * 6364136223846793005
-    place = torch.arange(1, mixed.numel() + 1, device=values.device) * 2654435761
-    return ((mixed ^ (mixed >> 29)) * place).sum()
+def _measures(hidden: Tensor) -> Tensor:
+    """Projections (64,) of some of the rows, by which other hidden states than those of another process are told."""
+    if is_batchedtensor(hidden):
+        return torch.zeros(64, dtype=torch.float64, device=hidden.device)
+    rows = hidden.detach()[:: max(1, len(hidden) // 64)][:64].double()
+    directions = torch.arange(1.0, hidden.shape[1] + 1, dtype=torch.float64, device=hidden.device).cos()
+    measures = (rows * directions).sum(1).nan_to_num(0, 0, 0)
+    return torch.nn.functional.pad(measures, (0, 64 - len(measures)))
