@@ -266,7 +266,8 @@ def _workspace(head: Footprint, regime: int, arranged: _Arranged, tiles: list[Ti
         # the fused kernel holds partial statistics of a block of rows instead of a tile
         rows = tiles[0].rows
         block_v = blocks.gemm_blocks(architecture(head.device_type), head.gemm_dtype.itemsize, head.softcap)[1]
-        partials = rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False)
+        fixed = head.exponentials and architecture(head.device_type) in blocks.FIXED_REFERENCE
+        partials = rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, extras=False, fixed=fixed)
         return rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
     return tiles[0].bytes, tiles[1].bytes if regime == 4 else 0
 

@@ -3,7 +3,8 @@
 The statistics of the forward are had in two ways, which are timed beside the bare GEMM: by a Triton GEMM that writes no
 logits, at several block sizes, and by cuBLAS with one kernel over each tile of its result. The kernels over tiles are
 timed at several block sizes beside a copy of their bytes. Whole calls are timed with tiles that are folded, and with
-exponentials that a GEMM writes wherever the copy engine is: what `blocks.EXPONENTIALS` is chosen by.
+exponentials that a GEMM writes wherever the copy engine is: what `blocks.EXPONENTIALS` is chosen by; a forward with
+sums relative to the largest logit of a tile, and to the target's: `blocks.FIXED_REFERENCE`.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ Timed = Callable[[], float]
 
 def measure_kernels(case: Case, rounds: int) -> list[Row]:
     """Seconds of the forward's statistics, and of each kernel over one tile, for every candidate of block sizes."""
-    from alignloss.kernels import blocks, stats, tile
+    from alignloss.kernels import blocks, stats, sums, tile
 
     dtype, device = getattr(torch, case.dtype), torch.device(case.device)
     inputs = make_inputs(case)
@@ -71,10 +72,13 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
             if fold:
                 tile.fold_fwd(tiled, None, None, state, labels, None, None, first, cap, 0, False, torch.float32)
 
-    def fused(config: tuple[int, ...]) -> Callable[[], None]:
+    def fused(config: tuple[int, ...], fixed: bool = False) -> Callable[[], None]:
         def run() -> None:
             with replaced(blocks.GEMM_BLOCKS[blocks.architecture(device)], weight.element_size(), config):
-                stats.stats_fwd(hidden, weight, None, labels, state, linear, cap, False, "ieee")
+                if fixed:
+                    sums.sums_fwd(hidden, weight, labels, state, linear)
+                else:
+                    stats.stats_fwd(hidden, weight, None, labels, state, linear, cap, False, "ieee")
 
         return run
 
@@ -85,6 +89,9 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
     }
     candidates = GEMM_CANDIDATES[weight.element_size()] if hidden.is_cuda else INTERPRETED
     ways |= {f"Triton GEMM {config}": prepared(fused(config)) for config in candidates}
+    if cap is None and stats.copies(blocks.architecture(device), hidden, weight):
+        relative = {f"Triton GEMM {config}, relative to the target": fused(config, True) for config in candidates[:2]}
+        ways |= {name: prepared(work) for name, work in relative.items()}
     rows = _rows("statistics", ways, rounds, {"tflops": 2e-12 * N * V * H})
 
     source = torch.randn(N, columns, device=device)
@@ -130,17 +137,24 @@ def _whole_calls(case: Case, inputs: Inputs, rounds: int) -> list[Row]:
     from alignloss.kernels import blocks
 
     rows: list[Row] = []
-    for mode, products in (("frozen head", 2), ("DPO step", 3)):
+    kept, written = ("tiles folded", "exponentials by the GEMM"), "EXPONENTIALS"
+    for mode, products, names, switch in (
+        ("forward", 1, ("relative to the largest", "relative to the target"), "FIXED_REFERENCE"),
+        ("frozen head", 2, kept, written),
+        ("DPO step", 3, kept, written),
+    ):
         step = timed_step(case, PROVIDERS["alignloss"], inputs, mode)
 
-        def whole(written: tuple[str, ...], step: Callable[[], tuple[float, float]] = step) -> Timed:
+        def whole(
+            where: tuple[str, ...], switch: str = switch, step: Callable[[], tuple[float, float]] = step
+        ) -> Timed:
             def run() -> float:
-                with replaced(vars(blocks), "EXPONENTIALS", written):
+                with replaced(vars(blocks), switch, where):
                     return sum(step())
 
             return run
 
-        ways = {"tiles folded": whole(()), "exponentials by the GEMM": whole(blocks.COPY_ENGINE)}
+        ways = dict(zip(names, (whole(()), whole(blocks.COPY_ENGINE)), strict=True))
         rows += _rows(mode, ways, rounds, {"tflops": products * 2e-12 * case.labelled * case.vocabulary * case.hidden})
     return rows
 

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from . import exps, kl, rows, sequence, stats, tile
+from . import exps, kl, rows, sequence, stats, sums, tile
 from .blocks import (
     CAPPED_SLICE,
     COMBINE_BLOCK_N,
@@ -147,15 +147,21 @@ def _of_exponentials(blocks: str, operands: dict[str, str]) -> list[Variant]:
     operands = operands | {"exps": f"tensordesc<bf16[{block_n}, {block_v}]>"}
     size = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h}
     small, loop = {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_H": 64}, {"BLOCK_T": COMBINE_BLOCK_T}
+    repair = REPAIR_STAGES.get(blocks, stages)
     found = [
         Variant(f"settle_fwd[begun={begun}]", exps.settle_fwd_kernel, {}, {"BEGUN": begun} | loop | small)
         for begun in (False, True)
+    ]
+    found += [
+        Variant("sums_fwd[bf16]", sums.sums_fwd_kernel, operands, {"GROUP": 8} | size, warps, stages, True),
+        Variant("repair_sums[bf16]", sums.repair_sums_kernel, operands, loop | size, warps, repair, True),
+        Variant("settle_sums", sums.settle_sums_kernel, {}, {"BLOCK_N": COMBINE_BLOCK_N} | loop),
     ]
     # the width of a slice is a multiple of 16, but for the last one of some vocabularies
     for suffix, divisible in (("", ()), (", whole", ("Vs",))):
         for name, kernel, constants, pipelined in (
             ("exps_fwd", exps.exps_fwd_kernel, {"GROUP": 8} | size, stages),
-            ("repair_fwd", exps.repair_fwd_kernel, loop | size, REPAIR_STAGES.get(blocks, stages)),
+            ("repair_fwd", exps.repair_fwd_kernel, loop | size, repair),
         ):
             name = f"{name}[bf16{suffix}]"
             found.append(Variant(name, kernel, operands, constants, warps, pipelined, True, divisible))

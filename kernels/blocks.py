@@ -23,7 +23,10 @@ GEMM_BLOCKS = {
 COPY_ENGINE = ("sm_90", "sm_100", "interpreter")
 # where a GEMM writes exponentials: measured on sm_90 (docs/gpu.md); compiled and emulated for sm_100 as well
 EXPONENTIALS = ("sm_90",)
-# of the kernel that repairs them, where those of the GEMM spill registers
+# where a forward without derivatives sums exponentials relative to the target's logit, in bf16 too: nowhere before a
+# GPU has measured it (docs/gpu.md); compiled and emulated for sm_90 and sm_100
+FIXED_REFERENCE: tuple[str, ...] = ()
+# of the kernels that repair them, where those of the GEMM spill registers
 REPAIR_STAGES = {"sm_90": 2, "sm_100": 1}
 # with a softcap or further statistics in the epilogue, wider tiles spill
 FULL_EPILOGUE_BLOCK_V = 128
@@ -81,9 +84,9 @@ def gemm_blocks(architecture: str, itemsize: int, full_epilogue: bool) -> tuple[
     return (block_n, min(block_v, FULL_EPILOGUE_BLOCK_V) if full_epilogue else block_v, *rest)  # type: ignore[return-value]
 
 
-def partial_bytes_per_row(vocabulary: int, block_v: int, extras: bool) -> int:
-    """Bytes of partial statistics that stats_fwd_kernel writes for one row."""
-    return 4 * (5 if extras else 2) * -(-vocabulary // block_v)
+def partial_bytes_per_row(vocabulary: int, block_v: int, extras: bool, fixed: bool) -> int:
+    """Bytes of partial statistics that stats_fwd_kernel, or sums_fwd_kernel, writes for one row."""
+    return 4 * (5 if extras else 3 if fixed else 2) * -(-vocabulary // block_v)
 
 
 # those of exps_fwd_kernel for a row of one tile

@@ -64,7 +64,7 @@ def store_statistics(
     e = tl.exp(rest - base[:, None])
 
     field = tl.cast(tl.cdiv(V, BLOCK_V), tl.int64) * N
-    out = partials + tile.to(tl.int64) * N + n
+    out = partials + tl.cast(tile, tl.int64) * N + n
     tl.store(out, m, mask=n < N)
     tl.store(out + field, tl.sum(e, 1), mask=n < N)
     if EXTRAS:

@@ -87,9 +87,9 @@ def as_on_a_gpu(monkeypatch):
 
 def replace_kernels(monkeypatch, replacement):
     """Put replacement(module, name, kernel) in place of every Triton kernel."""
-    from alignloss.kernels import exps, kl, rows, sequence, stats, tile
+    from alignloss.kernels import exps, kl, rows, sequence, stats, sums, tile
 
-    for module in (exps, kl, rows, sequence, stats, tile):
+    for module in (exps, kl, rows, sequence, stats, sums, tile):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, replacement(module, name, kernel))

@@ -28,8 +28,15 @@ def parts(dtype, masked=0.2):
     return leaf(hidden, dtype), frozen, trained, leaf(bias, dtype), labels
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokens", [ONE, SEVERAL, SOME, None], ids=["one", "several", "some", "recomputed"])
+@pytest.mark.parametrize(
+    ("tokens", "backend"),
+    [
+        pytest.param(tokens, backend, marks=pytest.mark.nightly if long else (), id=f"{name} {backend}")
+        for name, tokens in {"one": ONE, "several": SEVERAL, "some": SOME, "recomputed": None}.items()
+        for backend in BACKENDS
+        for long in [backend == "triton" and name in ("one", "recomputed")]
+    ],
+)
 def test_gradients(tokens, backend):
     found = []
     for dtype in (torch.float64, torch.float32):

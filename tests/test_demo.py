@@ -211,6 +211,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.nightly
 def test_cli_help(tmp_path: Path) -> None:
     pytest.importorskip("typer")
     shown = command("--help", cwd=tmp_path)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import emulator
 import triton
 import triton.language as tl
-from alignloss.kernels import blocks, exps, kl, stats, tile
+from alignloss.kernels import blocks, exps, kl, stats, sums, tile
 from alignloss.kernels.state import STATE_ROWS
 from emulator.driver import gpu
 from emulator.text import PTXError
@@ -27,9 +27,10 @@ pytestmark = [
 KERNELS = (
     "gather_fwd", "finish_fwd", "rows_bwd", "scale_bwd", "stats_fwd", "combine_fwd", "fold_fwd", "dlogits_bwd",
     "held_bwd", "kl_fwd", "kl_bwd", "sequence_fwd", "sequence_bwd", "preference_fwd", "preference_reduce_fwd",
-    "preference_bwd", "settle_fwd", "stats_copied_fwd", "exps_fwd", "repair_fwd",
+    "preference_bwd", "settle_fwd", "stats_copied_fwd", "exps_fwd", "repair_fwd", "sums_fwd",
+    "repair_sums", "settle_sums",
 )  # fmt: skip
-GEMMS = ("stats", "exps", "repair")
+GEMMS = ("stats", "exps", "repair", "sums")
 
 
 class Recorded:
@@ -75,6 +76,7 @@ def launches():
         for module, name, value in (
             (tile, "TILE_ENTRIES", 32), (kl, "KL_BLOCK", 64), (kl, "KL_WARPS", 2), (stats, "COMBINE_BLOCK_T", 2),
             (exps, "COMBINE_BLOCK_T", 2), (exps, "multiprocessors", lambda device: 1),
+            (sums, "COMBINE_BLOCK_T", 2), (sums, "multiprocessors", lambda device: 1),
         ):  # fmt: skip
             patch.setattr(module, name, value)
         as_on_a_gpu(patch)
@@ -109,6 +111,7 @@ def write_exponentials():
     weight[7], weight[900] = 0, 0
     weight[7, -1], weight[900, -1] = -100, 100
     state = state_of_targets(hidden, weight, labels, reference=True)
+    sums.sums_fwd(hidden, weight, labels, state.clone(), 1.0)
     for first, u in ((0, None), (520, torch.randn(80, 200))):
         out = torch.empty(80, 576, dtype=torch.bfloat16)[:, :520]
         exps.exps_fwd(hidden, weight[first : first + 520], labels, state, u, out, first, 1.0)

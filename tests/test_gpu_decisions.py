@@ -29,7 +29,7 @@ from reference import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alignloss
-from alignloss.backends import _torch
+from alignloss.backends import _torch, _triton
 from alignloss.commands.measure import peak_bytes
 from alignloss.modules import groups
 from alignloss.ops import onepass, walk
@@ -218,6 +218,30 @@ def test_what_the_rows_of_a_head_share_leaves_the_gradient(backend, dtype, route
 
 
 @pytest.mark.emulated
+@pytest.mark.skipif(emulator.emulated not in ("sm_90", "sm_100"), reason="kernels that a copy engine feeds")
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("gap", [7, 35, 90])
+@pytest.mark.parametrize("trained", ["", "weight"], ids=lambda t: t or "nothing")
+def test_a_forward_relative_to_the_targets(trained, gap, fixed, monkeypatch):
+    """Of targets `gap` + 20 nats below the likeliest token, some of them that token itself."""
+    monkeypatch.setattr(blocks, "FIXED_REFERENCE", ("sm_90", "sm_100") if fixed else ())
+    *tensors, labels = confident(torch.bfloat16, 1, gap)
+    labels[::2] = V - 5
+    launched = []
+    for name in ("sums_fwd", "stats_fwd"):
+        module = getattr(_triton, f"{name.split('_')[0]}_kernels")
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, real=real: (launched.append(n), real(*a)))
+    check(
+        lambda h, w, b: [alignloss.linear_logprob(h, w, labels, backend="triton", workspace_bytes=TIGHT)],
+        lambda h, w, b: [naive_logps(h, w, 0, labels, None)],
+        lambda h, w, b: [token_logps(h, w, labels, None)],
+        tensors, torch.bfloat16, trained, beyond=2e-7,  # half a unit in the last place of fp32, which is 0 by luck
+    )  # fmt: skip
+    assert set(launched) == {"sums_fwd" if fixed else "stats_fwd"}
+
+
+@pytest.mark.emulated
 @pytest.mark.parametrize("trained", ["hidden", "hidden weight"])
 @pytest.mark.parametrize("gap", [7, 12, 19])
 @pytest.mark.parametrize("alike", [1, 4])
@@ -347,7 +371,9 @@ def test_wide_products_where_addmm_takes_no_wide_base(beta, monkeypatch):
 @pytest.mark.parametrize("workspace", [8 * MIB, 64 * MIB, 1024 * MIB])
 @pytest.mark.parametrize("masked", [0, 0.5])
 @pytest.mark.parametrize("softcap", [None, pytest.param(2.0, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight", "step"], ids=lambda t: t or "nothing")
+@pytest.mark.parametrize(
+    "trained", ["", "nothing, fixed", "hidden", "hidden weight", "step"], ids=lambda t: t or "nothing"
+)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_call_allocates_what_the_plan_says(with_bias, stored, trained, softcap, masked, workspace, monkeypatch):
@@ -355,6 +381,9 @@ def test_a_call_allocates_what_the_plan_says(with_bias, stored, trained, softcap
     pytest.importorskip("triton")
     stand_in(monkeypatch, lambda module, name: Launches())
     replace_products(monkeypatch, lambda *arguments, **options: None)
+    if trained == "nothing, fixed":
+        monkeypatch.setattr(blocks, "FIXED_REFERENCE", ("sm_90",))
+        trained = ""
     S, length, width, vocabulary = 8, 512, 512, 49152
     hidden = torch.zeros(S, length, width, dtype=stored, requires_grad=bool(trained))
     weight = torch.zeros(vocabulary, width, dtype=stored, requires_grad=trained in ("hidden weight", "step"))

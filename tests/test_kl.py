@@ -24,14 +24,20 @@ def problem(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap"])
-@pytest.mark.parametrize("trained", ["", "hidden", "weight", "hidden weight bias"], ids=lambda t: t or "nothing")
 @pytest.mark.parametrize(
-    ("backend", "workspace"),
+    ("backend", "workspace", "trained"),
     [
-        ("torch", 4_000),
-        ("torch", 1 << 20),
-        ("triton", 4_000),
-        pytest.param("triton", 1 << 20, marks=pytest.mark.nightly),
+        pytest.param(
+            backend,
+            workspace,
+            trained,
+            marks=pytest.mark.nightly if long else (),
+            id=f"{backend} {workspace} {trained}",
+        )
+        for backend in ("torch", "triton")
+        for workspace in (4_000, 1 << 20)
+        for trained in ("", "hidden", "weight", "hidden weight bias")
+        for long in [backend == "triton" and (trained, workspace) != ("hidden weight bias", 4_000)]
     ],
 )
 def test_values_and_gradients(backend, transform, trained, workspace):

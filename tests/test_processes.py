@@ -76,8 +76,13 @@ def half_of_the_pairs(rank: int, size: int, how: str, tied: bool) -> None:
         assert error(gradient, expected.grad) <= 1e-5, name
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def nightly(*values):
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(
+    ("how", "tied"), [("DDP", True), ("FSDP2", False), nightly("DDP", False), nightly("FSDP2", True)]
+)
 def test_the_gradients_are_those_of_one_process(how, tied, tmp_path):
     run_processes(half_of_the_pairs, 2, tmp_path, how, tied)
 
@@ -135,20 +140,16 @@ def whole_model(rank: int, size: int, how: str, tied: bool) -> None:
         hidden_and_head(wrapped, {"input_ids": ids})
 
 
-def nightly(*values):
-    return pytest.param(*values, marks=pytest.mark.nightly)
-
-
 @pytest.mark.parametrize(
     ("how", "tied"),
     [
         ("DDP", True),
         nightly("DDP unused", False),
         nightly("FSDP2", True),
-        ("FSDP2 layers", True),
+        nightly("FSDP2 layers", True),
         nightly("FSDP2 layers", False),
         ("FSDP2 layers head", False),
-        ("FSDP1", False),
+        nightly("FSDP1", False),
         nightly("FSDP1", True),
     ],
 )
@@ -202,7 +203,7 @@ def shared_prompts_of_two(rank: int, size: int, how: str) -> None:
             assert error(gradient, expected.grad) <= 2e-5, name
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("how", ["DDP", pytest.param("FSDP2", marks=pytest.mark.nightly)])
 def test_shared_prompts_that_grow_in_one_process(how, tmp_path):
     pytest.importorskip("transformers")
     run_processes(shared_prompts_of_two, 2, tmp_path, how)

@@ -235,7 +235,7 @@ REFUSED_ALIKE = [
             "sft: --steps and --epochs are both given",
             marks=pytest.mark.nightly,
         ),
-        ({"base": "/nowhere/model"}, "sft: there is no folder /nowhere/model"),
+        pytest.param({"base": "/nowhere/model"}, "sft: there is no folder /nowhere/model", marks=pytest.mark.nightly),
         *(pytest.param(*case, marks=pytest.mark.nightly) for case in REFUSED_ALIKE),
     ],
 )

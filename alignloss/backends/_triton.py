@@ -12,6 +12,7 @@ from ..kernels import kl as kl_kernels
 from ..kernels import rows as row_kernels
 from ..kernels import sequence as sequence_kernels
 from ..kernels import stats as stats_kernels
+from ..kernels import sums as sums_kernels
 from ..kernels import tile as tile_kernels
 from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, MEAN_LOGITS, Targets, Tokens, Transform
 
@@ -48,11 +49,16 @@ def statistics(
     extras = _extras(stats)
     kind = blocks.architecture(weight.device)
     block_v = blocks.gemm_blocks(kind, weight.element_size(), extras or transform.cap is not None)[1]
-    row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, extras)
+    plain = weight.dtype == torch.bfloat16 and bias is None and transform.cap is None and not extras
+    fixed = kind in blocks.FIXED_REFERENCE and plain and stats_kernels.copies(kind, hidden, weight)
+    row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, extras, fixed)
     block = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
     precision = _gemm_precision()
     for start in range(0, len(labels), block):
         part = slice(start, start + block)
+        if fixed:
+            sums_kernels.sums_fwd(hidden[part], weight, labels[part], state[:, part], transform.linear)
+            continue
         stats_kernels.stats_fwd(
             hidden[part],
             weight,
