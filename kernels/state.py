@@ -1,5 +1,7 @@
 """The rows of `state`, the running sums of a walk, by name: for the kernels, their launches and plain torch alike."""
 
+from torch import Tensor
+
 # reference m that the exponentials are relative to: the largest z where more than their sum is taken; else at most 20
 # nats below it, or at most 60 from it where a GEMM wrote them
 REF = 0
@@ -20,3 +22,8 @@ STATE_ROWS = 9
 KL_TOP, KL_SUM, KL_REF_TOP, KL_REF_SUM, KL_GAP = range(5)
 KL_ROWS = 5
 LOWEST = -1e30  # finite stand-in for -inf, so that differences of maxima and references are never NaN
+
+
+def rest_mean(total: Tensor, weighted: Tensor) -> Tensor:
+    """The mean of z - m over v != y from sums of exp(z - m) and of (z - m) exp(z - m); 0 where there is no such v."""
+    return (weighted / total).where(total != 0, 0)

@@ -23,6 +23,7 @@ from ..kernels.state import (
     SUM_ZE,
     TARGET,
     TOP,
+    rest_mean,
 )
 from . import ENTROPY, IS_TOP1, LOG_SUM_SQ, LSE, MEAN_LOGITS, WEIGHED_AT_ONCE, Targets, Tokens, Transform, asked
 
@@ -89,7 +90,7 @@ def fold(
     decay = shift.exp()
     if stats & IS_TOP1:
         torch.maximum(state[TOP], top, out=state[TOP])
-    old_centre = _rest_mean(state)
+    old_centre = rest_mean(state[SUM], state[SUM_ZE])
     exps = tile.sub_(state[REF, :, None]).exp_()
     z_exps = None
     if stats & LOG_SUM_SQ:
@@ -102,7 +103,7 @@ def fold(
     state[SUM].mul_(decay).add_(total)
     moved = None
     if derivatives == 2 and z_exps is not None:
-        centre = _rest_mean(state)
+        centre = rest_mean(state[SUM], state[SUM_ZE])
         moved = shift + old_centre - centre
         z_exps.addcmul_(exps, centre[:, None], value=-1)
         if u2 is not None and u is not None:
@@ -368,19 +369,14 @@ def _entropy_terms(state: Tensor, transform: Transform) -> tuple[Tensor, Tensor]
     """mu = p d + (1 - p) mu' and pull = p (d - mu'), with d = z_y - m and mu' the mean of z - m over v != y."""
     gap = _gap(state, transform)
     d = _logit(state[TARGET].double(), transform) - state[REF]
-    rest_mean = _rest_mean(state.double())
+    mean = rest_mean(state[SUM].double(), state[SUM_ZE].double())
     p = torch.sigmoid(-gap)
     pd = torch.where(p == 0, 0, p * d)
-    mu, pull = pd + torch.sigmoid(gap) * rest_mean, pd - p * rest_mean
+    mu, pull = pd + torch.sigmoid(gap) * mean, pd - p * mean
     if state.dtype == torch.float64:
         return mu, pull
     # beyond, 1 - p_y, which multiplies them, is 0 in fp32, and their products with W need not fit 16 bits
     return mu.clamp(-128, 128), pull.clamp(-128, 128)
-
-
-def _rest_mean(state: Tensor) -> Tensor:
-    """The mean of z - m over v != y."""
-    return torch.where(state[SUM] == 0, 0, state[SUM_ZE] / state[SUM])
 
 
 def kl_fold(

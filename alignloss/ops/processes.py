@@ -149,6 +149,14 @@ def check_gradient_meets_others(weight: Tensor, group: Any) -> None:
         _check_owners(weight)
 
 
+def split_by_rows(value: Any, group: Any) -> bool:
+    """Whether a DTensor, or the spec of one, is split by rows over the processes of a group, in their order."""
+    from torch.distributed.tensor import Shard
+
+    ranks = value.device_mesh.mesh.flatten().tolist()
+    return value.placements == (Shard(0),) and ranks == dist.get_process_group_ranks(group)
+
+
 def _check_gathered(weight: Tensor, group: Any) -> None:
     node: Any = weight.grad_fn
     while node is not None and not hasattr(node, "dtensor_spec"):  # casts and views of what left a DTensor
@@ -158,11 +166,11 @@ def _check_gathered(weight: Tensor, group: Any) -> None:
         return
     placements = node.dtensor_spec.placements
     if group is not None:
-        ranks = node.dtensor_spec.mesh.mesh.flatten().tolist()
-        if len(placements) != 1 or not placements[0].is_shard(0) or ranks != dist.get_process_group_ranks(group):
+        if not split_by_rows(node.dtensor_spec, group):
             raise ValueError(
-                f"weight was made of a DTensor {placements} on the processes {ranks}; with vocab_group it is a part of "
-                f"the head, split by Shard(0) over those of the group, {dist.get_process_group_ranks(group)}"
+                f"weight was made of a DTensor {placements} on the processes {node.dtensor_spec.mesh.mesh.tolist()}; "
+                "with vocab_group it is a part of the head, split by Shard(0) over those of the group, "
+                f"{dist.get_process_group_ranks(group)}"
             )
         return
     if any(placement.is_shard() for placement in placements):

@@ -28,8 +28,9 @@ from ..kernels.state import (
     SUM_ZE,
     TARGET,
     TOP,
+    rest_mean,
 )
-from .processes import check_agreement, gathered
+from .processes import check_agreement, gathered, split_by_rows
 
 # labels in a part: of positions that are not scored, and of those whose target is in another part
 IGNORED, ELSEWHERE = -100, -1
@@ -69,7 +70,7 @@ class Split(NamedTuple):
         """
         here = labels >= 0
         wide = state.double()
-        mean = torch.where(wide[SUM] == 0, 0, wide[SUM_ZE] / wide[SUM])
+        mean = rest_mean(wide[SUM], wide[SUM_ZE])
         tops = self._largest(state, REF, TOP)
         shift = (state[REF] - tops[0]).double()
         decay = shift.exp()
@@ -86,7 +87,7 @@ class Split(NamedTuple):
             ]
         )
         self.add_up(sums)
-        whole_mean = torch.where(sums[0] == 0, 0, sums[1] / sums[0])
+        whole_mean = rest_mean(sums[0], sums[1])
         if u is not None:
             if u2 is not None:
                 moved = torch.where(decay == 0, 0, shift + mean - whole_mean)
@@ -122,14 +123,12 @@ def local_part(name: str, value: Any, group: Any) -> Any:
     """This process's part of a weight or bias: of a DTensor split over the group; anything else as it is."""
     if not is_dtensor(value):
         return value
-    from torch.distributed.tensor import Shard
-
-    ranks = value.device_mesh.mesh.flatten().tolist()
-    if value.placements != (Shard(0),) or ranks != dist.get_process_group_ranks(group):
+    if not split_by_rows(value, group):
         raise ValueError(
             f"with vocab_group {name} must be a plain part of it, or a DTensor with the placement Shard(0) on the "
-            f"processes of the group, {dist.get_process_group_ranks(group)}; got {value.placements} on {ranks}. Under "
-            "FSDP2 across the data the head belongs into the unit of the whole, and the loss inside its forward"
+            f"processes of the group, {dist.get_process_group_ranks(group)}; got {value.placements} on "
+            f"{value.device_mesh.mesh.tolist()}. Under FSDP2 across the data the head belongs into the unit of the "
+            "whole, and the loss inside its forward"
         )
     part = value.to_local()
     if part.requires_grad:
