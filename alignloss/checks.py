@@ -50,6 +50,8 @@ def problem_of(value: Tensor) -> str | None:
         return f"a quantised weight of bitsandbytes ({kind}): {_DEQUANTISE} (llm_int8_skip_modules)"
     if is_traceable_wrapper_subclass(value) and kind != "AsyncCollectiveTensor":  # which waits when it is read
         return f"a {kind}, whose values are those of other tensors, e.g. quantised ones: {_DEQUANTISE}"
+    if value.is_quantized:
+        return f"quantised by torch ({value.dtype}): give dequantize()"
     if value.layout != torch.strided:
         return f"in the layout {value.layout}, not a dense one: give to_dense()"
     if value.is_meta:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import check_keywords, check_savable, checked_labels
+from .checks import check_keywords, check_savable, checked_labels, is_dtensor
 from .ops.head import PROJECTION_OPTIONS, Projection, meaning, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
 from .ops.module_head import takes_modules
 from .ops.processes import sums_over
 from .ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
+from .ops.vocabulary import unwritten
 
 
 class LogprobStats(NamedTuple):
@@ -105,6 +106,7 @@ def linear_logprob(
         weight,
         labels,
         bias,
+        "log-probabilities",
         token_index=token_index,
         ignore_index=ignore_index,
         logit_scale=logit_scale,
@@ -155,7 +157,7 @@ def linear_logprob_stats(
     """
     check_keywords("linear_logprob_stats takes the options", PROJECTION_OPTIONS, options)
     bits = backends.stat_bits(stats)
-    asked = bits, differentiable_entropy
+    asked = "statistics", bits, differentiable_entropy
     projection = project(hidden, weight, labels, bias, asked, **options)
     outputs = score(projection, bits, differentiable_entropy)
     fields = {
@@ -214,11 +216,11 @@ def sequence_logprob(
     ignore_index = options.get("ignore_index", -100)
     labels = checked_labels("labels", labels)
     layout = cu_seqlens, options.get("validate"), real_sequences, ignore_index
-    groups = sequence_group, options.get("vocab_group"), {"what is asked for": meaning(options), "data": None}
+    groups = sequence_group, options.get("vocab_group"), {"what is asked for": ("sums", meaning(options)), "data": None}
     offsets, sequences, group = parts_layout(labels, *layout, *groups)
     weights = masked_weights(checked_token_weights(token_weights, labels), labels.reshape(-1), ignore_index)
     data = {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "token_weights": token_weights}
-    projection = project(hidden, weight, labels, bias, None, data, **options)
+    projection = project(hidden, weight, labels, bias, "sums", data, **options)
     sums = sequence_sum(score(projection)[0], offsets, sequences, weights, projection.options.backend)
     lengths = labelled_tokens(labels, offsets, sequences, ignore_index)
     sums, lengths = sums_over(group, sums, lengths)
@@ -268,12 +270,12 @@ def linear_kl(
         tensor([[0.1308, 0.0000]])
     """
     check_keywords("linear_kl takes the options", PROJECTION_OPTIONS, options)
-    policy = project(hidden, weight, labels, bias, **options)
+    policy = project(hidden, weight, labels, bias, "KL", **options)
     with torch.no_grad():
         try:
             # the positions are looked up and checked already
             found = {"validate": False, "token_index": policy.token_index}
-            reference = project(ref_hidden, ref_weight, labels, ref_bias, **(options | found))
+            reference = project(ref_hidden, ref_weight, labels, ref_bias, "KL", **(options | found))
         except ValueError as error:
             raise ValueError(f"the reference, ref_hidden with ref_weight: {error}") from error
     if (
@@ -292,6 +294,12 @@ def linear_kl(
         policy.hidden, policy.weight, policy.bias, reference.hidden, reference.weight, reference.bias, policy.labels,
         policy.token_index, reference.options.compute_dtype, *policy.options,
     )  # fmt: skip
+    if kl.requires_grad:
+        # its backward multiplies by both heads again, whatever trains
+        given = {"weight": weight, "bias": bias, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        for name, value in given.items():
+            if is_dtensor(value):
+                kl.register_hook(unwritten(name, value))
     return kl.view(labels.shape)
 
 

@@ -45,6 +45,7 @@ from .steps import Run, measure_longest_steps, measure_steps
 
 MEASURES = ("time", "memory", "error", "longest", "profile")
 GIB = 1 << 30
+MOST = 1 << 20
 # what the extras of the study install
 STUDY_PACKAGES = {"study": ("pandas", "scipy", "jinja2", "matplotlib", "vaderSentiment")}
 STUDY_PACKAGES["paper"] = (*STUDY_PACKAGES["study"], "lm_eval", "pydantic", "yaml", "trl", "peft", "datasets")
@@ -94,7 +95,7 @@ def parse() -> argparse.Namespace:
     common.add_argument("--rounds", type=int, default=7, help="of the interleaved timing, after one that warms up")
     common.add_argument("--workspace", type=int, default=None, help="MiB of alignloss, in place of its default")
     common.add_argument("--memory", type=float, default=None, help="GiB that the longest may take: those of the GPU")
-    common.add_argument("--most", type=int, default=1 << 20, help="tokens (steps: length) beyond which none is tried")
+    common.add_argument("--most", type=int, default=MOST, help="tokens (steps: length) beyond which none is tried")
     common.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     common.add_argument("--name", default="latest", help="of the file in it")
 
@@ -209,6 +210,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"rounds are at least 1; got {arguments.rounds}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; leave out --device cuda")
+    if arguments.command == "accuracy" and (arguments.masked != [0.0] or arguments.most != MOST):
+        raise SystemExit("accuracy labels every token and takes as many as --tokens: leave out --masked and --most")
     trainers = getattr(arguments, "trainers", False)
     if getattr(arguments, "limit", ()) and (arguments.device, arguments.dtype) != ("cpu", "float32"):
         raise SystemExit("a limit is set for a process on a CPU, in float32: leave out --device and --dtype")
@@ -224,7 +227,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def check_out(arguments: argparse.Namespace) -> None:
-    if Path(arguments.name).name != arguments.name:
+    if Path(arguments.name).name != arguments.name or arguments.name in ("", ".."):
         raise SystemExit(f"--name is that of a file in the folder --out, without folders; got {arguments.name!r}")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)

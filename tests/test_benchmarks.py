@@ -81,13 +81,15 @@ def test_time_and_memory_are_plotted(measured):
         (["--tokens", "63"], "8 sequences of one length; got 63"),
         (["--masked", "1.0"], "in [0, 1); got 1.0"),
         (["--rounds", "0"], "rounds are at least 1"),
-        (["--name", "../other"], "without folders; got '../other'"),
+        *((["--name", name], f"without folders; got {name!r}") for name in ("../other", "..", "")),
+        (["accuracy", "--masked", "0.5"], "leave out --masked"),
+        (["accuracy", "--most", "9"], "leave out --masked and --most"),
         (["--pairs", "0"], "sequences come in pairs; got 0"),
         (["step"], "a whole step needs shapes of models, out of smollm2-135m"),
     ],
 )
 def test_bad_input_is_explained(arguments, message, tmp_path, monkeypatch):
-    command = () if arguments == ["step"] else ("run",)
+    command = () if arguments[0] in ("step", "accuracy") else ("run",)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *command, *arguments, "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=re.escape(message)):
         main()

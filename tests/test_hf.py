@@ -125,6 +125,13 @@ def test_the_transform_of_16_bit_models_is_that_of_their_config(family, dtype):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_model_in_float64(family):
+    model = make(family, torch.float64)
+    assert check_model(model) == FAMILIES[family][2]
+    check(model, *batch_of(model), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_a_module_and_its_metrics(family):
     model = make(family).train()
     batch, labels = batch_of(model)

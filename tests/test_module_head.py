@@ -187,6 +187,19 @@ CHANGES = {
     "scaled": lambda layer: layer.register_forward_hook(lambda layer, given, out: 2 * out),
     "in place": lambda layer: layer.register_forward_hook(doubled_in_place),
     "an adapter": adds_an_adapter,
+    "in place, unseen": lambda layer: layer.register_forward_hook(
+        lambda layer, given, out: (out.data.mul_(2), None)[1]
+    ),
+    "an entry": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.__setitem__((..., 0), 1.0)),
+    "cut": lambda layer: layer.register_forward_hook(lambda layer, given, out: out[..., :4]),
+    "banned tokens": lambda layer: layer.register_forward_hook(
+        lambda layer, given, out: out.masked_fill(torch.arange(out.shape[-1]) >= 4, -1e9)
+    ),
+    "clamped": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.clamp(-1, 1)),
+    "a power": lambda layer: layer.register_forward_hook(lambda layer, given, out: (out.float() ** 2).to(out.dtype)),
+    "detached": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.detach().clone().abs_()),
+    "rounded": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.int()),
+    "another one": lambda layer: layer.register_forward_hook(lambda layer, given, out: torch.ones_like(out)),
     "a tuple": lambda layer: layer.register_forward_hook(lambda layer, given, out: (out,)),
     "before the backward": lambda layer: layer.register_full_backward_pre_hook(lambda layer, grads: (2 * grads[0],)),
 }
@@ -203,10 +216,27 @@ def test_hooks_that_change_logits_or_their_gradient_are_refused(change, mode, tr
     assert "forward" not in vars(head)
 
 
+def test_a_hook_under_one_of_the_backward_and_one_that_cuts_the_gradient():
+    hidden, head, labels = problem(True)
+    head.register_full_backward_hook(lambda *_: None)
+    alignloss.linear_logprob(hidden, head, labels)
+    for hook in (lambda layer, given, out: out.clamp(-1, 1), lambda layer, given, out: out.detach()):
+        handle = head.register_forward_hook(hook)
+        with pytest.raises(ValueError, match="hooks change what it returns"):
+            alignloss.linear_logprob(hidden, head, labels)
+        handle.remove()
+
+
+def looks(layer, given, out):
+    print(out.shape, out.dtype, out.float().abs().sum().item(), out.isnan().any(), out.data.mean(), repr(out))
+    out.detach().double().clamp_(-1, 1)
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_hooks_that_change_the_input_or_only_look_take_part(mode):
     hidden, head, labels = problem(True)
     head.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
+    head.register_forward_hook(looks)
     head.register_forward_hook(lambda layer, given, out: out.double())
     with mode():
         got = alignloss.linear_logprob(hidden, head, labels)

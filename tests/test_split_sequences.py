@@ -173,6 +173,9 @@ def data_that_differ(rank, size, cuts):
         dpo(**value)
         with pytest.raises(ValueError, match=rf"must agree, and these differ: {name} \(here"):
             dpo(**(other if elsewhere else value))
+    inner = [alignloss.DPOLoss(beta=0.1 + elsewhere), alignloss.PreferenceLoss("bco_pair", beta=0.1)]
+    with pytest.raises(ValueError, match="these differ: what is asked for"):
+        alignloss.MixtureLoss(inner, [0.8, 0.2])(hidden, weight, labels, ref_logps=logps, **given)
     with pytest.raises(ValueError, match="these differ: what is asked for"):
         alignloss.sequence_logprob(hidden, weight, labels, temperature=1.0 + elsewhere, **given)
     with pytest.raises(ValueError, match="these differ: data"):

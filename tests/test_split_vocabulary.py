@@ -1,5 +1,6 @@
 """A head whose rows are split over processes: results and gradients are those of one process with the whole head."""
 
+import itertools
 import time
 from functools import partial
 
@@ -401,6 +402,33 @@ def with_margins(chosen_logps, rejected_logps, margins, desirable):
     return -gaps * desirable, chosen_logps.detach(), rejected_logps.detach()
 
 
+def scaled_loss(logps, stats, factor):
+    return -factor * logps.sum()
+
+
+def data_of_other_kinds(rank, size, parts):
+    """Tensors without values of their own, of one process or all: an error on each, as without a group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    hidden, weight, _, labels = problem()
+    part, plain = weight.split(parts)[rank], torch.ones(2)
+    kinds = {
+        "DTensor": distribute_tensor(plain, init_device_mesh("cpu", (size,)), [Replicate()]),
+        "layout": plain.to_sparse(),
+        "nested": torch.nested.nested_tensor([plain, plain]),
+        "meta": plain.to("meta"),
+        "real": plain + 0j,
+        "quantised": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+    }
+    for group in ({"vocab_group": dist.group.WORLD}, {"sequence_group": dist.group.WORLD}):
+        head = part if "vocab_group" in group else weight
+        for name, value in kinds.items():
+            for given in (value, value if rank else plain):
+                with pytest.raises(ValueError, match=f"{name}|these differ: data"):
+                    alignloss.CPOLoss()(hidden, head, labels, pair_weights=given, **group)
+
+
 def data_that_differ(rank, size, parts):
     """Whatever results depend on and one process has otherwise is an error on all of them; hidden states may err."""
     hidden, weight, _, labels = problem()
@@ -443,13 +471,43 @@ def data_that_differ(rank, size, parts):
             mine = data | ({name: changed(value)} if elsewhere else {})
             with pytest.raises(ValueError, match=rf"must agree, and these differ: data \(here .*'{name}'"):
                 call(**mine, **group)
+    mine = partial(torch.add, alpha=2) if elsewhere else partial(torch.add, alpha=1)
+    pick = mine.keywords["alpha"]
+    bound = partial(LOSSES["dpo"], beta=pick)
+    mixed = [alignloss.DPOLoss(beta=pick), alignloss.PreferenceLoss("bco_pair", beta=0.1)]
+    heads = hidden, part, hidden.flip(0), part, labels
+    calls = [
+        partial(alignloss.MixtureLoss(mixed, [0.8, 0.2]), hidden, part, labels, ref_logps=logps),
+        partial(alignloss.PreferenceLoss(bound), hidden, part, labels, ref_logps=logps),
+        partial(alignloss.one_pass_loss, hidden, part, labels, partial(scaled_loss, factor=torch.tensor(pick))),
+        partial(alignloss.linear_kl, *heads) if elsewhere else partial(alignloss.linear_logprob, hidden, part, labels),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="these differ: what is asked for"):
+            call(**group)
+    trained = {"margins": torch.zeros(2, requires_grad=elsewhere), "desirable": torch.tensor([True, False])}
+    with pytest.raises(ValueError, match="these differ: data"):
+        loss_fn(hidden, part, labels, **trained, **group)
     generator = torch.Generator().manual_seed(rank)
     dropped = hidden * (torch.rand(hidden.shape, generator=generator) > 0.1) / 0.9
     rounded = hidden * (1 + 2**-9 * torch.randn(hidden.shape, generator=generator))
     unknown = hidden.index_fill(1, torch.tensor([0]), torch.nan)
     with pytest.raises(ValueError, match=r"same hidden states; those of ranks \[.*drops out"):
         alignloss.linear_logprob(dropped, part, labels, **group)
+    last = hidden.flatten(0, 1)[:47].clone()
+    last[46] += torch.randn(last.shape[1], generator=generator)
+    long = torch.cat([torch.zeros(80, last.shape[1]), last])
+    for rows in (last, long):
+        with pytest.raises(ValueError, match="same hidden states"):
+            alignloss.linear_logprob(rows, part, torch.zeros(len(rows)).long(), **group)
+    for one in (slice(0, 1), slice(1, 2), slice(2, 3)):
+        alignloss.linear_logprob(rounded[one, :1], part, labels[one, :1].clamp(min=0), **group)
     alignloss.linear_logprob(rounded, part, labels, **group)
+    # the same in other forms
+    same = {"num_sequences": 2.0, "pair_weights": torch.tensor([torch.nan, 1.0], dtype=torch.float64)}
+    other = {"pair_weights": torch.tensor([-torch.nan, 1.0]), "num_sequences": 2, "token_weights": None}
+    dpo(hidden, part, labels, ref_logps=logps, **(other if elsewhere else same), **group)
+    packed(cu_seqlens=offsets.int() if elsewhere else offsets, **group)
     assert alignloss.linear_logprob(unknown, part, labels, **group)[:, 1:].isfinite().all()
 
 
@@ -502,6 +560,18 @@ def written_to(rank, size, parts):
             head.weight.mul_(2)
         with pytest.raises(RuntimeError, match="needs weight as the forward had it, and it was written to in place"):
             loss.backward()
+    # whose backward multiplies by both heads
+    bias = torch.zeros(V)
+    for name, trains in itertools.product(("weight", "bias", "ref_weight", "ref_bias"), (False, True)):
+        given = {"weight": weight, "bias": bias, "ref_weight": weight.flip(0), "ref_bias": bias}
+        given = {n: distribute_tensor(value, mesh, [Shard(0)]) for n, value in given.items()}
+        given["weight"].requires_grad_(trains)
+        mine = leaf(hidden, torch.float32)
+        kl = alignloss.linear_kl(mine, ref_hidden=hidden, labels=labels, vocab_group=mesh, **given).sum()
+        with torch.no_grad():
+            given[name].add_(1)
+        with pytest.raises(RuntimeError, match=f"needs {name} as the forward had it"):
+            torch.autograd.grad(kl, mine)
 
 
 def transposed(rank, size, parts):
@@ -567,6 +637,10 @@ def test_dtensors_of_other_splits(tmp_path):
 
 def test_data_of_every_process_are_the_same(tmp_path):
     run_processes(data_that_differ, 4, tmp_path, (30, 30, 30, 11))
+
+
+def test_data_of_other_kinds(tmp_path):
+    run_processes(data_of_other_kinds, 2, tmp_path, (60, 41))
 
 
 def test_a_head_is_written_to_before_the_backward(tmp_path):

@@ -149,6 +149,8 @@ def test_layouts_that_do_not_fit():
         alignloss.sequence_logprob(hidden, weight, labels, cu_seqlens=torch.tensor([0, 20]))
     with pytest.raises(ValueError, match="token_weights must have the shape"):
         alignloss.sequence_logprob(hidden, weight, labels, token_weights=torch.ones(4))
+    with pytest.raises(ValueError, match=r"token_weights must be real, got torch\.complex64"):
+        alignloss.sequence_logprob(hidden, weight, labels, token_weights=torch.ones(labels.shape) + 0j)
     with pytest.raises(ValueError, match="shape and device of input_ids"):
         alignloss.next_token_labels(labels, labels[:2])
 

@@ -100,7 +100,7 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
     def known(layer: nn.Module, hidden: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         # till the end of the caller's no_grad: a factor that is a parameter of the model shows
         torch.set_grad_enabled(True)
-        values = torch.tensor(PROBE, dtype=torch.float32, device=hidden.device)
+        values = torch.tensor(PROBE, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         return values.expand(*hidden.shape[:-1], len(PROBE)).clone()
 
     few_tokens = refusing(f"{name} does not run on a few tokens", ": give check_model a batch of yours")
@@ -110,6 +110,8 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
     with refusing(f"{more}: with {len(PROBE)} numbers in their place it fails"), torch.no_grad():
         seen = logits_of(call(model, known, lambda: model(**batch)))
     scale, cap = _transform(seen, name)
+    base = unwrapped(model)
+    scale, cap = _written(scale, base), None if cap is None else _written(cap, base)
     own, mine = logits.double(), _transformed(products[0], scale, cap)
     if own.shape != mine.shape:
         raise UnsupportedModel(
@@ -123,8 +125,7 @@ def _measured(model: nn.Module, batch: dict[str, Any], name: str, ours: bool) ->
             f"{name}: its logits differ from the projection of its hidden states by {difference:.1e} of their size: "
             "its output embedding is more than a linear layer, or other layers follow it"
         )
-    base = unwrapped(model)
-    return _written(scale, base), None if cap is None else _written(cap, base)
+    return scale, cap
 
 
 def apart(values: Tensor, expected: Tensor) -> float:

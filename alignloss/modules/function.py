@@ -115,6 +115,10 @@ class LossFunction:
         # a number times integers is float32: our own functions take them in float64
         return value.to(torch.float64 if self.ours and value.dtype != torch.bool else value.dtype, copy=True)
 
+    @property
+    def made_of(self) -> Any:
+        return self.fn, self.options
+
     def __repr__(self) -> str:
         return ", ".join([self.name, *(f"{name}={value}" for name, value in self.options.items())])
 
@@ -140,6 +144,10 @@ class WeightedSum:
         results = [function(columns, data, count) for function in self.functions]
         terms = [weighted(weight, result[0]) for weight, result in zip(self.weights, results, strict=True)]
         return sum(terms[1:], terms[0]), *results[0][1:]
+
+    @property
+    def made_of(self) -> Any:
+        return [function.made_of for function in self.functions], self.weights
 
     def __repr__(self) -> str:
         return f"{self.name}, weights={self.weights}"

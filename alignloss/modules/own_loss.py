@@ -68,7 +68,7 @@ def one_pass_loss(
     check_keywords("one_pass_loss takes the options", PROJECTION_OPTIONS, options)
     bits = backends.stat_bits(stats)
     members = None if units is None else _checked_units(units, labels)
-    asked = getattr(loss_fn, "__qualname__", None), bits, members
+    asked = loss_fn, bits, members
     projection = project(hidden, weight, labels, bias, asked, **options)
 
     def evaluate(logps: Tensor, values: Sequence[Tensor | None]) -> Tensor:

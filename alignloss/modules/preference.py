@@ -179,7 +179,7 @@ class PreferenceLoss(HeadLoss):
         self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
         self._check_nll(nll_labels=nll_labels, num_tokens=num_tokens)
         labels, checks = checked_labels("labels", labels), (self.validate, real_sequences, self.ignore_index)
-        asked = self.function, self.nll_weight, self.couples_batch, tuple(stats)
+        asked = self.function.made_of, self.nll_weight, self.couples_batch, tuple(stats)
         whole = {"ref_logps": ref_logps, "pair_weights": pair_weights} | data
         whole |= {"num_sequences": num_sequences, "num_tokens": num_tokens}
         groups = sequence_group, vocab_group, self.alike(asked, whole)
@@ -270,8 +270,10 @@ class PreferenceLoss(HeadLoss):
 
     def _evaluated(self, projection: Projection, batch: Batch, stats: Sequence[str]) -> tuple[Results, ScoredTokens]:
         trained_data = any(value.requires_grad for value in batch.data.values())
+        # what this process has learnt of the loss, others of the vocabulary may not have
+        needs_graph = trained_data or (self._needs_graph and projection.options.split is None)
         # how many groups it would take differs between processes, which sum up their sequences together
-        one_pass = not (self.couples_batch or self._needs_graph or trained_data or batch.group is not None)
+        one_pass = not (self.couples_batch or needs_graph or batch.group is not None)
         try:
             return self.run(projection, batch, self._evaluate, stats, one_pass)
         except NeedsGraph:

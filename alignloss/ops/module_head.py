@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_backward_pre_hooks, _has_any_global_hook
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules import module as every_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_tensor, is_dtensor
@@ -76,7 +77,7 @@ def _inside(
     compiled: Any = head
     head = getattr(compiled, "_orig_mod", head)  # nothing of a compiled forward is needed
     layer = _linear(head, weight)
-    if layer._backward_pre_hooks or _global_backward_pre_hooks:
+    if layer._backward_pre_hooks or every_module._global_backward_pre_hooks:
         raise ValueError(
             f"{weight} is a module with a hook before its backward, which would see no gradient of logits: remove the "
             "hook, or give the weight"
@@ -85,7 +86,7 @@ def _inside(
     split = given.get("vocab_group") is not None and is_dtensor(layer.weight) and not hasattr(head, "_get_fsdp_state")
     if own and split:
         _check_hooks_of_split(layer, weight)
-    if _runs(layer) or split or not (own or _has_any_global_hook()):
+    if _runs(layer) or split or not (own or any(getattr(every_module, f"_global{hooks}") for hooks in _HOOKS)):
         return function(**given | {weight: layer.weight, bias: layer.bias})
     check_tensor(hidden, given.get(hidden))
     return _between_hooks(head, layer, hidden, weight, bias, given, function)
@@ -118,7 +119,7 @@ def _between_hooks(
     def forward(layer: nn.Module, rows: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         _check_input(rows, layer, hidden, weight, given)
         found.append(function(**given | {hidden: rows, weight: layer.weight, bias: layer.bias}))
-        made.append(standing_for(found[0], rows))
+        made.append(_watched(standing_for(found[0], rows)))
         return made[0]
 
     with taken_over([layer], forward) as calls:
@@ -142,15 +143,82 @@ def _check_input(rows: Tensor, layer: nn.Module, hidden: str, weight: str, given
             )
 
 
+# what leaves a tensor's values as they are; attributes but for `data` give other tensors
+_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "cpu", "cuda")
+_VIEWS = ("view_as", "alias", "detach", "detach_", "requires_grad_")
+
+
+class _Changes:
+    """What became of a tensor and its views."""
+
+    any = False
+
+
+class _Watched(Tensor):
+    """What stands for logits, in the sight of hooks: what they make of it knows that it is something else."""
+
+    changes: _Changes
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        name = getattr(function, "__name__", "")
+        given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, _Watched)]
+        of = args[0].changes if args and isinstance(args[0], _Watched) else None
+        for each in tree_flatten(result)[0]:
+            if not isinstance(each, _Watched):
+                continue
+            if any(each is one for one in given):  # in place, or as it was
+                each.changes.any |= name not in (*_CASTS, *_VIEWS)
+            elif of is not None and (name in _VIEWS or function == Tensor.data.__get__):  # type: ignore[attr-defined]
+                each.changes = of
+            else:
+                each.changes = _Changes()
+                each.changes.any = of is None or of.any or name not in _CASTS
+        if name == "__setitem__" and of is not None:
+            of.any = True
+        return result
+
+
+def _watched(made: Tensor) -> Tensor:
+    if is_functorch_wrapped_tensor(made):
+        return made
+    watched = made.as_subclass(_Watched)
+    watched.changes = _Changes()
+    return watched
+
+
 def _check_unchanged(made: Tensor, returned: Any, name: str) -> None:
     """A hook may pass on what stands for logits, as wrappers do, in another dtype too; nothing else."""
-    same = isinstance(returned, Tensor) and returned.shape == made.shape
-    untouched = returned is made and not made.is_inference() and made._version == 0
-    if not (untouched or (same and bool((returned == 1).all()))):
+    same = isinstance(returned, Tensor) and returned.shape == made.shape and returned.is_floating_point()
+    same = same and returned.requires_grad == made.requires_grad
+    if same and isinstance(returned, _Watched):
+        same = not returned.changes.any
+    elif same and is_functorch_wrapped_tensor(returned):  # has no values to look at
+        same = returned is made and made._version == 0
+    elif same and returned.grad_fn is not None and made.grad_fn is not None:
+        same = _passed_on(returned.grad_fn, made.grad_fn)
+    elif same:
+        same = bool((returned == 1).all())
+    if not same:
         raise ValueError(
             f"{name} is a module whose hooks change what it returns: the logits would not be those of its weight and "
             "bias. Remove the hooks, or give the weight"
         )
+
+
+def _passed_on(node: Any, source: Any) -> bool:
+    """Whether a graph from a tensor to another one holds nothing but casts, views and functions of Python."""
+    while node is not None and node is not source:
+        operator = type(node).__name__.rstrip("0123456789")
+        following = [after for after, _ in node.next_functions if after is not None]
+        if (operator != type(node).__name__ and operator not in _PASSES) or not following:
+            return False
+        node = source if source in following else following[0] if len(following) == 1 else None
+    return node is source
+
+
+_PASSES = ("ToCopyBackward", "ViewBackward", "AliasBackward", "CloneBackward", "UnsafeViewBackward")
 
 
 def _linear(head: nn.Module, name: str) -> nn.Linear:

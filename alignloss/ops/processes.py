@@ -8,6 +8,9 @@ import gc
 import re
 import weakref
 import zlib
+from collections.abc import Iterator
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..checks import GATHERED, INSIDE
+from ..checks import GATHERED, INSIDE, problem_of
 
 
 def checked_group(name: str, group: Any) -> Any:
@@ -61,20 +64,24 @@ def check_sequences(group: Any, sequences: int, same: dict[str, Any], device: to
 def gathered(group: Any, values: dict[str, Any], measures: Tensor) -> tuple[dict[str, list[int]], Tensor]:
     """By name what stands for a value on each process, and the measures (k,) float64 of each, (processes, k).
 
-    An int stands for itself, for anything else a sum that depends on the dtype, the bits and their order in a tensor,
-    and on how the rest prints; a dict is a value too. Names and k are the same on every process, whatever their calls
-    are. One collective, on the device of the measures, and one wait for a GPU.
+    An int stands for itself, for anything else a sum of its `_leaves`. Names and k are the same on every process,
+    whatever their calls are. One collective, on the device of the measures, and one wait for a GPU.
     """
-    numbers = [value if type(value) is int else _printed(value) for value in values.values()]
+    numbers, sums = [], []
+    for name, value in values.items():
+        leaves = dict(_leaves("", value))
+        tensors = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        if any(map(is_batchedtensor, tensors.values())):
+            raise ValueError(
+                f"between processes there is no torch.func.vmap over {name}: give the batch as a leading dimension"
+            )
+        texts = sorted(f"{path}={_kind(leaf) if path in tensors else leaf}" for path, leaf in leaves.items())
+        numbers.append(value if type(value) is int else zlib.crc32("\n".join(texts).encode()))
+        sums.append([(2 * zlib.crc32(path.encode()) + 1) * _checksum(leaf) for path, leaf in tensors.items()])
     mine = torch.tensor(numbers, dtype=torch.int64, device=measures.device)
-    for place, (name, value) in enumerate(values.items()):
-        entries = value.values() if isinstance(value, dict) else [value]
-        for number, tensor in enumerate(filter(torch.is_tensor, entries)):
-            if is_batchedtensor(tensor):
-                raise ValueError(
-                    f"between processes there is no torch.func.vmap over {name}: give the batch as a leading dimension"
-                )
-            mine[place] += (2 * number + 1) * _checksum(tensor.detach()).to(mine.device)
+    for place, parts in enumerate(sums):
+        for part in parts:
+            mine[place] += part.to(mine.device)
     mine = torch.cat([mine, measures.view(torch.int64)])
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
@@ -95,19 +102,49 @@ def check_agreement(argument: str, found: dict[str, list[int]], same: dict[str, 
 def _shown(value: Any) -> str:
     """A value without those of tensors."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name!r}: {_shown(each)}" for name, each in value.items()) + "}"
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        return "{" + ", ".join(f"{name!r}: {_shown(each)}" for name, each in value.items() if each is not None) + "}"
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{tuple(value.shape)} {value.dtype}" if problem_of(value) is None else f"a {type(value).__name__}"
 
 
-def _printed(value: Any) -> int:
-    return zlib.crc32(re.sub(" at 0x[0-9a-f]+", "", _shown(value)).encode())
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors in a value, and the texts that stand for whatever else is in it, by path.
+
+    None is the same as nothing, 2 as 2.0, a function its name and what a partial binds: not what it closes over.
+    """
+    if isinstance(value, partial):
+        value = {"function": value.func, "given": value.args} | value.keywords
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _leaves(f"{path}.{name}", each)
+    elif isinstance(value, Tensor):
+        yield path, value if problem_of(value) is None else f"{type(value).__name__} {value.layout} {value.device.type}"
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        yield path, repr(float(value)) if float(value) == value else repr(value)
+    elif hasattr(value, "__qualname__"):
+        yield path, f"{value.__module__}.{value.__qualname__}"
+    elif value is not None:
+        yield path, re.sub(" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _kind(values: Tensor) -> tuple[Any, ...]:
+    """What of a tensor is compared beside its values: not its precision."""
+    trains = values.requires_grad and torch.is_grad_enabled()
+    return tuple(values.shape), values.is_floating_point(), values.is_complex(), values.dtype == torch.bool, trains
 
 
 def _checksum(values: Tensor) -> Tensor:
-    """0-d int64 that tells bits and their order apart."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = values.reshape(-1).contiguous().view(integers.get(values.element_size(), torch.uint8)).long()
-    mixed = (bits + 1) * 6364136223846793005
+    """0-d int64 that tells values and their order apart."""
+    values = values.detach().reshape(-1)
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj()).reshape(-1)
+    if values.is_floating_point():  # one NaN, one 0
+        values = values.double()
+        values = torch.where(values.isnan(), torch.nan, values + 0).view(torch.int64)
+    mixed = (values.long() + 1) * 6364136223846793005
     place = torch.arange(1, mixed.numel() + 1, device=values.device) * 2654435761
     return ((mixed ^ (mixed >> 29)) * place).sum()
 

@@ -104,6 +104,8 @@ def checked_token_weights(token_weights: Tensor | None, labels: Tensor) -> Tenso
     if token_weights is None:
         return None
     check_like("token_weights", token_weights, "labels", labels)
+    if token_weights.is_complex():
+        raise ValueError(f"token_weights must be real, got {token_weights.dtype}")
     return savable(token_weights.detach()).reshape(-1)
 
 

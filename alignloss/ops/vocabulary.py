@@ -5,6 +5,7 @@ maxima, the sums of their exponentials, and U once the target's row has joined i
 every process has the sums of the whole vocabulary, so that the gradients of its part need nothing of the others.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -132,17 +133,25 @@ def local_part(name: str, value: Any, group: Any) -> Any:
         )
     part = value.to_local()
     if part.requires_grad:
-        before = value._version  # which its local part does not share
-        part.register_hook(lambda _: _check_unwritten(name, value, before))
+        part.register_hook(unwritten(name, value))
     return part
 
 
-def _check_unwritten(name: str, value: Tensor, before: int) -> None:
-    if value._version != before:
-        raise RuntimeError(
-            f"the backward needs {name} as the forward had it, and it was written to in place: at version "
-            f"{value._version} after {before}"
-        )
+def unwritten(name: str, value: Any) -> Callable[[Tensor], None]:
+    """A hook of a backward that needs a DTensor: a RuntimeError where it was written to since.
+
+    Its local part, which an op saves, has a version of its own.
+    """
+    before = value._version
+
+    def check(_: Tensor) -> None:
+        if value._version != before:
+            raise RuntimeError(
+                f"the backward needs {name} as the forward had it, and it was written to in place: at version "
+                f"{value._version} after {before}"
+            )
+
+    return check
 
 
 def check_part(name: str, weight: Tensor) -> None:
@@ -176,11 +185,10 @@ def agree(
             "processes of FSDP or DDP, which have tokens of their own, are no vocab_group"
         )
     check_agreement("vocab_group", found, same)
-    apart = (measures - measures[0]).norm(dim=1) > 0.1 * measures[0].norm()
-    if bool(apart.any()):
+    if apart := _apart(measures).nonzero().flatten().tolist():
         raise ValueError(
-            f"with vocab_group every process has the same hidden states; those of ranks {apart.nonzero().tolist()} "
-            "differ from those of rank 0, as where each drops out values of its own"
+            f"with vocab_group every process has the same hidden states; those of ranks {apart} in the group differ "
+            "from those of rank 0 by more than rounding, as where each drops out values of its own"
         )
     if sum(found["rows"]) == 0:
         raise ValueError("with vocab_group the parts of the head are all empty: V must be at least 1")
@@ -188,10 +196,21 @@ def agree(
 
 
 def _measures(hidden: Tensor) -> Tensor:
-    """Projections (64,) of some of the rows, by which other hidden states than those of another process are told."""
-    if is_batchedtensor(hidden):
-        return torch.zeros(64, dtype=torch.float64, device=hidden.device)
-    rows = hidden.detach()[:: max(1, len(hidden) // 64)][:64].double()
-    directions = torch.arange(1.0, hidden.shape[1] + 1, dtype=torch.float64, device=hidden.device).cos()
-    measures = (rows * directions).sum(1).nan_to_num(0, 0, 0)
-    return torch.nn.functional.pad(measures, (0, 64 - len(measures)))
+    """Of 64 rows at most, spread over all of them, the norms and two projections, (3 * 64,)."""
+    found = torch.zeros(3, 64, dtype=torch.float64, device=hidden.device)
+    if not is_batchedtensor(hidden):
+        rows = hidden.detach()[:: max(1, -(-len(hidden) // 64))].double()
+        angles = torch.arange(1.0, hidden.shape[1] + 1, dtype=torch.float64, device=hidden.device)
+        sums = [(rows * directions).sum(1) for directions in (angles.cos(), angles.sin())]
+        found[:, : len(rows)] = torch.stack([rows.norm(dim=1), *sums]).nan_to_num(0, 0, 0)
+    return found.flatten()
+
+
+def _apart(measures: Tensor) -> Tensor:
+    """Which processes have other rows than the first, (processes,): by more than 5 % of their length in a projection.
+
+    Rounding to bf16 moves it by 0.2 %.
+    """
+    lengths, *projections = measures.view(len(measures), 3, 64).unbind(1)
+    longest = torch.maximum(lengths, lengths[0])
+    return torch.stack([(each - each[0]).abs() > 0.05 * longest for each in projections], 2).flatten(1).any(1)
