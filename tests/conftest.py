@@ -48,7 +48,12 @@ def order_of_warps(request):
     gpu.settings.order = "together"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        mark = item.get_closest_marker("nightly_where")
+        if mark and mark.args[0](**item.callspec.params):
+            item.add_marker(pytest.mark.nightly)
     if config.getoption("--emulate"):
         chosen = [item for item in items if item.get_closest_marker("emulated")]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

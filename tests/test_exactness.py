@@ -153,6 +153,9 @@ def test_the_workspace_changes_no_result_beyond_rounding(workspace):
     assert max(error(g, e) for g, e in zip(got, expected, strict=True)) < 1e-13
 
 
+@pytest.mark.nightly_where(
+    lambda backend, dtype, narrow, **_: backend == "triton" and (dtype == torch.float16) == (narrow == "hidden")
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("workspace", [12_000, 10_000_000])
 @pytest.mark.parametrize("trained", ["", "hidden", "weight bias", "hidden weight bias"], ids=lambda t: t or "nothing")

@@ -122,8 +122,7 @@ def test_two_processes(how, tmp_path):
     run_processes(every_loss, 2, tmp_path, how)
 
 
-@pytest.mark.parametrize(
-    "how", ["HSDP", *(pytest.param(how, marks=pytest.mark.nightly) for how in ("DDP", "FSDP1", "FSDP2 own unit"))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", ["HSDP", "DDP", "FSDP1", "FSDP2 own unit"])
 def test_four_processes(how, tmp_path):
     run_processes(every_loss, 4, tmp_path, how)
