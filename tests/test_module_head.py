@@ -198,7 +198,7 @@ CHANGES = {
     "clamped": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.clamp(-1, 1)),
     "a power": lambda layer: layer.register_forward_hook(lambda layer, given, out: (out.float() ** 2).to(out.dtype)),
     "detached": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.detach().clone().abs_()),
-    "rounded": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.int()),
+    "rounded": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.to(torch.int32).to(out.dtype)),
     "another one": lambda layer: layer.register_forward_hook(lambda layer, given, out: torch.ones_like(out)),
     "a tuple": lambda layer: layer.register_forward_hook(lambda layer, given, out: (out,)),
     "before the backward": lambda layer: layer.register_full_backward_pre_hook(lambda layer, grads: (2 * grads[0],)),

@@ -174,7 +174,7 @@ class _Watched(Tensor):
                 each.changes = of
             else:
                 each.changes = _Changes()
-                each.changes.any = of is None or of.any or name not in _CASTS
+                each.changes.any = of is None or of.any or name not in _CASTS or not each.dtype.is_floating_point
         if name == "__setitem__" and of is not None:
             of.any = True
         return result

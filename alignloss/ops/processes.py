@@ -10,7 +10,7 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -122,8 +122,11 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{path}.{name}", each)
     elif isinstance(value, Tensor):
         yield path, value if problem_of(value) is None else f"{type(value).__name__} {value.layout} {value.device.type}"
+    elif isinstance(value, Integral) and not isinstance(value, bool):
+        yield path, repr(int(value))
     elif isinstance(value, Real) and not isinstance(value, bool):
-        yield path, repr(float(value)) if float(value) == value else repr(value)
+        number = float(value)
+        yield path, repr(int(number) if number.is_integer() else number)
     elif hasattr(value, "__qualname__"):
         yield path, f"{value.__module__}.{value.__qualname__}"
     elif value is not None:
