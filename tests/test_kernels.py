@@ -167,6 +167,23 @@ def test_sums_by_a_gemm_that_knows_the_reference_of_a_row(N, H, V, far):
     assert torch.equal(state[2:].nan_to_num(), begin[2:].nan_to_num())
 
 
+@pytest.mark.parametrize(
+    ("total", "repaired"), [(1.0, 0), (1.5e26, 0), (0.7e-26, 0), (3e26, 1), (0.0, 1), (torch.nan, 1)]
+)
+def test_a_sum_that_one_kernel_may_find_near_is_not_read_repaired_by_another(total, repaired):
+    """The kernel that repairs adds in another order: what it repairs begins at 1e26, what is read repaired at 2e26."""
+    N, tiles = 20, 3
+    partials, state = torch.full((3, tiles, N), torch.nan, device=DEVICE), torch.zeros(STATE_ROWS, N, device=DEVICE)
+    partials[0] = total / tiles
+    if repaired:
+        partials[1], partials[2] = 5.0, 1 / 3
+    state[2] = 4.0
+    launch = sums.settle_sums_kernel[(2,)]
+    launch(state, partials, N, tiles, state.stride(0), BLOCK_N=16, BLOCK_T=64, **blocks.OPTIONS)
+    m, s = (5.0, 1.0) if repaired else (4.0, total)
+    torch.testing.assert_close(state[:2], torch.tensor([[m], [s]], device=DEVICE).expand(2, N))
+
+
 @with_a_copy_engine
 @overflows
 @pytest.mark.parametrize("far", FAR)

@@ -190,6 +190,23 @@ CHANGES = {
     "in place, unseen": lambda layer: layer.register_forward_hook(
         lambda layer, given, out: (out.data.mul_(2), None)[1]
     ),
+    "a view in place": lambda layer: layer.register_forward_hook(
+        lambda layer, given, out: (out.view(-1).neg_(), None)[1]
+    ),
+    "rows in place": lambda layer: layer.register_forward_hook(
+        lambda layer, given, out: [r.data.neg_() for r in out] and None
+    ),
+    "a part in place": lambda layer: layer.register_forward_hook(
+        lambda layer, given, out: (out[..., 0].fill_(2), None)[1]
+    ),
+    "by data": lambda layer: layer.register_forward_hook(lambda layer, given, out: setattr(out, "data", out.data * 2)),
+    "by NumPy": lambda layer: layer.register_forward_hook(
+        lambda layer, given, out: (out.detach().numpy().__imul__(2), None)[1]
+    ),
+    "a leaf": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.detach().clone().neg()),
+    "eight bits": lambda layer: layer.register_forward_hook(
+        lambda layer, given, out: out.to(torch.float8_e4m3fn).to(out.dtype)
+    ),
     "an entry": lambda layer: layer.register_forward_hook(lambda layer, given, out: out.__setitem__((..., 0), 1.0)),
     "cut": lambda layer: layer.register_forward_hook(lambda layer, given, out: out[..., :4]),
     "banned tokens": lambda layer: layer.register_forward_hook(
@@ -220,7 +237,11 @@ def test_a_hook_under_one_of_the_backward_and_one_that_cuts_the_gradient():
     hidden, head, labels = problem(True)
     head.register_full_backward_hook(lambda *_: None)
     alignloss.linear_logprob(hidden, head, labels)
-    for hook in (lambda layer, given, out: out.clamp(-1, 1), lambda layer, given, out: out.detach()):
+    for hook in (
+        lambda layer, given, out: out.clamp(-1, 1),
+        lambda layer, given, out: out.detach(),
+        lambda layer, given, out: out.detach().requires_grad_(),
+    ):
         handle = head.register_forward_hook(hook)
         with pytest.raises(ValueError, match="hooks change what it returns"):
             alignloss.linear_logprob(hidden, head, labels)
@@ -230,6 +251,7 @@ def test_a_hook_under_one_of_the_backward_and_one_that_cuts_the_gradient():
 def looks(layer, given, out):
     print(out.shape, out.dtype, out.float().abs().sum().item(), out.isnan().any(), out.data.mean(), repr(out))
     out.detach().double().clamp_(-1, 1)
+    assert torch.equal(copy.deepcopy(out.detach()), out) and type(copy.copy(out.detach().cpu())) is torch.Tensor
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

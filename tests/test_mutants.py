@@ -112,7 +112,7 @@ MUTANTS = [
         "kernels/exps.py",
         "tl.where((top > FAR) | too_low, reference + top, reference)",
         "reference + 0.0 * tl.where(too_low, 1.0, 0.0)",
-        KERNELS + "whatever_the_reference",
+        KERNELS + "whatever_the_reference --emulate sm_90",
     ),
     Mutant(
         "weights of U add up to the sum before rounding",
@@ -233,6 +233,41 @@ MUTANTS = [
         "                    rounded.copy_(whole)\n                    self.split.add_up(rounded)",
         "tests/test_split_vocabulary.py -k rounded",
     ),
+    Mutant(
+        "the order of data is not compared",
+        "alignloss/ops/processes.py",
+        "values.long() ^ (torch.arange(1, len(values) + 1, device=values.device) * 2654435761)",
+        "values.long()",
+        "tests/test_split_sequences.py -k step_asks",
+    ),
+    Mutant(
+        "the last rows of hidden states are not compared",
+        "alignloss/ops/vocabulary.py",
+        "torch.arange(0, scored, -(-scored // 64), device=hidden.device)",
+        "torch.arange(0, min(scored, 46), device=hidden.device)",
+        "tests/test_split_vocabulary.py -k every_process",
+    ),
+    Mutant(
+        "a DTensor that was written to is not seen",
+        "alignloss/ops/vocabulary.py",
+        "        if value._version != before:",
+        "        if value._version < before:",
+        "tests/test_split_vocabulary.py -k written",
+    ),
+    Mutant(
+        "what a hook makes of logits passes",
+        "alignloss/ops/module_head.py",
+        "or of.any or name not in _CASTS or",
+        "or of.any or",
+        "tests/test_module_head.py -k are_refused",
+    ),
+    Mutant(
+        "a row far from its target is not repaired",
+        "kernels/sums.py",
+        "(total < MOST * slack)",
+        "(total > 0)",
+        "tests/test_kernels.py --emulate sm_90 -k sums_by_a_gemm",
+    ),
 ]
 
 
@@ -240,7 +275,7 @@ MUTANTS = [
 def copy(tmp_path_factory):
     """The package and its tests elsewhere, where they may be changed."""
     folder = tmp_path_factory.mktemp("copy")
-    for name in ("alignloss", "tests"):
+    for name in ("alignloss", "docs", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "kernels", folder / "kernels")
     (folder / "alignloss" / "kernels").symlink_to("../kernels")

@@ -4,6 +4,7 @@ import itertools
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -485,6 +486,20 @@ def data_that_differ(rank, size, parts):
     for call in calls:
         with pytest.raises(ValueError, match="these differ: what is asked for"):
             call(**group)
+    # the same values in other places
+    weighted = partial(dpo, hidden, part, labels, ref_logps=logps)
+    for kind in (torch.bool, torch.int32, torch.float32):
+        mine = torch.tensor([1, 0, 0, 1] if elsewhere else [0, 1, 1, 0], dtype=kind).repeat(T).view(SEQUENCES, T)
+        with pytest.raises(ValueError, match="these differ: data"):
+            weighted(token_weights=mine, **group)
+    other_labels = labels.masked_fill(labels == -100, 0)
+    other_labels[:, :4] = torch.tensor([7, 5, 5, 7] if elsewhere else [5, 7, 7, 5])
+    with pytest.raises(ValueError, match="with other labels"):
+        alignloss.linear_logprob(hidden, part, other_labels, **group)
+    array = np.arange(2000.0)
+    array[1000] += 1e-9 * elsewhere
+    with pytest.raises(ValueError, match="these differ: what is asked for"):
+        alignloss.one_pass_loss(hidden, part, labels, partial(scaled_loss, factor=array), **group)
     trained = {"margins": torch.zeros(2, requires_grad=elsewhere), "desirable": torch.tensor([True, False])}
     with pytest.raises(ValueError, match="these differ: data"):
         loss_fn(hidden, part, labels, **trained, **group)
@@ -503,6 +518,8 @@ def data_that_differ(rank, size, parts):
     for one in (slice(0, 1), slice(1, 2), slice(2, 3)):
         alignloss.linear_logprob(rounded[one, :1], part, labels[one, :1].clamp(min=0), **group)
     alignloss.linear_logprob(rounded, part, labels, **group)
+    padding = torch.where((labels == -100)[..., None], torch.randn(hidden.shape, generator=generator), hidden)
+    alignloss.SFTLoss()(padding, part, labels, **group)
     # the same in other forms
     same = {"num_sequences": 2.0, "pair_weights": torch.tensor([torch.nan, 1.0], dtype=torch.float64)}
     other = {"pair_weights": torch.tensor([-torch.nan, 1.0]), "num_sequences": 2, "token_weights": None}
@@ -560,8 +577,18 @@ def written_to(rank, size, parts):
             head.weight.mul_(2)
         with pytest.raises(RuntimeError, match="needs weight as the forward had it, and it was written to in place"):
             loss.backward()
-    # whose backward multiplies by both heads
     bias = torch.zeros(V)
+    for name, frozen in itertools.product(("weight", "bias"), ("", "weight", "bias")):
+        given = {"weight": weight, "bias": bias}
+        given = {
+            n: distribute_tensor(value, mesh, [Shard(0)]).requires_grad_(n != frozen) for n, value in given.items()
+        }
+        loss = alignloss.SFTLoss(workspace_bytes=12_000)(hidden, labels=labels, vocab_group=mesh, **given).loss
+        with torch.no_grad():
+            given[name].add_(1)
+        with pytest.raises(RuntimeError, match=f"needs {name} as the forward had it"):
+            loss.backward()
+    # whose backward multiplies by both heads
     for name, trains in itertools.product(("weight", "bias", "ref_weight", "ref_bias"), (False, True)):
         given = {"weight": weight, "bias": bias, "ref_weight": weight.flip(0), "ref_bias": bias}
         given = {n: distribute_tensor(value, mesh, [Shard(0)]) for n, value in given.items()}

@@ -34,7 +34,7 @@ from .sizes import (
     one_pass_workspace,
     total_memory,
 )
-from .vocabulary import Split, agree, check_part, local_part
+from .vocabulary import Split, agree, check_part, local_part, unwritten
 
 
 class Options(NamedTuple):
@@ -225,9 +225,15 @@ def _parts(weight: Tensor | nn.Module, bias: Tensor | None, group: Any) -> tuple
             "a call with vocab_group is not compiled, for its processes talk while it is prepared: give the function "
             "that calls it to torch.compiler.disable"
         )
-    part = local_part("weight", weight, group)
-    check_part("weight", part)
-    return part, local_part("bias", bias, group)
+    given = {"weight": weight, "bias": bias}
+    parts = {name: local_part(name, value, group) for name, value in given.items()}
+    check_part("weight", parts["weight"])
+    checks = [unwritten(name, value) for name, value in given.items() if is_dtensor(value)]
+    for part in parts.values():
+        if part is not None and part.requires_grad:  # whose gradient the backward computes from both
+            for check in checks:
+                part.register_hook(check)
+    return parts["weight"], parts["bias"]
 
 
 def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> dict[str, Any]:

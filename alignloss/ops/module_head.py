@@ -143,63 +143,85 @@ def _check_input(rows: Tensor, layer: nn.Module, hidden: str, weight: str, given
             )
 
 
-# what leaves a tensor's values as they are; attributes but for `data` give other tensors
-_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "cpu", "cuda")
-_VIEWS = ("view_as", "alias", "detach", "detach_", "requires_grad_")
+# what gives a tensor with the values of the one before; attributes but for `data` give other tensors
+_SAME = (
+    "to", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous", "cpu", "cuda",
+    "view_as", "alias", "detach", "detach_", "requires_grad_",
+)  # fmt: skip
+_WRITES = ("__set__", "__setitem__", "set_")
 
 
-class _Changes:
-    """What became of a tensor and its views."""
+class _Memory:
+    """What is known of the memory of some tensors."""
 
-    any = False
+    written = False
 
 
 class _Watched(Tensor):
     """What stands for logits, in the sight of hooks: what they make of it knows that it is something else."""
 
-    changes: _Changes
+    memory: _Memory
+    other = False  # than what stands for logits
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(function, types, args, kwargs or {})
-        name = getattr(function, "__name__", "")
-        given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, _Watched)]
-        of = args[0].changes if args and isinstance(args[0], _Watched) else None
-        for each in tree_flatten(result)[0]:
-            if not isinstance(each, _Watched):
+        name, given = getattr(function, "__name__", ""), _watched_in((args, kwargs))
+        same = name in _SAME or function == Tensor.data.__get__  # type: ignore[attr-defined]
+        for tensor in _watched_in(result):
+            if any(tensor is each for each in given):  # in place, or as it was
+                tensor.memory.written |= not same
                 continue
-            if any(each is one for one in given):  # in place, or as it was
-                each.changes.any |= name not in (*_CASTS, *_VIEWS)
-            elif of is not None and (name in _VIEWS or function == Tensor.data.__get__):  # type: ignore[attr-defined]
-                each.changes = of
-            else:
-                each.changes = _Changes()
-                each.changes.any = of is None or of.any or name not in _CASTS or not each.dtype.is_floating_point
-        if name == "__setitem__" and of is not None:
-            of.any = True
+            origin = given[0] if given else None
+            narrow = not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2
+            tensor.other = origin is None or origin.other or not same or narrow
+            shares = (each.memory for each in given if _address(each) == _address(tensor))
+            # what was written to before a copy is in the copy
+            tensor.memory = next(shares, None) or _Memory()
+            tensor.memory.written |= any(each.memory.written for each in given)
+        if name in _WRITES and given:
+            given[0].memory.written = True
         return result
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _watched_in(values: Any) -> list[_Watched]:
+    return [each for each in tree_flatten(values)[0] if isinstance(each, _Watched)]
+
+
+def _address(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -1
 
 
 def _watched(made: Tensor) -> Tensor:
     if is_functorch_wrapped_tensor(made):
         return made
     watched = made.as_subclass(_Watched)
-    watched.changes = _Changes()
+    watched.memory = _Memory()
     return watched
 
 
 def _check_unchanged(made: Tensor, returned: Any, name: str) -> None:
     """A hook may pass on what stands for logits, as wrappers do, in another dtype too; nothing else."""
     same = isinstance(returned, Tensor) and returned.shape == made.shape and returned.is_floating_point()
-    same = same and returned.requires_grad == made.requires_grad
-    if same and isinstance(returned, _Watched):
-        same = not returned.changes.any
-    elif same and is_functorch_wrapped_tensor(returned):  # has no values to look at
+    if same and is_functorch_wrapped_tensor(returned):  # has no values to look at
         same = returned is made and made._version == 0
-    elif same and returned.grad_fn is not None and made.grad_fn is not None:
-        same = _passed_on(returned.grad_fn, made.grad_fn)
     elif same:
-        same = bool((returned == 1).all())
+        watched = isinstance(returned, _Watched) and not (returned.other or returned.memory.written)
+        if made.grad_fn is not None:
+            same = _passed_on(returned.grad_fn, made.grad_fn)
+            same &= watched or not isinstance(returned, _Watched)
+        else:
+            same = watched or (not isinstance(returned, _Watched) and bool((returned == 1).all()))
+        if same and isinstance(made, _Watched):
+            # NumPy writes to a CPU's memory without torch
+            same = not made.memory.written and (made.device.type != "cpu" or bool((made == 1).all()))
     if not same:
         raise ValueError(
             f"{name} is a module whose hooks change what it returns: the logits would not be those of its weight and "

@@ -129,6 +129,8 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, repr(int(number) if number.is_integer() else number)
     elif hasattr(value, "__qualname__"):
         yield path, f"{value.__module__}.{value.__qualname__}"
+    elif getattr(getattr(value, "dtype", None), "kind", "O") in "biufc":  # which prints some of its numbers
+        yield path, torch.as_tensor(value)
     elif value is not None:
         yield path, re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
@@ -147,9 +149,12 @@ def _checksum(values: Tensor) -> Tensor:
     if values.is_floating_point():  # one NaN, one 0
         values = values.double()
         values = torch.where(values.isnan(), torch.nan, values + 0).view(torch.int64)
-    mixed = (values.long() + 1) * 6364136223846793005
-    place = torch.arange(1, mixed.numel() + 1, device=values.device) * 2654435761
-    return ((mixed ^ (mixed >> 29)) * place).sum()
+    # the place goes in before the bits are mixed: a sum of products would be the same of values that change places
+    mixed = (
+        values.long() ^ (torch.arange(1, len(values) + 1, device=values.device) * 2654435761)
+    ) * 6364136223846793005
+    mixed = (mixed ^ (mixed >> 29)) * 2862933555777941757
+    return (mixed ^ (mixed >> 32)).sum()
 
 
 def sums_over(group: Any, *values: Tensor) -> tuple[Tensor, ...]:

@@ -131,10 +131,7 @@ def local_part(name: str, value: Any, group: Any) -> Any:
             f"{value.device_mesh.mesh.tolist()}. Under FSDP2 across the data the head belongs into the unit of the "
             "whole, and the loss inside its forward"
         )
-    part = value.to_local()
-    if part.requires_grad:
-        part.register_hook(unwritten(name, value))
-    return part
+    return value.to_local()
 
 
 def unwritten(name: str, value: Any) -> Callable[[Tensor], None]:
@@ -177,7 +174,7 @@ def agree(
     """
     tokens = {"tokens": len(labels), "labels": labels, "positions": token_index}
     numbers = {f"least {place}": number for place, number in enumerate(least)}
-    found, measures = gathered(group, {"rows": rows} | numbers | tokens | same, _measures(hidden))
+    found, measures = gathered(group, {"rows": rows} | numbers | tokens | same, _measures(hidden, token_index))
     if any(len(set(found[name])) > 1 for name in tokens):
         raise ValueError(
             "with vocab_group every process has the same hidden states and labels, and a part of the head; the "
@@ -195,11 +192,15 @@ def agree(
     return Split(group.group_name, tuple(found["rows"])), [min(found[name]) for name in numbers]
 
 
-def _measures(hidden: Tensor) -> Tensor:
-    """Of 64 rows at most, spread over all of them, the norms and two projections, (3 * 64,)."""
+def _measures(hidden: Tensor, token_index: Tensor | None) -> Tensor:
+    """Of 64 scored rows at most, spread over all of them, the norms and two projections, (3 * 64,)."""
     found = torch.zeros(3, 64, dtype=torch.float64, device=hidden.device)
-    if not is_batchedtensor(hidden):
-        rows = hidden.detach()[:: max(1, -(-len(hidden) // 64))].double()
+    scored = len(hidden) if token_index is None else len(token_index)
+    if scored and len(hidden) and not is_batchedtensor(hidden):
+        rows = torch.arange(0, scored, -(-scored // 64), device=hidden.device)
+        if token_index is not None:  # what padding holds need not be the same
+            rows = token_index[rows].clamp(0, len(hidden) - 1)
+        rows = hidden.detach()[rows].double()
         angles = torch.arange(1.0, hidden.shape[1] + 1, dtype=torch.float64, device=hidden.device)
         sums = [(rows * directions).sum(1) for directions in (angles.cos(), angles.sin())]
         found[:, : len(rows)] = torch.stack([rows.norm(dim=1), *sums]).nan_to_num(0, 0, 0)
