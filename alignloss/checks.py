@@ -1,6 +1,7 @@
 """What tensors and options have to be before anything is computed from them."""
 
 import math
+import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -209,7 +210,8 @@ def check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hin
 def check_number(name: str, value: Any, positive: bool = False) -> None:
     if torch.compiler.is_compiling():
         return  # a number that varies is symbolic there
-    if not isinstance(value, Real) or not math.isfinite(value) or (positive and value <= 0):
+    number: Any = value if isinstance(value, Real) else math.nan
+    if not abs(number) <= sys.float_info.max or (positive and number <= 0):  # an int may be larger than any double
         raise ValueError(f"{name} must be a {'positive' if positive else 'finite'} number, got {value!r}")
 
 

@@ -439,6 +439,7 @@ def test_orpo_is_exact_as_a_probability_goes_to_1():
         ("dpo_shift", {"beta": 0.1, "rejected_scale": 1.5}, r"rejected_scale must lie in \(0, 1\], got 1.5"),
         ("robust_dpo", {"beta": 0.1, "label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
         ("simpo", {"beta": 2.0, "gamma": float("nan")}, "gamma must be a finite number"),
+        ("simpo", {"beta": 2.0, "gamma": 10**400}, "gamma must be a finite number"),
         ("dpoo", {}, "the losses by name are"),
         ("odpo", {"beta": 0.1, "offset_weight": 0.0}, r"offset_weight must lie in \(0, inf\), got 0"),
         ("f_dpo", {"beta": 0.1, "divergence": "js_divergence"}, "divergence must be a function .* is not callable"),
