@@ -1,7 +1,6 @@
 """What tensors and options have to be before anything is computed from them."""
 
 import math
-import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -210,8 +209,11 @@ def check_keywords(what: str, known: dict[str, bool], given: dict[str, Any], hin
 def check_number(name: str, value: Any, positive: bool = False) -> None:
     if torch.compiler.is_compiling():
         return  # a number that varies is symbolic there
-    number: Any = value if isinstance(value, Real) else math.nan
-    if not abs(number) <= sys.float_info.max or (positive and number <= 0):  # an int may be larger than any double
+    try:
+        finite = isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # of an int beyond float64
+        finite = False
+    if not finite or (positive and value <= 0):
         raise ValueError(f"{name} must be a {'positive' if positive else 'finite'} number, got {value!r}")
 
 
