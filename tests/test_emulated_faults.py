@@ -22,6 +22,7 @@ import alignloss
 
 pytestmark = [
     pytest.mark.emulated,
+    pytest.mark.xdist_group("one fixture of all launches"),
     pytest.mark.skipif(emulator.emulated is None, reason="needs --emulate"),
 ]
 KERNELS = (
