@@ -257,8 +257,8 @@ MUTANTS = [
     Mutant(
         "what a hook makes of logits passes",
         "alignloss/ops/module_head.py",
-        "or of.any or name not in _CASTS or",
-        "or of.any or",
+        "or origin.other or not same or narrow",
+        "or origin.other or narrow",
         "tests/test_module_head.py -k are_refused",
     ),
     Mutant(
