@@ -122,7 +122,7 @@ with_a_copy_engine = pytest.mark.skipif(
 )
 overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 FAR = [
-    pytest.param(far, marks=pytest.mark.nightly if INTERPRETED or far < 100 else ())
+    pytest.param(far, marks=pytest.mark.nightly if INTERPRETED or far < 200 else ())
     for far in ([200] if INTERPRETED else [0, 30, 60, 100, 200])
 ]
 

@@ -111,9 +111,9 @@ def every_loss(rank, size, how):
             assert off <= tolerance * largest, (name, off / max(largest, 1e-30))
 
 
-BY_DAY = ["DDP tied", "FSDP1 own unit", "FSDP2", "FSDP2 own unit"]
+BY_DAY = ["DDP tied", "FSDP1 own unit", "FSDP2 own unit"]
 BY_NIGHT = [
-    "DDP", "FSDP1", "FSDP2 tied", "FSDP2 grouped", "FSDP2 kept", "FSDP2 own unit kept", "FSDP2 16 bits",
+    "DDP", "FSDP1", "FSDP2", "FSDP2 tied", "FSDP2 grouped", "FSDP2 kept", "FSDP2 own unit kept", "FSDP2 16 bits",
 ]  # fmt: skip
 
 

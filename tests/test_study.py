@@ -142,6 +142,7 @@ def test_a_damaged_start_is_named(tmp_path):
             generated.starting_model("pretrained", 0, 60, tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_package_that_is_missing_is_named(tmp_path):
     program = "import sys; sys.modules['scipy'] = None; from benchmarks.__main__ import main; main()"
     command = [sys.executable, "-c", program, "study", "--profile", "tiny", "--out", str(tmp_path)]

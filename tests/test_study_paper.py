@@ -228,7 +228,11 @@ REFUSED_ALIKE = [
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": {"dpo": {"learning_rate": 1e-3, "beta": -0.1}}}, "methods.dpo: .*beta must lie in"),
+        pytest.param(
+            {"methods": {"dpo": {"learning_rate": 1e-3, "beta": -0.1}}},
+            "methods.dpo: .*beta must lie in",
+            marks=pytest.mark.nightly,
+        ),
         ({"sft": {"learning_rate": "fast"}}, "sft.learning_rate: Input should be a valid number"),
         pytest.param(
             {"sft": {"learning_rate": 1e-3, "epochs": 1}},

@@ -619,6 +619,9 @@ def test_checkpoints_of_something_else_are_left_alone(refused, tmp_path):
     assert "checkpoint-5 of something else" in refused()
 
 
+@pytest.mark.nightly_where(
+    lambda message, **_: message in ("foo", "torchao", "nan", "zzz", "argument 'a'", "zerodivisionerror")
+)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
