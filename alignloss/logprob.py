@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .checks import check_keywords, check_savable, checked_labels, is_dtensor
+from .checks import check_keywords, check_savable, checked_labels
 from .ops.head import PROJECTION_OPTIONS, Projection, meaning, project
 from .ops.kl import linear_kl_fwd
 from .ops.logprob import score
@@ -294,12 +294,10 @@ def linear_kl(
         policy.hidden, policy.weight, policy.bias, reference.hidden, reference.weight, reference.bias, policy.labels,
         policy.token_index, reference.options.compute_dtype, *policy.options,
     )  # fmt: skip
-    if kl.requires_grad:
-        # its backward multiplies by both heads again, whatever trains
-        given = {"weight": weight, "bias": bias, "ref_weight": ref_weight, "ref_bias": ref_bias}
-        for name, value in given.items():
-            if is_dtensor(value):
-                kl.register_hook(unwritten(name, value))
+    # its backward multiplies by both heads again, whatever trains
+    check = unwritten(weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias)
+    if check is not None and kl.requires_grad:
+        kl.register_hook(check)
     return kl.view(labels.shape)
 
 

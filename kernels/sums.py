@@ -4,8 +4,8 @@
 
 As in `exps` the reference is the logit of the target, from `rows.gather_fwd_kernel`, so that the epilogue of a tile
 needs no maximum, which takes a fifth to a quarter of the instructions of `stats.stats_copied_fwd_kernel`'s. Where a sum
-is not between `LEAST` and `MOST`, `repair_sums_kernel` takes the statistics of the row's block as that
-kernel does, and returns at once from every other; `settle_sums_kernel` chooses.
+is not between `LEAST` and `MOST`, `repair_sums_kernel` takes the statistics of the row's block as that kernel does, and
+returns at once from every other; `settle_sums_kernel` chooses.
 """
 
 import torch

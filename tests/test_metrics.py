@@ -70,6 +70,13 @@ def test_nothing_extra_is_computed_unless_asked_for():
         alignloss.CPOLoss()(hidden, weight, labels, stats=("lse",))
 
 
+@pytest.mark.parametrize("stats", [None, 3, "entropy", ("entropy", 3), ("entropy", None), {"entropy"}, ("lse",)])
+@pytest.mark.parametrize("loss_fn", [alignloss.CPOLoss(), alignloss.SFTLoss()])
+def test_other_statistics_are_refused(loss_fn, stats):
+    with pytest.raises(ValueError, match="stats takes a sequence of names out of"):
+        loss_fn(torch.randn(2, 3, 4), torch.randn(8, 4), torch.zeros(2, 3).long(), stats=stats)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_asking_changes_no_gradient(trained):
     hidden, weight, _, labels = inputs(2 * B, T)

@@ -50,7 +50,7 @@ class HeadLoss(nn.Module):
         one_pass: bool = True,
     ) -> tuple[Results, ScoredTokens]:
         """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
-        bits = backends.stat_bits(stats, METRIC_STATS)
+        bits = self.bits(stats)
         if bits & backends.IS_TOP1:
             bits |= backends.LSE  # which shows where a distribution is none
         values: Sequence[Tensor | None]
@@ -65,6 +65,11 @@ class HeadLoss(nn.Module):
         if "is_top1" in asked:
             asked["is_top1"] = torch.where(named["lse"].isnan(), torch.nan, asked["is_top1"].double())  # type: ignore[union-attr]
         return results, ScoredTokens(batch.labels, batch.offsets, batch.sequences, self.ignore_index, **asked)
+
+    @staticmethod
+    def bits(stats: Sequence[str]) -> int:
+        """Statistics for `metrics()` as bits of backends.STATS; a ValueError for anything else."""
+        return backends.stat_bits(stats, METRIC_STATS)
 
     def alike(self, asked: Any, data: dict[str, Any]) -> dict[str, Any]:
         """What the processes have to have the same of that each hold a part of every sequence, by name."""

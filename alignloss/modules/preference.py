@@ -179,7 +179,7 @@ class PreferenceLoss(HeadLoss):
         self._check_reference(ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
         self._check_nll(nll_labels=nll_labels, num_tokens=num_tokens)
         labels, checks = checked_labels("labels", labels), (self.validate, real_sequences, self.ignore_index)
-        asked = self.function.made_of, self.nll_weight, self.couples_batch, sorted(stats)
+        asked = self.function.made_of, self.nll_weight, self.couples_batch, self.bits(stats)
         whole = {"ref_logps": ref_logps, "pair_weights": pair_weights} | data
         whole |= {"num_sequences": num_sequences, "num_tokens": num_tokens}
         groups = sequence_group, vocab_group, self.alike(asked, whole)

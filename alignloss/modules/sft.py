@@ -53,7 +53,7 @@ class SFTLoss(HeadLoss):
         check_keywords("SFTLoss takes no further data", {}, unknown)
         labels = checked_labels("labels", labels)
         layout = cu_seqlens, self.validate, real_sequences, self.ignore_index
-        asked, data = ("SFT", sorted(stats)), {"num_tokens": num_tokens}
+        asked, data = ("SFT", self.bits(stats)), {"num_tokens": num_tokens}
         offsets, sequences, group = parts_layout(labels, *layout, sequence_group, vocab_group, self.alike(asked, data))
         data |= {"cu_seqlens": cu_seqlens, "real_sequences": real_sequences, "token_weights": token_weights}
         token_weights = checked_token_weights(token_weights, labels)

@@ -225,15 +225,13 @@ def _parts(weight: Tensor | nn.Module, bias: Tensor | None, group: Any) -> tuple
             "a call with vocab_group is not compiled, for its processes talk while it is prepared: give the function "
             "that calls it to torch.compiler.disable"
         )
-    given = {"weight": weight, "bias": bias}
-    parts = {name: local_part(name, value, group) for name, value in given.items()}
-    check_part("weight", parts["weight"])
-    checks = [unwritten(name, value) for name, value in given.items() if is_dtensor(value)]
-    for part in parts.values():
-        if part is not None and part.requires_grad:  # whose gradient the backward computes from both
-            for check in checks:
-                part.register_hook(check)
-    return parts["weight"], parts["bias"]
+    part, part_of_bias = local_part("weight", weight, group), local_part("bias", bias, group)
+    check_part("weight", part)
+    check = unwritten(weight=weight, bias=bias)
+    for each in (part, part_of_bias):
+        if check is not None and each is not None and each.requires_grad:  # whose gradient comes of both
+            each.register_hook(check)
+    return part, part_of_bias
 
 
 def _alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> dict[str, Any]:

@@ -213,12 +213,12 @@ def _check_unchanged(made: Tensor, returned: Any, name: str) -> None:
     if same and is_functorch_wrapped_tensor(returned):  # has no values to look at
         same = returned is made and made._version == 0
     elif same:
-        watched = isinstance(returned, _Watched) and not (returned.other or returned.memory.written)
+        if isinstance(returned, _Watched):
+            same = not (returned.other or returned.memory.written)
+        elif made.grad_fn is None:  # nothing but its values tells where it came from
+            same = bool((returned == 1).all())
         if made.grad_fn is not None:
-            same = _passed_on(returned.grad_fn, made.grad_fn)
-            same &= watched or not isinstance(returned, _Watched)
-        else:
-            same = watched or (not isinstance(returned, _Watched) and bool((returned == 1).all()))
+            same &= _passed_on(returned.grad_fn, made.grad_fn)
         if same and isinstance(made, _Watched):
             # NumPy writes to a CPU's memory without torch
             same = not made.memory.written and (made.device.type != "cpu" or bool((made == 1).all()))

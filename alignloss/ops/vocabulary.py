@@ -134,21 +134,22 @@ def local_part(name: str, value: Any, group: Any) -> Any:
     return value.to_local()
 
 
-def unwritten(name: str, value: Any) -> Callable[[Tensor], None]:
-    """A hook of a backward that needs a DTensor: a RuntimeError where it was written to since.
+def unwritten(**given: Any) -> Callable[[Tensor], None] | None:
+    """A hook of a backward that needs DTensors: a RuntimeError where one was written to since; None without any.
 
-    Its local part, which an op saves, has a version of its own.
+    The local part, which an op saves, has a version of its own.
     """
-    before = value._version
+    before = {name: value._version for name, value in given.items() if is_dtensor(value)}
 
     def check(_: Tensor) -> None:
-        if value._version != before:
-            raise RuntimeError(
-                f"the backward needs {name} as the forward had it, and it was written to in place: at version "
-                f"{value._version} after {before}"
-            )
+        for name, version in before.items():
+            if given[name]._version != version:
+                raise RuntimeError(
+                    f"the backward needs {name} as the forward had it, and it was written to in place: at version "
+                    f"{given[name]._version} after {version}"
+                )
 
-    return check
+    return check if before else None
 
 
 def check_part(name: str, weight: Tensor) -> None:
