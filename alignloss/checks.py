@@ -5,12 +5,13 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, nn.Parameter)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INSIDE = "compute the loss inside the forward of the wrapped module, where its hooks have gathered the weight"
 GATHERED = 'under FSDP2, give full_tensor(grad_placements=[Partial("avg")])'
@@ -31,6 +32,12 @@ def is_dtensor(value: Any) -> bool:
     return type(value).__name__ == "DTensor"
 
 
+def is_fake(value: Tensor) -> bool:
+    """torch's, which takes two microseconds of the host, for tensors that may be one."""
+    wrapped = torch._is_functional_tensor(value) or is_functorch_wrapped_tensor(value)
+    return (type(value) not in _PLAIN or wrapped) and fake_tensor.is_fake(value)
+
+
 def problem_of(value: Tensor) -> str | None:
     """What keeps a tensor from being used as it is, and the way out; None for a plain one.
 
@@ -41,14 +48,15 @@ def problem_of(value: Tensor) -> str | None:
             f"a DTensor, of which this call would see a shard: {INSIDE} (under FSDP2 with the head in the root unit), "
             f"or, {GATHERED}; without grad_placements its gradient is wrong"
         )
-    if torch.compiler.is_compiling() or is_fake(value) or is_functorch_wrapped_tensor(value):
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(value) or is_fake(value):
         return None
-    kind = type(value).__name__
+    subclass, kind = type(value) not in _PLAIN, type(value).__name__
     if value.is_nested:
         return "a nested tensor: give its values() as packed tokens, with cu_seqlens=offsets()"
     if kind in ("Params4bit", "Int8Params") or hasattr(value, "quant_state"):
         return f"a quantised weight of bitsandbytes ({kind}): {_DEQUANTISE} (llm_int8_skip_modules)"
-    if is_traceable_wrapper_subclass(value) and kind != "AsyncCollectiveTensor":  # which waits when it is read
+    # AsyncCollectiveTensor waits when it is read
+    if subclass and is_traceable_wrapper_subclass(value) and kind != "AsyncCollectiveTensor":
         return f"a {kind}, whose values are those of other tensors, e.g. quantised ones: {_DEQUANTISE}"
     if value.is_quantized:
         return f"quantised by torch ({value.dtype}): give dequantize()"

@@ -51,6 +51,17 @@ SEQUENCE_BLOCK = 512
 SCALE_PROGRAMS = 1024
 
 
+# triton's own, which kernels may call as well, take three microseconds of the host
+def cdiv(count: int, size: int) -> int:
+    """How many blocks of a size it takes."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least one that is no smaller than a count >= 1."""
+    return 1 << (count - 1).bit_length()
+
+
 def architecture(device: torch.device) -> str:
     """The key of `GEMM_BLOCKS` for a device."""
     if device.type == "cpu":
@@ -86,7 +97,7 @@ def gemm_blocks(architecture: str, itemsize: int, full_epilogue: bool) -> tuple[
 
 def partial_bytes_per_row(vocabulary: int, block_v: int, extras: bool, fixed: bool) -> int:
     """Bytes of partial statistics that stats_fwd_kernel, or sums_fwd_kernel, writes for one row."""
-    return 4 * (5 if extras else 3 if fixed else 2) * -(-vocabulary // block_v)
+    return 4 * (5 if extras else 3 if fixed else 2) * cdiv(vocabulary, block_v)
 
 
 # those of exps_fwd_kernel for a row of one tile

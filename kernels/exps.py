@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import blocks
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, gemm_blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, cdiv, gemm_blocks
 from .math import ROUNDED, SUM
 from .stats import blocks_of, largest, multiply, multiprocessors, place
 from .tile import column, reach
@@ -195,7 +195,7 @@ def exps_fwd(
     (N, H), Vs = hidden.shape, weight.shape[0]
     kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), False)
-    blocks_n, tiles = triton.cdiv(N, block_n), triton.cdiv(Vs, block_v)
+    blocks_n, tiles = cdiv(N, block_n), cdiv(Vs, block_v)
     partials = torch.empty((3, tiles, N), dtype=torch.float32, device=hidden.device)
     # with its padding, which is written as zeros
     filled = TensorDescriptor(out, [N, reach(out)], list(out.stride()), [block_n, block_v])
@@ -206,10 +206,10 @@ def exps_fwd(
     } | OPTIONS  # fmt: skip
     most = multiprocessors(hidden.device)
     exps_fwd_kernel[(min(blocks_n * tiles, most),)](*shared, linear, GROUP=8, **constants)
-    parts = min(tiles, triton.cdiv(most, blocks_n))
+    parts = min(tiles, cdiv(most, blocks_n))
     constants["num_stages"] = REPAIR_STAGES.get(kind, stages)
     repair_fwd_kernel[(blocks_n, parts)](*shared, state.stride(0), linear, BLOCK_T=COMBINE_BLOCK_T, **constants)
-    settle_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
+    settle_fwd_kernel[(cdiv(N, COMBINE_BLOCK_N),)](
         state, partials, u, N, H, tiles, state.stride(0), BEGUN=u is not None,
         BLOCK_N=COMBINE_BLOCK_N, BLOCK_T=COMBINE_BLOCK_T, BLOCK_H=64, **OPTIONS,
     )  # fmt: skip

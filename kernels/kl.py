@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import KL_BLOCK, KL_WARPS, OPTIONS
+from .blocks import KL_BLOCK, KL_WARPS, OPTIONS, next_power_of_2
 from .math import KL_GAP, KL_REF_SUM, KL_REF_TOP, KL_SUM, sech2, softcap_logit
 from .tile import load_logits, narrowed, reach
 
@@ -120,7 +120,7 @@ def kl_bwd_kernel(
 
 def program(columns: int) -> dict[str, int]:
     """Entries that a program takes at once, and its warps: of four entries per thread where the tile is narrow."""
-    block = min(KL_BLOCK, triton.next_power_of_2(columns))
+    block = min(KL_BLOCK, next_power_of_2(columns))
     return {"BLOCK": block, "num_warps": max(1, min(KL_WARPS, block * KL_WARPS // KL_BLOCK))} | OPTIONS
 
 

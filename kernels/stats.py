@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import blocks
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, COPY_ENGINE, OPTIONS, gemm_blocks, reached
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, COPY_ENGINE, OPTIONS, cdiv, gemm_blocks, reached
 from .math import LOWEST, SUM, SUM_EE, SUM_Z, SUM_ZE, TOP, softcap_logit
 
 
@@ -251,8 +251,8 @@ def stats_fwd(
     (N, H), V = hidden.shape, weight.shape[0]
     kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), extras or cap is not None)
-    tiles = triton.cdiv(V, block_v)
-    programs = triton.cdiv(N, block_n) * tiles
+    tiles = cdiv(V, block_v)
+    programs = cdiv(N, block_n) * tiles
     partials = torch.empty((5 if extras else 2, tiles, N), dtype=torch.float32, device=hidden.device)
     shared = bias, labels, partials, N, V, H, linear, cap or 1.0
     constants = {
@@ -265,7 +265,7 @@ def stats_fwd(
     else:
         strides = hidden.stride(0), weight.stride(0)
         stats_fwd_kernel[(programs,)](hidden, weight, *shared, *strides, **constants)
-    combine_fwd_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
+    combine_fwd_kernel[(cdiv(N, COMBINE_BLOCK_N),)](
         partials, state, N, tiles, state.stride(0),
         EXTRAS=extras, BLOCK_N=COMBINE_BLOCK_N, BLOCK_T=COMBINE_BLOCK_T, **OPTIONS,
     )  # fmt: skip

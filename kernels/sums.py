@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import blocks
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, gemm_blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, cdiv, gemm_blocks
 from .exps import shifted
 from .math import LOWEST, SUM, TARGET
 from .stats import blocks_of, largest, multiply, multiprocessors, place, store_statistics
@@ -137,7 +137,7 @@ def sums_fwd(
     (N, H), V = hidden.shape, weight.shape[0]
     kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), False)
-    blocks_n, tiles = triton.cdiv(N, block_n), triton.cdiv(V, block_v)
+    blocks_n, tiles = cdiv(N, block_n), cdiv(V, block_v)
     partials = torch.empty((3, tiles, N), dtype=torch.float32, device=hidden.device)
     operands = blocks_of(hidden, weight, block_n, block_v, block_h)
     constants = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h, "num_warps": warps} | OPTIONS
@@ -146,8 +146,8 @@ def sums_fwd(
         *operands, labels, state, partials, N, V, H, state.stride(0), linear, GROUP=8, num_stages=stages, **constants
     )
     constants |= combine | {"num_stages": REPAIR_STAGES.get(kind, stages)}
-    parts = min(tiles, triton.cdiv(most, blocks_n))
+    parts = min(tiles, cdiv(most, blocks_n))
     repair_sums_kernel[(blocks_n, parts)](*operands, labels, partials, N, V, H, linear, **constants)
-    settle_sums_kernel[(triton.cdiv(N, COMBINE_BLOCK_N),)](
+    settle_sums_kernel[(cdiv(N, COMBINE_BLOCK_N),)](
         state, partials, N, tiles, state.stride(0), BLOCK_N=COMBINE_BLOCK_N, **combine, **OPTIONS
     )

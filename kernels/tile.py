@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import CAPPED_SLICE, OPTIONS, PITCH, SLICE, TILE_ENTRIES, TILE_WARPS, WIDTH_BLOCK
+from .blocks import CAPPED_SLICE, OPTIONS, PITCH, SLICE, TILE_ENTRIES, TILE_WARPS, WIDTH_BLOCK, cdiv, next_power_of_2
 from .math import ROUNDED, ROUNDED_ZE, SUM, SUM_EE, SUM_Z, SUM_ZE, TARGET, TOP, sech2, softcap_logit
 
 
@@ -258,13 +258,13 @@ def reach(*tiles: Tensor | None) -> int:
     """Entries of a row that the kernels may touch: those of tiles (C, Vs), and their padding where every one has it."""
     given = [tile for tile in tiles if tile is not None]
     columns = given[0].shape[1]
-    padded = -(-columns // PITCH) * PITCH
+    padded = cdiv(columns, PITCH) * PITCH
     return padded if all(tile.stride(0) == padded for tile in given) else columns
 
 
 def program(reach: int) -> dict[str, int]:
     """The entries of a program that holds a row of a tile, and its warps."""
-    block = triton.next_power_of_2(reach)
+    block = next_power_of_2(reach)
     return {"BLOCK": block, "num_warps": max(1, min(TILE_WARPS, block // TILE_ENTRIES))} | OPTIONS
 
 
@@ -375,7 +375,7 @@ def held_bwd(
     C, Vs = tile.shape
     end = reach(tile)
     width = min(end, SLICE if cap is None else CAPPED_SLICE)
-    held_bwd_kernel[(C, triton.cdiv(end, width))](
+    held_bwd_kernel[(C, cdiv(end, width))](
         tile,
         reference,
         state,

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -65,20 +65,28 @@ def _is_watched(tensors: list[Tensor]) -> bool:
     )
 
 
-@contextmanager
-def computing(tensor: Tensor, dtype: torch.dtype) -> Iterator[None]:
+def computing(tensor: Tensor, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """What every walk runs under: no autocast, the device of `tensor`, the products that suit the dtype."""
     kind = tensor.device.type
-    autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-    with autocast, device_guard(tensor), cpu_bf16.bf16_products(dtype, kind):
+    if torch.is_autocast_enabled(kind) or cpu_bf16.rounds(dtype, kind):
+        return _without_autocast(tensor, dtype)
+    return device_guard(tensor)
+
+
+@contextmanager
+def _without_autocast(tensor: Tensor, dtype: torch.dtype) -> Iterator[None]:
+    kind = tensor.device.type
+    with torch.autocast(kind, enabled=False), device_guard(tensor), cpu_bf16.bf16_products(dtype, kind):
         yield
 
 
 @contextmanager
-def within_memory(device: torch.device, workspace_bytes: int, results: int = 0) -> Iterator[None]:
+def within_memory(
+    device: torch.device, workspace_bytes: int, result_bytes: Callable[[], int] = lambda: 0
+) -> Iterator[None]:
     """Where a GPU has no memory left, the error says which workspace would fit.
 
-    results: bytes that the call inside allocates beside its workspace.
+    result_bytes: what the call inside allocates beside its workspace.
     """
     try:
         yield
@@ -86,7 +94,7 @@ def within_memory(device: torch.device, workspace_bytes: int, results: int = 0) 
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise
         traceback.clear_frames(error.__traceback__)  # whose locals hold what was allocated
-        free = _free_bytes(device)
+        free, results = _free_bytes(device), result_bytes()
         # a tenth for what lies between the pieces that are free
         fits = min((free - results) * 9 // 10, workspace_bytes // 2) >> 10 << 10
         beside = f" beside {results:,} for its results" if results else ""

@@ -32,6 +32,11 @@ def available() -> bool:
     return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and str(cpu.get("cpu_name")).startswith("AMD")))
 
 
+def rounds(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether `bf16_products` changes anything."""
+    return dtype == torch.bfloat16 and device_type == "cpu" and available() and not torch.backends.flags_frozen()
+
+
 @contextmanager
 def bf16_products(dtype: torch.dtype, device_type: str) -> Iterator[None]:
     """Where the computation is in bf16 on such a CPU, let float32 products round their operands to bf16.
@@ -41,7 +46,7 @@ def bf16_products(dtype: torch.dtype, device_type: str) -> Iterator[None]:
     until then float32 products of other threads may be rounded as well. A forked child keeps the calls of its thread.
     """
     global _inside, _before
-    if dtype != torch.bfloat16 or device_type != "cpu" or not available() or torch.backends.flags_frozen():
+    if not rounds(dtype, device_type):
         yield
         return
     with _lock:

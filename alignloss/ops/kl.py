@@ -93,7 +93,7 @@ class _Heads:
         return *tiles[:2], *biases, tiles[2] if self.spare else self.tiles[:0]
 
 
-def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> AbstractContextManager[None]:
+def _computing(tensor: Tensor, dtype: torch.dtype, ref_dtype: torch.dtype) -> AbstractContextManager[Any]:
     """As for one head; products of bf16 only where both heads are in it."""
     return computing(tensor, dtype if dtype == ref_dtype else torch.float32)
 
