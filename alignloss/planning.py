@@ -216,7 +216,8 @@ def _held(
     accum, stored = head.accum_dtype.itemsize, head.weight_dtype.itemsize
     forward, backward = workspace
     index, state = 8 * tokens * head.indexed, accum * STATE_ROWS * tokens
-    saved = index + (state + tokens * head.width * head.dtype.itemsize * train_hidden) * (regime > 1)
+    kept = accum * tokens if regime == 3 else state  # of one pass the coefficients alone
+    saved = index + (kept + tokens * head.width * head.dtype.itemsize * train_hidden) * (regime > 1)
     dweight = head.vocabulary * (head.width * stored + accum * bias) * train_head
     gradients = positions * head.width * stored * train_hidden + dweight
     # one pass without a wider accumulator makes the gradient of the head itself in the forward
@@ -224,7 +225,7 @@ def _held(
     results = 8 * positions  # log-probabilities in float64; their gradients
     widened = accum * head.vocabulary * bias  # while logits are computed
     forward, backward = forward + widened, backward + widened * (regime == 4)
-    peak = saved + results + index + early + forward + state * (regime == 1)
+    peak = saved + results + index + early + forward + state * (regime in (1, 3))
     if regime > 1:
         weighing = head.weigh_bytes(tokens) * train_hidden
         peak = max(peak, saved + 2 * results + gradients + weighing + backward)

@@ -236,6 +236,10 @@ def _of_rows() -> list[Variant]:
                 found.append(Variant(name_of, rows.gather_fwd_kernel, types, references, ROW_WARPS))
             found.append(Variant("finish_fwd" + suffix, rows.finish_fwd_kernel, finish_types, finish, ROW_WARPS))
             found.append(Variant("rows_bwd" + suffix, rows.rows_bwd_kernel, types | {"cap": "fp64"}, weigh, ROW_WARPS))
+        for full in (False, True):
+            flags, name_of = {"HAS_INDEX": full} | block, f"scale_rows_bwd[{name}, all={full}]"
+            scaled_types = dict.fromkeys(("values", "out"), "*bf16") if types else {}
+            found.append(Variant(name_of, rows.scale_rows_bwd_kernel, scaled_types, flags, ROW_WARPS))
         scale = {"BLOCK": WIDTH_BLOCK}
         pointers = {"gradient": "*bf16" if types else "*fp32", "count": "i64"}
         found.append(Variant(f"scale_bwd[{name}]", rows.scale_bwd_kernel, pointers, scale, ROW_WARPS))

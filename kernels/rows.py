@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import OPTIONS, ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK
+from .blocks import OPTIONS, ROW_WARPS, SCALE_PROGRAMS, WIDTH_BLOCK, cdiv, next_power_of_2
 from .math import (
     LOWEST,
     ROUNDED,
@@ -321,6 +321,30 @@ def rows_bwd_kernel(
 
 
 @triton.jit
+def scale_rows_bwd_kernel(
+    values,  # (N, H)
+    coefficient,  # (N,) fp32
+    factor,  # 0-d fp32
+    index,  # (N,) int64
+    out,  # (M, H)
+    M,
+    H,
+    HAS_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    position, there = _position(index, n, M, HAS_INDEX)
+    by_all = tl.load(factor)
+    by = tl.where(by_all == 0, 0.0, tl.load(coefficient + n) * by_all)
+    k = tl.arange(0, BLOCK)
+    for start in range(0, H, BLOCK):
+        inside = start + k < H
+        value = tl.load(values + n * H + start + k, mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(by == 0, 0.0, value * by)  # not 0 * NaN
+        tl.store(out + position * H + start + k, value.to(out.dtype.element_ty), mask=inside & there)
+
+
+@triton.jit
 def scale_bwd_kernel(
     gradient,  # (count,)
     factor,  # 0-d
@@ -504,17 +528,41 @@ def rows_bwd(
     )
 
 
+def scale_rows_bwd(
+    values: Tensor,  # (N, H) contiguous
+    coefficient: Tensor,  # (N,) fp32 contiguous
+    factor: Tensor,  # 0-d fp32
+    index: Tensor | None,  # (N,) contiguous
+    out: Tensor,  # (M, H) contiguous; filled at the scored positions
+) -> None:
+    """Rows times their coefficients and a factor, in fp32; 0 where either of those is, whatever is in a row."""
+    M, H = out.shape
+    scale_rows_bwd_kernel[(len(values),)](
+        values,
+        coefficient,
+        factor,
+        index,
+        out,
+        M,
+        H,
+        HAS_INDEX=index is not None,
+        BLOCK=_block(H),
+        num_warps=ROW_WARPS,
+        **OPTIONS,
+    )
+
+
 def scale_bwd(
     gradient: Tensor,  # dense, in any order; overwritten
     factor: Tensor,  # 0-d
 ) -> None:
     """Multiply a gradient by a factor, in fp32, without a touch of its memory where the factor is 1."""
     if gradient.numel():
-        programs = min(SCALE_PROGRAMS, triton.cdiv(gradient.numel(), WIDTH_BLOCK))
+        programs = min(SCALE_PROGRAMS, cdiv(gradient.numel(), WIDTH_BLOCK))
         scale_bwd_kernel[(programs,)](
             gradient, factor, gradient.numel(), BLOCK=WIDTH_BLOCK, num_warps=ROW_WARPS, **OPTIONS
         )
 
 
 def _block(width: int) -> int:
-    return min(WIDTH_BLOCK, triton.next_power_of_2(max(width, 1)))
+    return min(WIDTH_BLOCK, next_power_of_2(max(width, 1)))

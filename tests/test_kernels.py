@@ -573,6 +573,24 @@ def test_scaling_in_place_and_not_by_one(dtype, factor, monkeypatch):
     assert torch.equal(gradient, expected)
 
 
+@pytest.mark.parametrize("factor", [1.0, -0.3, 0.0])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_times_their_coefficients(dtype, indexed, factor):
+    values = torch.randn(4, 1030).to(dtype)
+    coefficient = torch.tensor([2.0, 0.0, float("nan"), -0.5])
+    values[1] = float("nan")  # of a row without a gradient
+    index = torch.tensor([5, 9, 0, 9, 3, 9, 2, 9])[::2] if indexed else None  # not contiguous
+    by = [2 * factor, 0.0, float("nan") if factor else 0.0, -0.5 * factor]
+    expected = torch.zeros(6 if indexed else 4, 1030)
+    for n, b in enumerate(by):
+        expected[n if index is None else index[n]] = values[n].float() * b if b else 0.0
+    for backend in (_torch, _triton):
+        out = torch.zeros(expected.shape, dtype=dtype, device=DEVICE)
+        backend.scale_rows(values, coefficient, torch.tensor(factor), index, out)
+        assert torch.equal(out.cpu().nan_to_num(7.0), expected.to(dtype).nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_sequence_sums_and_their_adjoint(packed, weighted):
@@ -682,6 +700,7 @@ def test_the_backend_reaches_every_kernel(monkeypatch):
         "preference_reduce_fwd_kernel",
         "preference_bwd_kernel",
         "scale_bwd_kernel",
+        "scale_rows_bwd_kernel",
     }
 
 

@@ -1,6 +1,6 @@
 """The primitives in plain torch, for any device: the specification of `_triton`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -277,19 +277,35 @@ def weigh(
         return
     factors = [torch.where(upstream == 0, 0, upstream * rest) for upstream in (g, g_entropy) if upstream is not None]
     of_logp, *of_entropy = (factor.to(state.dtype) for factor in factors)
-    block = max(16, WEIGHED_AT_ONCE // dlogp.shape[1])  # the product is wider than its operands
-    for start in range(0, dlogp.shape[0], block):
-        some = slice(start, start + block)
+    for some in _weighed_at_once(dlogp):
         d = dlogp[some] * of_logp[some, None]
         if of_entropy and dentropy is not None:
             d += dentropy[some] * of_entropy[0][some, None]
         _clear(d, coefficient[some])
-        to = (
-            slice(part.start + start, part.start + start + len(d))
-            if tokens.token_index is None
-            else tokens.token_index[part][some]
-        )
+        to = slice(part.start + some.start, part.start + some.start + len(d)) if isinstance(at, slice) else at[some]
         dhidden[to] = d.to(dhidden.dtype)
+
+
+def _weighed_at_once(rows: Tensor) -> Iterator[slice]:
+    """Blocks of the rows (C, H) of a gradient, whose product with a coefficient is wider than they are."""
+    block = max(16, WEIGHED_AT_ONCE // rows.shape[1])
+    for start in range(0, rows.shape[0], block):
+        yield slice(start, start + block)
+
+
+def scale_rows(
+    values: Tensor,  # (N, H)
+    coefficient: Tensor,  # (N,)
+    factor: Tensor,  # 0-d
+    index: Tensor | None,  # (N,) where each row is among the M; None: where it is
+    out: Tensor,  # (M, H); filled there
+) -> None:
+    """Rows times their coefficients and a factor, rounded once; 0 where either is, whatever is in the other two."""
+    by = torch.where(factor == 0, 0, coefficient * factor)
+    for some in _weighed_at_once(values):
+        d = values[some] * by[some, None]
+        _clear(d, by[some])
+        out[some if index is None else index[some]] = d.to(out.dtype)
 
 
 def dlogits(

@@ -238,6 +238,10 @@ def kl_dlogits(
     return kl_kernels.kl_bwd(tile, ref_tile, bias, ref_bias, state, coefficient, transform.cap, lift, dtype)
 
 
+def scale_rows(values: Tensor, coefficient: Tensor, factor: Tensor, index: Tensor | None, out: Tensor) -> None:
+    row_kernels.scale_rows_bwd(values, coefficient, factor, *_contiguous(index), out)
+
+
 def scale(gradient: Tensor, factor: Tensor) -> None:
     row_kernels.scale_bwd(gradient, factor)
 

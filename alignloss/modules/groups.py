@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from ..checks import leaves_of
+from ..checks import is_fake, leaves_of
 from ..ops.head import Projection
 from ..ops.logprob import output_dtypes
-from ..ops.onepass import one_pass
+from ..ops.onepass import Share, by_autograd, one_pass
 from ..ops.sequence import labelled_tokens
 from ..ops.sizes import fill_groups
 
@@ -71,6 +70,11 @@ class Batch(NamedTuple):
         )
 
 
+# a loss of a batch from its token log-probabilities (M,), and the same with its gradient with respect to them
+Evaluate = Callable[[Tensor, Batch], Results]
+Differentiated = Callable[[Tensor, Batch], tuple[Results, Tensor]]
+
+
 class NeedsGraph(Exception):
     """The loss differentiates something beside the log-probabilities, which only a graph of the whole step reaches."""
 
@@ -78,8 +82,9 @@ class NeedsGraph(Exception):
 def train_in_one_pass(
     projection: Projection,
     batch: Batch,
-    evaluate: Callable[[Tensor, Batch], Results],
+    evaluate: Evaluate,
     stats: int,  # bits of backends.STATS
+    differentiated: Differentiated | None = None,
 ) -> tuple[Results, list[Tensor | None]] | None:
     """Results and statistics (M,) of a step that trains hidden states and head, in one pass; None if that cannot be.
 
@@ -90,7 +95,8 @@ def train_in_one_pass(
     projection = projection.for_one_pass()
     if fits_one_group(projection, stats):
         values = room(projection, stats)
-        loss = one_pass(projection, [projection.token_index], [_share(evaluate, batch, None, found)], 1, values)
+        share = _share(evaluate, differentiated, batch, None, found)
+        loss = one_pass(projection, [projection.token_index], [share], 1, values)
         return found[0]._replace(loss=loss), values
     most = tokens_of_a_group(projection, stats)
     if not most:
@@ -118,7 +124,7 @@ def train_in_one_pass(
         ranges = [torch.arange(*bounds[s], device=labels.device) for s in chosen]
         positions = torch.cat(ranges)
         selected = batch.select(units, chosen, [len(each) for each in ranges], positions)
-        shares.append(_share(evaluate, selected, positions, found))
+        shares.append(_share(evaluate, differentiated, selected, positions, found))
     values, order = room(projection, stats), _Order.of(groups.sequences, batch.units, labels.device)
     loss = one_pass(projection, groups.indices, shares, groups.held, values)
     return order.merged(loss, found), values
@@ -188,9 +194,20 @@ class Groups(NamedTuple):
 
 
 def _share(
-    evaluate: Callable[[Tensor, Batch], Results], batch: Batch, positions: Tensor | None, found: list[Results]
-) -> Callable[[Tensor], Tensor]:
-    """A function from the token log-probabilities (M,) to the loss of a batch, which keeps its results in `found`."""
+    evaluate: Evaluate,
+    differentiated: Differentiated | None,
+    batch: Batch,
+    positions: Tensor | None,  # of the tokens of the batch; None: all
+    found: list[Results],  # what it computes is kept there
+) -> Share:
+    """The loss of a batch as a share of that of all token log-probabilities (M,)."""
+
+    def by_kernels(logps: Tensor) -> tuple[Tensor, Tensor]:
+        assert differentiated is not None
+        results, slopes = differentiated(logps if positions is None else logps[positions], batch)
+        found.append(results)
+        everywhere = slopes if positions is None else torch.zeros_like(logps).index_copy_(0, positions, slopes)
+        return results.loss, everywhere
 
     def share(tokens: Tensor) -> Tensor:
         results = evaluate(tokens if positions is None else tokens[positions], batch)
@@ -198,7 +215,7 @@ def _share(
         found.append(Results(*(value.detach() for value in results)))
         return results.loss
 
-    return share
+    return by_autograd(share) if differentiated is None else by_kernels
 
 
 def check_leaves(loss: Tensor, tokens: Tensor) -> None:

@@ -1,18 +1,17 @@
 """What every loss module shares: the options of the projection, and the two ways to evaluate a loss."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from .. import backends
-from ..checks import check_keywords, check_number, check_options, check_tensor, savable
+from ..checks import check_keywords, check_number, check_options, check_tensor, is_fake, savable
 from ..ops.head import PROJECTION_OPTIONS, Projection, meaning, project
 from ..ops.logprob import score
-from .groups import Batch, Results, train_in_one_pass
+from .groups import Batch, Differentiated, Evaluate, Results, train_in_one_pass
 from .outputs import METRIC_STATS, ScoredTokens
 
 # of a module, with their defaults; the others belong to a call
@@ -45,16 +44,17 @@ class HeadLoss(nn.Module):
         self,
         projection: Projection,
         batch: Batch,
-        evaluate: Callable[[Tensor, Batch], Results],  # the loss from token log-probabilities (M,)
+        evaluate: Evaluate,
         stats: Sequence[str],
         one_pass: bool = True,
+        differentiated: Differentiated | None = None,  # the same with its gradient, where that needs no autograd
     ) -> tuple[Results, ScoredTokens]:
         """The loss in one pass where that is allowed and applies, otherwise from token log-probabilities."""
         bits = self.bits(stats)
         if bits & backends.IS_TOP1:
             bits |= backends.LSE  # which shows where a distribution is none
         values: Sequence[Tensor | None]
-        trained = train_in_one_pass(projection, batch, evaluate, bits) if one_pass else None
+        trained = train_in_one_pass(projection, batch, evaluate, bits, differentiated) if one_pass else None
         if trained is not None:
             results, values = trained
         else:

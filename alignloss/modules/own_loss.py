@@ -14,7 +14,7 @@ from ..logprob import LogprobStats
 from ..ops.head import PROJECTION_OPTIONS, Projection, project
 from ..ops.logprob import score
 from ..ops.module_head import takes_modules
-from ..ops.onepass import one_pass
+from ..ops.onepass import Share, by_autograd, one_pass
 from .groups import Groups, NeedsGraph, check_leaves, fits_one_group, room, tokens_of_a_group
 
 # logps (M,) and the statistics (M,) that are asked for -> a 0-d loss
@@ -123,7 +123,7 @@ def _trained_in_one_pass(
         check_leaves(evaluate(zeros.requires_grad_(), values), zeros)
     everything = projection.labels.new_zeros(projection.labels.shape, dtype=torch.float64)
 
-    def share_of(index: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def share_of(index: Tensor | None) -> Share:
         def share(tokens: Tensor) -> Tensor:
             mine = tokens
             if index is not None:  # what the loss makes of other groups is no part of this one's gradient
@@ -133,7 +133,7 @@ def _trained_in_one_pass(
             everything.add_(mine.detach())
             return loss
 
-        return share
+        return by_autograd(share)
 
     return one_pass(projection, indices, [share_of(index) for index in indices], held, values), everything, values
 

@@ -25,7 +25,7 @@ from ..logprob import sequence_logprob
 from ..losses import LOSSES
 from ..ops.head import Projection, project
 from ..ops.module_head import takes_modules
-from ..ops.preference import preference
+from ..ops.preference import preference, preference_backward
 from ..ops.processes import sums_over
 from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
 from .function import LossFunction, WeightedSum, parameters_of
@@ -274,8 +274,9 @@ class PreferenceLoss(HeadLoss):
         needs_graph = trained_data or (self._needs_graph and projection.options.split is None)
         # how many groups it would take differs between processes, which sum up their sequences together
         one_pass = not (self.couples_batch or needs_graph or batch.group is not None)
+        differentiated = None if self._kernel(batch) is None else self._differentiated
         try:
-            return self.run(projection, batch, self._evaluate, stats, one_pass)
+            return self.run(projection, batch, self._evaluate, stats, one_pass, differentiated)
         except NeedsGraph:
             self._needs_graph = True
             return self.run(projection, batch, self._evaluate, stats, one_pass=False)
@@ -292,10 +293,20 @@ class PreferenceLoss(HeadLoss):
         halves = sums[:count], sums[count:], rewards[:count], rewards[count:]
         return measured(PairedOutput(loss, losses, *halves, nll_loss), scored)
 
+    def _kernel(self, batch: Batch) -> str | None:
+        """The name of the kernels that compute the loss with its sums."""
+        return self.function.kernel if batch.backend == "triton" and batch.group is None else None
+
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
         """The loss of a batch from its token log-probabilities (M,)."""
-        kernel = self.function.kernel if batch.backend == "triton" and batch.group is None else None
-        return self._plain(tokens, batch) if kernel is None else self._fused(kernel, tokens, batch)
+        return self._plain(tokens, batch) if self._kernel(batch) is None else self._fused(tokens, batch)[0]
+
+    def _differentiated(self, tokens: Tensor, batch: Batch) -> tuple[Results, Tensor]:
+        """The loss by kernels, and its gradient with respect to the token log-probabilities (M,), without a graph."""
+        results, slopes, scales = self._fused(tokens, batch)
+        vectors = batch.token_weights, batch.labels, batch.nll_labels, batch.offsets
+        one = torch.ones_like(results.loss)
+        return results, preference_backward(one, slopes, scales, *vectors, self.paired, self.ignore_index)
 
     def _plain(self, tokens: Tensor, batch: Batch) -> Results:
         """By plain torch around the loss function."""
@@ -334,14 +345,14 @@ class PreferenceLoss(HeadLoss):
             loss = loss + self.nll_weight * nll_loss
         return Results(loss, losses, sums, torch.cat(rewards), nll_loss)
 
-    def _fused(self, loss: str, tokens: Tensor, batch: Batch) -> Results:
-        """By the kernels that compute the loss with its sums."""
+    def _fused(self, tokens: Tensor, batch: Batch) -> tuple[Results, Tensor, Tensor]:
+        """By kernels, with the slopes and scales that its gradient is made of."""
         options = {"label_smoothing": 0.0, "desirable_weight": 1.0, "undesirable_weight": 1.0} | self.function.options
         divisors = (
             torch.full((), value, device=tokens.device, dtype=torch.float64) if isinstance(value, float) else value
             for value in (batch.num_sequences, batch.num_tokens)
         )
-        results = preference(
+        *results, slopes, scales = preference(
             tokens,
             batch.token_weights,
             batch.labels,
@@ -353,12 +364,12 @@ class PreferenceLoss(HeadLoss):
             batch.data.get("kl"),
             batch.pair_weights,
             *divisors,
-            loss,
+            self._kernel(batch),
             self.ignore_index,
             float(self.nll_weight),
             *(float(options[name]) for name in ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")),
         )
-        return Results(*results[:5])
+        return Results(*results), slopes, scales
 
 
 def _column(name: str, value: Any, count: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_keywords, checked_labels
@@ -10,7 +11,14 @@ from ..losses import sft_loss
 from ..ops.head import project
 from ..ops.module_head import takes_modules
 from ..ops.processes import sums_over
-from ..ops.sequence import checked_token_weights, labelled_tokens, masked_weights, parts_layout, sequence_sum
+from ..ops.sequence import (
+    checked_token_weights,
+    labelled_tokens,
+    masked_weights,
+    parts_layout,
+    sequence_scatter,
+    sequence_sum,
+)
 from .groups import Batch, Results
 from .head import HeadLoss, divisor
 from .outputs import UnpairedOutput, measured
@@ -69,13 +77,22 @@ class SFTLoss(HeadLoss):
             num_tokens=divisor("num_tokens", num_tokens, labels.device),
             group=group,
         )
-        found, scored = self.run(projection, batch, self._evaluate, stats, one_pass=group is None)
+        found, scored = self.run(projection, batch, self._evaluate, stats, group is None, self._differentiated)
         loss, values, logps, rewards, _ = found
         dtype = projection.result_dtype
         output = UnpairedOutput(*(t.to(dtype) for t in (loss, values.detach(), logps.detach(), rewards)))
         return measured(output, scored)
 
     def _evaluate(self, tokens: Tensor, batch: Batch) -> Results:
+        return self._scored(tokens, batch)[0]
+
+    def _differentiated(self, tokens: Tensor, batch: Batch) -> tuple[Results, Tensor]:
+        """The loss and its gradient: a weighted token counts -1 / num_tokens."""
+        results, weights, num_tokens = self._scored(tokens, batch)
+        dsums = -torch.ones_like(results.sums) / num_tokens
+        return results, sequence_scatter(dsums, batch.offsets, weights, len(tokens), batch.backend)
+
+    def _scored(self, tokens: Tensor, batch: Batch) -> tuple[Results, Tensor | None, float | Tensor]:
         weights = masked_weights(batch.token_weights, batch.labels, self.ignore_index)
         sums = sequence_sum(tokens, batch.offsets, batch.sequences, weights, batch.backend)
         num_tokens = batch.num_tokens
@@ -87,4 +104,4 @@ class SFTLoss(HeadLoss):
             (sums,) = sums_over(batch.group, sums)
         values, rewards = sft_loss(sums)
         loss = values.sum() / num_tokens
-        return Results(loss, values, sums, rewards, loss)
+        return Results(loss, values, sums, rewards, loss), weights, num_tokens

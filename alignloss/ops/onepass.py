@@ -9,6 +9,7 @@ its buffers over, so that a second backward (retain_graph=True) has to make the 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +22,17 @@ from ..kernels.state import STATE_ROWS
 from .columns import first_trained
 from .context import computing, device_guard, no_double_backward, within_memory
 from .head import Projection
-from .logprob import linear_logprob_bwd
 from .sizes import Footprint
 from .walk import HeldTiles, Upstream, Walk, addmm
+
+# from the log-probabilities (M,) of a group to its share of the loss, 0-d, and the gradient of that share (M,)
+Share = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def one_pass(
     projection: Projection,
     indices: Sequence[Tensor | None],  # scored positions of each group; None: every position
-    shares: Sequence[Callable[[Tensor], Tensor]],  # of each group, its share of the loss from log-probabilities (M,)
+    shares: Sequence[Share],
     held: int,  # how many groups, the first ones, have their tiles held; those of the others are recomputed
     stats: Sequence[Tensor | None],  # (M,) of each of backends.STATS; filled
 ) -> Tensor:
@@ -39,6 +42,20 @@ def one_pass(
         vocabulary = options.vocabulary(projection.weight)
         check_values(projection.labels, projection.token_index, options.ignore_index, vocabulary)
     return _OnePass.apply(projection.hidden, *projection.head, projection, indices, shares, held, stats)
+
+
+def by_autograd(share: Callable[[Tensor], Tensor]) -> Share:
+    """A share of the loss with the gradient that autograd finds."""
+
+    def differentiated(logps: Tensor) -> tuple[Tensor, Tensor]:
+        # under a checkpoint, hooks would make the whole pass again for the few numbers that are saved here
+        with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            tokens = logps.detach().requires_grad_()
+            loss = share(tokens)
+            (slopes,) = torch.autograd.grad(loss, tokens)
+        return loss.detach(), slopes
+
+    return differentiated
 
 
 class _OnePass(torch.autograd.Function):
@@ -51,7 +68,7 @@ class _OnePass(torch.autograd.Function):
         columns: Tensor | None,  # (V, r), the last of weight, where they train and weight does not
         projection: Projection,
         indices: Sequence[Tensor | None],
-        shares: Sequence[Callable[[Tensor], Tensor]],
+        shares: Sequence[Share],
         held: int,
         stats: Sequence[Tensor | None],
     ) -> Tensor:
@@ -62,21 +79,19 @@ class _OnePass(torch.autograd.Function):
         slopes: list[Tensor] = []
 
         def differentiate(i: int, logps: Tensor) -> Tensor:
-            # under a checkpoint, hooks would make the whole pass again for the few numbers that are saved here
-            with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-                tokens = logps.detach().requires_grad_()
-                share = shares[i](tokens)
-                slopes.extend(torch.autograd.grad(share, tokens))
-            losses.append(share.detach())
-            return slopes[-1]
+            loss, slope = shares[i](logps)
+            losses.append(loss)
+            slopes.append(slope)
+            return slope
 
         trained_from, bits = first_trained(weight, columns), backends.asked(stats)
-        with within_memory(hidden.device, projection.options.workspace_bytes, _result_bytes(projection, indices)):
-            gradient, state, dlogp = _pass(
+        results = partial(_result_bytes, projection, indices)
+        with within_memory(hidden.device, projection.options.workspace_bytes, results):
+            gradient, coefficient, dlogp = _pass(
                 projection, indices, held, ctx.needs, differentiate, trained_from, bits, stats
             )
         dlogps = slopes[0] if len(slopes) == 1 else torch.stack(slopes).sum(0)
-        ctx.save_for_backward(hidden, weight, bias, projection.labels, state, dlogp, dlogps, *indices)
+        ctx.save_for_backward(hidden, weight, bias, projection.labels, coefficient, dlogp, dlogps, *indices)
         ctx.kept = kept(hidden=hidden, weight=weight, bias=bias)
         ctx.options, ctx.gradient, ctx.rest = projection.options, gradient, (held, trained_from, bits)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -93,23 +108,24 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, saved: Sequence[Any], upstream: Tensor) -> tuple[Tensor | None, ...]:
         """dhidden, dweight, dbias and dcolumns."""
-        hidden, weight, bias, labels, state, dlogp, dlogps, *indices = saved
+        hidden, weight, bias, labels, coefficient, dlogp, dlogps, *indices = saved
         gradient, ctx.gradient = ctx.gradient, None
         # one that is made already has to fit what it belongs to
         check_kept(ctx.kept, values=gradient is None, hidden=hidden, weight=weight, bias=bias)
         if gradient is None:
             projection = Projection(hidden, weight, bias, labels, None, True, ctx.options.workspace_bytes, ctx.options)
             held, trained_from, bits = ctx.rest
-            with within_memory(hidden.device, projection.options.workspace_bytes, _result_bytes(projection, indices)):
+            results = partial(_result_bytes, projection, indices)
+            with within_memory(hidden.device, projection.options.workspace_bytes, results):
                 gradient, *_ = _pass(projection, indices, held, ctx.needs, lambda i, logps: dlogps, trained_from, bits)
         index = indices[0] if len(indices) == 1 else torch.cat(indices)
-        head, unused = (None, None, None), dlogp.new_empty(0)
-        dhidden, *_ = linear_logprob_bwd(
-            dlogps * upstream, None, *head, labels, index, state, dlogp, unused, hidden.dtype, 0, 1, False, False,
-            0, *ctx.options._replace(select=False),
-        )  # fmt: skip
+        # a position that is not scored has no gradient
+        new = dlogp.new_empty if index is None else dlogp.new_zeros
+        dhidden = new((len(labels), dlogp.shape[1]), dtype=hidden.dtype)
         with device_guard(labels):
-            dweight, dbias = gradient.times(upstream)
+            factor = gradient.factor(upstream)
+            gradient.primitives.scale_rows(dlogp, coefficient, factor, index, dhidden)
+            dweight, dbias = gradient.times(factor)
         dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
         return (dhidden, None, dbias, dweight) if ctx.columns_need else (dhidden, dweight, dbias, None)
 
@@ -126,10 +142,10 @@ class _OnlyFirstDerivatives(torch.autograd.Function):
 
 
 def _result_bytes(projection: Projection, indices: Sequence[Tensor | None]) -> int:
-    """Bytes of the gradient of the head, state and d logp / d hidden."""
+    """Bytes of the gradient of the head, state, coefficients and d logp / d hidden."""
     rows = sum(projection.labels.numel() if index is None else index.numel() for index in indices)
     footprint = projection.footprint
-    row = STATE_ROWS * footprint.accum_dtype.itemsize + footprint.width * footprint.dtype.itemsize
+    row = (STATE_ROWS + 1) * footprint.accum_dtype.itemsize + footprint.width * footprint.dtype.itemsize
     return rows * row + footprint.vocabulary * footprint.trained_width * footprint.weight_dtype.itemsize
 
 
@@ -143,17 +159,16 @@ def _pass(
     bits: int,  # of the stats that the first pass was asked for: a second one has to go the same way
     stats: Sequence[Tensor | None] = (),  # (M,) of each of backends.STATS; filled
 ) -> tuple["HeadGradient", Tensor, Tensor]:
-    """The gradient of the head, and state (9, N) and d logp / d hidden (N, H) of the groups, one after the other."""
+    """The gradient of the head; coefficients (N,) and d logp / d hidden (N, H) of the groups, one after the other."""
     hidden, weight, bias, labels, *_, options = projection
     wanted = list(stats) or [None] * len(backends.STATS)
     several = len(indices) > 1
     footprint = options.footprint_of(hidden, weight, bias, indices[0] is not None, trained_from)
-    options = options._replace(
-        select=False, workspace_bytes=options.workspace_bytes - footprint.accumulator_bytes(several)
-    )
+    options = options._replace(workspace_bytes=options.workspace_bytes - footprint.accumulator_bytes(several))
     counts = [labels.numel() if index is None else index.numel() for index in indices]
     with device_guard(hidden):
         state = hidden.new_empty((STATE_ROWS, sum(counts)), dtype=footprint.accum_dtype)
+        coefficient = state.new_empty(sum(counts))
         dlogp = hidden.new_empty((sum(counts), hidden.shape[1]), dtype=footprint.dtype)
         gradient = HeadGradient(weight, footprint, *needs, several)
         cells = max(counts[:held]) * footprint.pitch(len(weight))
@@ -167,18 +182,18 @@ def _pass(
             if i == held:
                 tiles = None
             with computing(hidden, options.compute_dtype):
-                walk = Walk(hidden, weight, bias, labels, index, options, trained_from)
+                walk = Walk(hidden, weight, bias, labels, index, options, trained_from, footprint)
                 kept = None if tiles is None else HeldTiles(walk, tiles, bits)
                 walk.forward(state[:, part], [logps, *wanted], bits, dlogp[part], None, kept, recomputed=True)
             dlogps = differentiate(i, logps)
             with computing(hidden, options.compute_dtype):
-                upstream = Upstream(walk, state[:, part], dlogps)
+                upstream = Upstream(walk, state[:, part], dlogps, coefficient=coefficient[part])
                 if kept is not None:
                     gradient.add_held(walk, upstream, kept)
                 else:  # to the sums of the groups before
                     walk.backward(upstream, gradient.dweight, gradient.dbias, True, bits, derivatives=1)
             del walk, kept, upstream
-    return gradient, state, dlogp
+    return gradient, coefficient, dlogp
 
 
 class HeadGradient:
@@ -212,26 +227,28 @@ class HeadGradient:
         wide = self.dweight.dtype == walk.accum_dtype or walk.footprint.gemm_rounds_dweight
         # where no GEMM can write dweight itself, a slice of it in the accumulation dtype
         most = held.columns if wide else min(held.columns, walk.footprint.slice)
-        partial = None if self.dweight.dim() < 2 or wide else walk.empty(most, self.dweight.shape[1])
+        buffer = None if self.dweight.dim() < 2 or wide else walk.empty(most, self.dweight.shape[1])
         for first, dz, reference in held:
             walk.primitives.held_dlogits(
                 dz, reference, upstream.state, walk.labels, first, walk.transform, upstream.coefficient
             )
             columns = slice(first, first + dz.shape[1])
-            if self.dweight.dim() == 2:
-                parts = zip(self.dweight[columns].split(most), dz.T.split(most), strict=True)
-                for dw, dz_part in parts:
-                    out = dw if partial is None else partial[: len(dw)]
-                    addmm(out, dz_part, scaled[:, walk.footprint.trained_from :], beta=int(self.begun))
-                    if partial is not None:
-                        dw.copy_(out)
+            for begin in range(0, dz.shape[1], most) if self.dweight.dim() == 2 else ():
+                dw, dz_part = self.dweight[columns][begin : begin + most], dz[:, begin : begin + most]
+                out = dw if buffer is None else buffer[: len(dw)]
+                addmm(out, dz_part.T, scaled[:, walk.footprint.trained_from :], beta=int(self.begun))
+                if buffer is not None:
+                    dw.copy_(out)
             if self.need_dbias:
                 addmm(self.dbias[None, columns], upstream.coefficient[None].to(dz.dtype), dz, beta=int(self.begun))
         self.begun = True
 
-    def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(dweight, dbias) for an upstream gradient, in the buffers themselves where the dtype is the weight's."""
-        factor = (upstream if self.unit is None else upstream * self.unit).to(self.dbias.dtype)
+    def factor(self, upstream: Tensor) -> Tensor:
+        """What the coefficients of the rows, which made these gradients, lack of an upstream gradient."""
+        return (upstream if self.unit is None else upstream * self.unit).to(self.dbias.dtype)
+
+    def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(dweight, dbias) times a factor, in the buffers themselves where the dtype is the weight's."""
         for gradient in (self.dweight, self.dbias):
             self.primitives.scale(gradient, factor)
         dweight = self.dweight.to(self.weight_dtype) if self.dweight.dim() == 2 else None

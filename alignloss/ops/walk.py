@@ -27,7 +27,7 @@ from .. import backends
 from ..backends import Targets, Tokens
 from ..kernels.state import REF
 from .head import Options
-from .sizes import accumulation_dtype, gemm_dtype, writes_dweight
+from .sizes import Footprint, accumulation_dtype, gemm_dtype, writes_dweight
 from .vocabulary import IGNORED
 
 
@@ -71,12 +71,13 @@ class Walk(Scored):
         token_index: Tensor | None,  # (N,)
         options: Options,
         trained_from: int = 0,
+        footprint: Footprint | None = None,  # that of the operands, where it is known
     ) -> None:
         super().__init__(hidden, labels, token_index, options)
         self.hidden, self.weight, self.workspace_bytes = hidden, weight, options.workspace_bytes
         self.vocabulary, self.width = weight.shape
         indexed = self.tokens.token_index is not None
-        self.footprint = options.footprint_of(hidden, weight, bias, indexed, trained_from)
+        self.footprint = footprint or options.footprint_of(hidden, weight, bias, indexed, trained_from)
         # b * linear in the accumulation dtype, of what the compute dtype holds of b
         self.bias = None
         if bias is not None:
@@ -89,8 +90,8 @@ class Walk(Scored):
 
     def tile_view(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
         """The tile (rows, columns) in a buffer (..., at least rows x pitch of the columns)."""
-        pitch = self.footprint.pitch(columns)
-        return buffer[..., : rows * pitch].view(*buffer.shape[:-1], rows, pitch)[..., :columns]
+        shape, strides = buffer.shape[:-1], buffer.stride()[:-1]
+        return buffer.as_strided((*shape, rows, columns), (*strides, self.footprint.pitch(columns), 1))
 
     def row_buffer(self, block: int) -> Tensor | None:
         return self.empty(block, self.width, dtype=self.gemm_dtype) if self.footprint.copies_rows else None
@@ -324,13 +325,14 @@ class Upstream:
         dlogp: Tensor | None = None,  # (N or more, H) or empty
         dentropy: Tensor | None = None,  # (N or more, H) or empty
         dhidden: Tensor | None = None,  # (M, H) or empty
+        coefficient: Tensor | None = None,  # (N,), where they are kept
     ) -> None:
         self.scored, self.state = scored, state
         self.dlogps, self.dentropies = dlogps, dentropies
         self.dlogp, self.dentropy, self.dhidden = (
             None if t is None or t.dim() < 2 else t for t in (dlogp, dentropy, dhidden)
         )
-        self.coefficient = scored.empty(scored.rows)
+        self.coefficient = scored.empty(scored.rows) if coefficient is None else coefficient
         self.mix = None if dentropies is None else scored.empty(3, scored.rows)
         self.unit: Tensor | None = None
         self.filled = scored.rows if self.dhidden is None else 0
