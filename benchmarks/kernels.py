@@ -3,8 +3,9 @@
 The statistics of the forward are had in two ways, which are timed beside the bare GEMM: by a Triton GEMM that writes no
 logits, at several block sizes, and by cuBLAS with one kernel over each tile of its result. The kernels over tiles are
 timed at several block sizes beside a copy of their bytes. Whole calls are timed with tiles that are folded, and with
-exponentials that a GEMM writes wherever the copy engine is: what `blocks.EXPONENTIALS` is chosen by; a forward with
-sums relative to the largest logit of a tile, and to the target's: `blocks.FIXED_REFERENCE`.
+exponentials that a GEMM writes wherever the copy engine is: what `blocks.EXPONENTIALS` is chosen by, and
+`blocks.CAPPED_EXPONENTIALS` under a softcap; a forward with sums relative to the largest logit of a tile, and to the
+target's: `blocks.FIXED_REFERENCE`.
 """
 
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
         def run() -> None:
             with replaced(blocks.GEMM_BLOCKS[blocks.architecture(device)], weight.element_size(), config):
                 if fixed:
-                    sums.sums_fwd(hidden, weight, labels, state, linear)
+                    sums.sums_fwd(hidden, weight, labels, state, linear, cap)
                 else:
                     stats.stats_fwd(hidden, weight, None, labels, state, linear, cap, False, "ieee")
 
@@ -89,8 +90,9 @@ def measure_kernels(case: Case, rounds: int) -> list[Row]:
     }
     candidates = GEMM_CANDIDATES[weight.element_size()] if hidden.is_cuda else INTERPRETED
     ways |= {f"Triton GEMM {config}": prepared(fused(config)) for config in candidates}
-    if cap is None and stats.copies(blocks.architecture(device), hidden, weight):
-        relative = {f"Triton GEMM {config}, relative to the target": fused(config, True) for config in candidates[:2]}
+    if (cap or 0) <= blocks.LARGEST_CAP and stats.copies(blocks.architecture(device), hidden, weight):
+        what = "relative to the target" if cap is None else "relative to 0"
+        relative = {f"Triton GEMM {config}, {what}": fused(config, True) for config in candidates[:2]}
         ways |= {name: prepared(work) for name, work in relative.items()}
     rows = _rows("statistics", ways, rounds, {"tflops": 2e-12 * N * V * H})
 
@@ -138,8 +140,11 @@ def _whole_calls(case: Case, inputs: Inputs, rounds: int) -> list[Row]:
 
     rows: list[Row] = []
     kept, written = ("tiles folded", "exponentials by the GEMM"), "EXPONENTIALS"
+    known, fixed = ("relative to the largest", "relative to the target"), "FIXED_REFERENCE"
+    if case.softcap is not None:
+        known, written, fixed = ("relative to the largest", "relative to 0"), *["CAPPED_EXPONENTIALS"] * 2
     for mode, products, names, switch in (
-        ("forward", 1, ("relative to the largest", "relative to the target"), "FIXED_REFERENCE"),
+        ("forward", 1, known, fixed),
         ("frozen head", 2, kept, written),
         ("DPO step", 3, kept, written),
     ):

@@ -34,6 +34,7 @@ from .blocks import (
     SLICE,
     TILE_WARPS,
     WIDTH_BLOCK,
+    exponential_blocks,
     gemm_blocks,
 )
 
@@ -144,27 +145,34 @@ def _of_gemms(blocks: str) -> list[Variant]:
 
 def _of_exponentials(blocks: str, operands: dict[str, str]) -> list[Variant]:
     block_n, block_v, block_h, warps, stages = gemm_blocks(blocks, 2, False)
-    operands = operands | {"exps": f"tensordesc<bf16[{block_n}, {block_v}]>"}
+    narrow = exponential_blocks(blocks, 2, True)[1]
+    wide, under_cap = (
+        operands | {"weight": f"tensordesc<bf16[{v}, {block_h}]>", "exps": f"tensordesc<bf16[{block_n}, {v}]>"}
+        for v in (block_v, narrow)
+    )
     size = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h}
     small, loop = {"BLOCK_N": COMBINE_BLOCK_N, "BLOCK_H": 64}, {"BLOCK_T": COMBINE_BLOCK_T}
     repair = REPAIR_STAGES.get(blocks, stages)
+    plain, capped = {"HAS_CAP": False, "GROUP": 8} | size, {"HAS_CAP": True, "GROUP": 8} | size | {"BLOCK_V": narrow}
     found = [
-        Variant(f"settle_fwd[begun={begun}]", exps.settle_fwd_kernel, {}, {"BEGUN": begun} | loop | small)
-        for begun in (False, True)
+        Variant(f"settle_fwd[begun={begun}, cap={cap}]", exps.settle_fwd_kernel, {}, flags | loop | small)
+        for begun, cap in ((False, False), (True, False), (True, True))
+        for flags in ({"BEGUN": begun, "HAS_CAP": cap},)
     ]
     found += [
-        Variant("sums_fwd[bf16]", sums.sums_fwd_kernel, operands, {"GROUP": 8} | size, warps, stages, True),
-        Variant("repair_sums[bf16]", sums.repair_sums_kernel, operands, loop | size, warps, repair, True),
+        Variant("sums_fwd[bf16]", sums.sums_fwd_kernel, wide, plain, warps, stages, True),
+        Variant("sums_fwd[bf16, cap]", sums.sums_fwd_kernel, under_cap, capped, warps, stages, True),
+        Variant("repair_sums[bf16]", sums.repair_sums_kernel, wide, loop | size, warps, repair, True),
         Variant("settle_sums", sums.settle_sums_kernel, {}, {"BLOCK_N": COMBINE_BLOCK_N} | loop),
     ]
     # the width of a slice is a multiple of 16, but for the last one of some vocabularies
     for suffix, divisible in (("", ()), (", whole", ("Vs",))):
-        for name, kernel, constants, pipelined in (
-            ("exps_fwd", exps.exps_fwd_kernel, {"GROUP": 8} | size, stages),
-            ("repair_fwd", exps.repair_fwd_kernel, loop | size, repair),
+        for name, kernel, types, constants, pipelined in (
+            ("exps_fwd[bf16", exps.exps_fwd_kernel, wide, plain, stages),
+            ("exps_fwd[bf16, cap", exps.exps_fwd_kernel, under_cap, capped, stages),
+            ("repair_fwd[bf16", exps.repair_fwd_kernel, wide, loop | size, repair),
         ):
-            name = f"{name}[bf16{suffix}]"
-            found.append(Variant(name, kernel, operands, constants, warps, pipelined, True, divisible))
+            found.append(Variant(f"{name}{suffix}]", kernel, types, constants, warps, pipelined, True, divisible))
     return found
 
 

@@ -26,6 +26,11 @@ EXPONENTIALS = ("sm_90",)
 # where a forward without derivatives sums exponentials relative to the target's logit, in bf16 too: nowhere before a
 # GPU has measured it (docs/gpu.md); compiled and emulated for sm_90 and sm_100
 FIXED_REFERENCE: tuple[str, ...] = ()
+# where GEMMs take them under a softcap, with or without derivatives, in bf16: nowhere before a GPU has measured it;
+# compiled and emulated for sm_90 and sm_100
+CAPPED_EXPONENTIALS: tuple[str, ...] = ()
+# the largest bound of logits, in nats, for that: exp(-60) and 2^20 exp(60) are far inside fp32
+LARGEST_CAP = 60.0
 # of the kernels that repair them, where those of the GEMM spill registers
 REPAIR_STAGES = {"sm_90": 2, "sm_100": 1}
 # with a softcap or further statistics in the epilogue, wider tiles spill
@@ -95,9 +100,19 @@ def gemm_blocks(architecture: str, itemsize: int, full_epilogue: bool) -> tuple[
     return (block_n, min(block_v, FULL_EPILOGUE_BLOCK_V) if full_epilogue else block_v, *rest)  # type: ignore[return-value]
 
 
-def partial_bytes_per_row(vocabulary: int, block_v: int, extras: bool, fixed: bool) -> int:
+def exponential_blocks(architecture: str, itemsize: int, capped: bool) -> tuple[int, int, int, int, int]:
+    """The same of the GEMMs that take exponentials; capped: under a softcap, where sm_100 has no registers for more."""
+    return gemm_blocks(architecture, itemsize, capped and architecture == "sm_100")
+
+
+def partial_bytes_per_row(vocabulary: int, block_v: int, fields: int) -> int:
     """Bytes of partial statistics that stats_fwd_kernel, or sums_fwd_kernel, writes for one row."""
-    return 4 * (5 if extras else 3 if fixed else 2) * cdiv(vocabulary, block_v)
+    return 4 * fields * cdiv(vocabulary, block_v)
+
+
+def takes_cap(architecture: str, cap: float | None) -> bool:
+    """Whether GEMMs take exponentials under this softcap of the logits."""
+    return cap is not None and cap <= LARGEST_CAP and architecture in CAPPED_EXPONENTIALS
 
 
 # those of exps_fwd_kernel for a row of one tile

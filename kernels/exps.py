@@ -9,6 +9,9 @@ of BLOCK_V entries, the sum of e, that of e as rounded, and the maximum of z - m
 further than `FAR` nats, `repair_fwd_kernel` computes the blocks of such rows again with m moved to the largest logit,
 and returns at once from every other; `settle_fwd_kernel` adds the slice to the running state of the rows, and rescales
 U where m moved.
+
+Under a softcap, z = c tanh(x), logits are bounded: where c is at most `blocks.LARGEST_CAP` every m is 0, and nothing is
+ever repaired. What is written is e_v (1 - tanh(x_v)^2), the sums are those of e_v.
 """
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import blocks
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, cdiv, gemm_blocks
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, cdiv, exponential_blocks
 from .math import ROUNDED, SUM
 from .stats import blocks_of, largest, multiply, multiprocessors, place
 from .tile import column, reach
@@ -27,29 +30,35 @@ from .tile import column, reach
 FAR = tl.constexpr(60.0)
 
 
+# in place of a logit: of the target, and past the end of a slice
+NONE = tl.constexpr(-3e38)
+
+
 @triton.jit
-def shifted(
-    x,  # (BLOCK_N, BLOCK_V) products
-    reference,  # (BLOCK_N,)
-    n,
-    tile,
-    labels,
-    N,
-    first,
-    Vs,
-    linear,
-    BLOCK_V: tl.constexpr,
-):
-    """z - m, and -inf at the target and past the end of the slice."""
-    x = x * linear - reference[:, None]
+def others(x, none, n, tile, labels, N, first, Vs, BLOCK_V: tl.constexpr):
+    """A tile (BLOCK_N, BLOCK_V) with `none` at the targets and past the end of the slice."""
     label = column(tl.load(labels + n, mask=n < N, other=-1), first, Vs)
     # few tiles hold the end of the vocabulary or a label of theirs; elsewhere nothing is compared entry by entry
     begin = tile * BLOCK_V
     here = tl.max(((label >= begin) & (label < begin + BLOCK_V)).to(tl.int32), 0)
     if (here > 0) | (begin + BLOCK_V > Vs):
         v = begin + tl.arange(0, BLOCK_V)
-        x = tl.where((v < Vs)[None, :] & (v[None, :] != label[:, None]), x, -float("inf"))
+        x = tl.where((v < Vs)[None, :] & (v[None, :] != label[:, None]), x, none)
     return x
+
+
+@triton.jit
+def capped(x, n, tile, labels, N, first, Vs, linear, cap, BLOCK_V: tl.constexpr):
+    """Of products x: exp(z) and exp(z) (1 - t^2), z = cap t, t = tanh(x linear); both 0 for the target.
+
+    By r = 1 / (1 + exp(2 x linear)): t = 1 - 2 r, and 1 - t^2 = 4 (r - r^2).
+    """
+    x = x * (linear * 2.8853900817779268)  # 2 / log 2
+    x = others(x, NONE, n, tile, labels, N, first, Vs, BLOCK_V)
+    r = 1.0 / (1.0 + tl.exp2(x))
+    bits = cap * 1.4426950408889634  # 1 / log 2
+    e = tl.where(x == NONE, 0.0, tl.exp2(bits - 2 * bits * r))
+    return e, 4 * e * (r - r * r)
 
 
 @triton.jit
@@ -77,12 +86,14 @@ def exps_fwd_kernel(
     exps,  # descriptor of blocks (BLOCK_N, BLOCK_V) of (N, Vs) and its padding; filled
     labels,  # (N,) int64
     state,  # (9, N) fp32: m
-    partials,  # (3, tiles, N) fp32: sum of e, sum of rounded e, max of z - m
+    partials,  # (3, tiles, N) fp32: sum of e, sum of rounded e, max of z - m; (1, tiles, N): sum of e under a softcap
     N,
     Vs,
     H,
     first,  # vocabulary index of column 0
-    linear,  # z = h w * linear
+    linear,  # x = h w * linear
+    cap,
+    HAS_CAP: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -95,11 +106,19 @@ def exps_fwd_kernel(
         block_n, tile = place(program, blocks_n, tiles, GROUP)
         x = multiply(hidden, weight, block_n, tile, H, "ieee", BLOCK_N, BLOCK_V, BLOCK_H)
         n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        reference = tl.load(state + n, mask=n < N, other=0.0)
-        x = shifted(x, reference, n, tile, labels, N, first, Vs, linear, BLOCK_V)
-        # before x is overwritten: in the other order registers spill
-        tl.store(partials + 2 * field + tile.to(tl.int64) * N + n, tl.max(x, 1), mask=n < N)
-        write(x, exps, partials, n, block_n, tile, N, field, BLOCK_N, BLOCK_V)
+        if HAS_CAP:
+            e, d = capped(x, n, tile, labels, N, first, Vs, linear, cap, BLOCK_V)
+            d = d.to(exps.dtype)
+            # beside the other in one reduction, or registers spill
+            total, _ = tl.reduce((e, d.to(tl.float32)), 1, _add)
+            tl.store(partials + tile.to(tl.int64) * N + n, total, mask=n < N)
+            exps.store([block_n * BLOCK_N, tile * BLOCK_V], d)
+        else:
+            reference = tl.load(state + n, mask=n < N, other=0.0)
+            x = others(x * linear - reference[:, None], -float("inf"), n, tile, labels, N, first, Vs, BLOCK_V)
+            # before x is overwritten: in the other order registers spill
+            tl.store(partials + 2 * field + tile.to(tl.int64) * N + n, tl.max(x, 1), mask=n < N)
+            write(x, exps, partials, n, block_n, tile, N, field, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
@@ -137,19 +156,20 @@ def repair_fwd_kernel(
     if tl.max((found != reference).to(tl.int32), 0) > 0:
         for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
             x = multiply(hidden, weight, block_n, tile, H, "ieee", BLOCK_N, BLOCK_V, BLOCK_H)
-            x = shifted(x, found, n, tile, labels, N, first, Vs, linear, BLOCK_V)
+            x = others(x * linear - found[:, None], -float("inf"), n, tile, labels, N, first, Vs, BLOCK_V)
             write(x, exps, partials, n, block_n, tile, N, field, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
 def settle_fwd_kernel(
     state,  # (9, N) fp32: m and the two sums of e are those after the slice
-    partials,  # (3, tiles, N) fp32: sums of e relative to the m after the slice, max of z - m to that before it
+    partials,  # as exps_fwd_kernel and repair_fwd_kernel leave them: sums relative to the m after the slice
     u,  # (N, H) fp32, once it holds sums; rescaled where m moved
     N,
     H,
     tiles,
     state_stride,
+    HAS_CAP: tl.constexpr,
     BEGUN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -160,19 +180,25 @@ def settle_fwd_kernel(
     step, field = tl.cast(state_stride, tl.int64), tl.cast(tiles, tl.int64) * N
     sums, rounded_sums = state + n + SUM * step, state + n + ROUNDED * step
     reference, s = tl.load(state + n, mask=inside, other=0.0), tl.load(sums, mask=inside, other=1.0)
-    found = moved(reference, largest(partials + 2 * field, n, N, tiles, BLOCK_N, BLOCK_T), s)
+    if HAS_CAP:
+        found = tl.zeros_like(reference)
+    else:
+        found = moved(reference, largest(partials + 2 * field, n, N, tiles, BLOCK_N, BLOCK_T), s)
     decay = tl.where(s == 0, 0.0, tl.exp(reference - found))
     total, rounded = s * decay, tl.load(rounded_sums, mask=inside, other=1.0) * decay
     for start in range(0, tiles, BLOCK_T):
         at = (start + t).to(tl.int64)[:, None] * N + n[None, :]
         mask = (start + t < tiles)[:, None] & inside[None, :]
         total += tl.sum(tl.load(partials + at, mask=mask, other=0.0), 0)
-        rounded += tl.sum(tl.load(partials + field + at, mask=mask, other=0.0), 0)
+        if not HAS_CAP:
+            rounded += tl.sum(tl.load(partials + field + at, mask=mask, other=0.0), 0)
+    if HAS_CAP:
+        rounded = total
     tl.debug_barrier()  # before a faster warp overwrites the state that another has to read
     tl.store(state + n, found, mask=inside)
     tl.store(sums, total, mask=inside)
     tl.store(rounded_sums, rounded, mask=inside)
-    if BEGUN:
+    if BEGUN and not HAS_CAP:
         if tl.max((found != reference).to(tl.int32), 0) > 0:
             k = tl.arange(0, BLOCK_H)
             for start in range(0, H, BLOCK_H):
@@ -190,13 +216,14 @@ def exps_fwd(
     out: Tensor,  # (N, Vs); filled
     first: int,
     linear: float,
+    cap: float | None,
 ) -> None:
     """Write the exponentials of a slice, add their sums to `state`, and rescale u where the reference moved."""
     (N, H), Vs = hidden.shape, weight.shape[0]
     kind = blocks.architecture(hidden.device)
-    block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), False)
+    block_n, block_v, block_h, warps, stages = exponential_blocks(kind, hidden.element_size(), cap is not None)
     blocks_n, tiles = cdiv(N, block_n), cdiv(Vs, block_v)
-    partials = torch.empty((3, tiles, N), dtype=torch.float32, device=hidden.device)
+    partials = torch.empty((3 if cap is None else 1, tiles, N), dtype=torch.float32, device=hidden.device)
     # with its padding, which is written as zeros
     filled = TensorDescriptor(out, [N, reach(out)], list(out.stride()), [block_n, block_v])
     shared = *blocks_of(hidden, weight, block_n, block_v, block_h), filled, labels, state, partials, N, Vs, H, first
@@ -205,11 +232,18 @@ def exps_fwd(
         "num_warps": warps, "num_stages": stages,
     } | OPTIONS  # fmt: skip
     most = multiprocessors(hidden.device)
-    exps_fwd_kernel[(min(blocks_n * tiles, most),)](*shared, linear, GROUP=8, **constants)
-    parts = min(tiles, cdiv(most, blocks_n))
-    constants["num_stages"] = REPAIR_STAGES.get(kind, stages)
-    repair_fwd_kernel[(blocks_n, parts)](*shared, state.stride(0), linear, BLOCK_T=COMBINE_BLOCK_T, **constants)
+    of_call = linear, cap or 1.0
+    exps_fwd_kernel[(min(blocks_n * tiles, most),)](*shared, *of_call, HAS_CAP=cap is not None, GROUP=8, **constants)
+    if cap is None:
+        parts = min(tiles, cdiv(most, blocks_n))
+        constants["num_stages"] = REPAIR_STAGES.get(kind, stages)
+        repair_fwd_kernel[(blocks_n, parts)](*shared, state.stride(0), linear, BLOCK_T=COMBINE_BLOCK_T, **constants)
+    settle(state, partials, u, H, cap)
+
+
+def settle(state: Tensor, partials: Tensor, u: Tensor | None, H: int, cap: float | None) -> None:
+    _, tiles, N = partials.shape
     settle_fwd_kernel[(cdiv(N, COMBINE_BLOCK_N),)](
-        state, partials, u, N, H, tiles, state.stride(0), BEGUN=u is not None,
+        state, partials, u, N, H, tiles, state.stride(0), HAS_CAP=cap is not None, BEGUN=u is not None,
         BLOCK_N=COMBINE_BLOCK_N, BLOCK_T=COMBINE_BLOCK_T, BLOCK_H=64, **OPTIONS,
     )  # fmt: skip

@@ -6,6 +6,8 @@ As in `exps` the reference is the logit of the target, from `rows.gather_fwd_ker
 needs no maximum, which takes a fifth to a quarter of the instructions of `stats.stats_copied_fwd_kernel`'s. Where a sum
 is not between `LEAST` and `MOST`, `repair_sums_kernel` takes the statistics of the row's block as that kernel does, and
 returns at once from every other; `settle_sums_kernel` chooses.
+
+Under a softcap that is at most `blocks.LARGEST_CAP` the sums are those of exp(z_v), as in `exps`.
 """
 
 import torch
@@ -14,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import blocks
-from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, cdiv, gemm_blocks
-from .exps import shifted
+from .blocks import COMBINE_BLOCK_N, COMBINE_BLOCK_T, OPTIONS, REPAIR_STAGES, cdiv, exponential_blocks
+from .exps import capped, others, settle
 from .math import LOWEST, SUM, TARGET
 from .stats import blocks_of, largest, multiply, multiprocessors, place, store_statistics
 
@@ -38,12 +40,14 @@ def sums_fwd_kernel(
     weight,  # descriptor of blocks (BLOCK_V, BLOCK_H) of (V, H)
     labels,  # (N,) int64
     state,  # (9, N) fp32: the logits of the targets
-    partials,  # (3, tiles, N) fp32: sum of e; the others are those of `repair_sums_kernel`
+    partials,  # (3, tiles, N) fp32: sum of e; the others are those of `repair_sums_kernel`, which a softcap has not
     N,
     V,
     H,
     state_stride,
-    linear,  # z = h w * linear
+    linear,  # x = h w * linear
+    cap,
+    HAS_CAP: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -55,8 +59,12 @@ def sums_fwd_kernel(
         block_n, tile = place(program, blocks_n, tiles, GROUP)
         x = multiply(hidden, weight, block_n, tile, H, "ieee", BLOCK_N, BLOCK_V, BLOCK_H)
         n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        x = shifted(x, reference_of(state, n, N, state_stride), n, tile, labels, N, 0, V, linear, BLOCK_V)
-        tl.store(partials + tl.cast(tile, tl.int64) * N + n, tl.sum(tl.exp(x), 1), mask=n < N)
+        if HAS_CAP:
+            e, _ = capped(x, n, tile, labels, N, 0, V, linear, cap, BLOCK_V)
+        else:
+            x = x * linear - reference_of(state, n, N, state_stride)[:, None]
+            e = tl.exp(others(x, -float("inf"), n, tile, labels, N, 0, V, BLOCK_V))
+        tl.store(partials + tl.cast(tile, tl.int64) * N + n, tl.sum(e, 1), mask=n < N)
 
 
 @triton.jit
@@ -132,19 +140,24 @@ def sums_fwd(
     labels: Tensor,  # (N,) int64
     state: Tensor,  # (9, N) fp32, rows contiguous, with the logits of the targets; m and s are filled
     linear: float,
+    cap: float | None,
 ) -> None:
     """Fill `state` with the sums of exponentials over v != y of each row, and what they are relative to."""
     (N, H), V = hidden.shape, weight.shape[0]
     kind = blocks.architecture(hidden.device)
-    block_n, block_v, block_h, warps, stages = gemm_blocks(kind, hidden.element_size(), False)
+    block_n, block_v, block_h, warps, stages = exponential_blocks(kind, hidden.element_size(), cap is not None)
     blocks_n, tiles = cdiv(N, block_n), cdiv(V, block_v)
-    partials = torch.empty((3, tiles, N), dtype=torch.float32, device=hidden.device)
+    partials = torch.empty((3 if cap is None else 1, tiles, N), dtype=torch.float32, device=hidden.device)
     operands = blocks_of(hidden, weight, block_n, block_v, block_h)
     constants = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h, "num_warps": warps} | OPTIONS
     combine, most = {"BLOCK_T": COMBINE_BLOCK_T}, multiprocessors(hidden.device)
     sums_fwd_kernel[(min(blocks_n * tiles, most),)](
-        *operands, labels, state, partials, N, V, H, state.stride(0), linear, GROUP=8, num_stages=stages, **constants
-    )
+        *operands, labels, state, partials, N, V, H, state.stride(0), linear, cap or 1.0,
+        HAS_CAP=cap is not None, GROUP=8, num_stages=stages, **constants,
+    )  # fmt: skip
+    if cap is not None:
+        settle(state, partials, None, H, cap)
+        return
     constants |= combine | {"num_stages": REPAIR_STAGES.get(kind, stages)}
     parts = min(tiles, cdiv(most, blocks_n))
     repair_sums_kernel[(blocks_n, parts)](*operands, labels, partials, N, V, H, linear, **constants)

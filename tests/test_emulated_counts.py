@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import emulator
-from alignloss.kernels import stats, sums
+from alignloss.kernels import blocks, stats, sums
 from alignloss.kernels.state import STATE_ROWS
 from emulator.driver import gpu
 
@@ -14,21 +14,23 @@ pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(emulator.emulated not in ("sm_90", "sm_100"), reason="needs --emulate sm_90 or sm_100"),
 ]
-PROGRAMS, BLOCK_V = 3, 256
+PROGRAMS = 3
 
 
-def executed(tiles, label, monkeypatch, fixed=False):
+def executed(tiles, label, monkeypatch, fixed=False, cap=None):
     """Instructions of a thread of the first program, with so many tiles to each program."""
-    V, H = PROGRAMS * tiles * BLOCK_V, 64
+    kind, capped = emulator.emulated, cap is not None
+    block_v = (blocks.exponential_blocks if fixed else blocks.gemm_blocks)(kind, 2, capped)[1]
+    V, H = PROGRAMS * tiles * block_v, 64
     for module in (stats, sums):
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROGRAMS)
     labels, state = torch.full((128,), label), torch.zeros(STATE_ROWS, 128)
     state[0] = -1e30
     hidden, weight = torch.randn(128, H).bfloat16(), torch.randn(V, H).bfloat16()
     if fixed:
-        sums.sums_fwd(hidden, weight, labels, state, 1.0)
+        sums.sums_fwd(hidden, weight, labels, state, 1.0, cap)
     else:
-        stats.stats_fwd(hidden, weight, None, labels, state, 1.0, None, False, "ieee")
+        stats.stats_fwd(hidden, weight, None, labels, state, 1.0, cap, False, "ieee")
     launch = gpu.launches["sums_fwd_kernel" if fixed else "stats_copied_fwd_kernel"]
     return sum(len(launch.program.text.blocks[place]) for place in launch.path)
 
@@ -52,3 +54,16 @@ def test_a_reference_that_is_known_saves_the_maximum(monkeypatch):
         counts.append((many - few) / 3)
     print(f"{emulator.emulated}: {counts[1]:.0f} instructions a thread and tile, {counts[0]:.0f} with the maximum")
     assert counts[1] <= 0.85 * counts[0]
+
+
+def test_a_softcap_that_bounds_logits_saves_more(monkeypatch):
+    """Per 256 entries: the maximum, and what keeps tanh exact relative to a small logit."""
+    counts = []
+    for fixed in (False, True):
+        few, many = (executed(tiles, -100, monkeypatch, fixed, 30.0) for tiles in (2, 5))
+        entries = (blocks.exponential_blocks if fixed else blocks.gemm_blocks)(emulator.emulated, 2, True)[1]
+        counts.append((many - few) / 3 * 256 / entries)
+    print(
+        f"{emulator.emulated}: {counts[1]:.0f} instructions a thread and 256 entries, {counts[0]:.0f} with the maximum"
+    )
+    assert counts[1] <= 0.6 * counts[0]

@@ -112,11 +112,12 @@ def write_exponentials():
     labels[::2] = 7
     weight[7], weight[900] = 0, 0
     weight[7, -1], weight[900, -1] = -100, 100
-    state = state_of_targets(hidden, weight, labels, reference=True)
-    sums.sums_fwd(hidden, weight, labels, state.clone(), 1.0)
-    for first, u in ((0, None), (520, torch.randn(80, 200))):
-        out = torch.empty(80, 576, dtype=torch.bfloat16)[:, :520]
-        exps.exps_fwd(hidden, weight[first : first + 520], labels, state, u, out, first, 1.0)
+    for cap in (None, 30.0):
+        state = state_of_targets(hidden, weight, labels, reference=cap is None)
+        sums.sums_fwd(hidden, weight, labels, state.clone(), 1.0, cap)
+        for first, u in ((0, None), (520, torch.randn(80, 200))):
+            out = torch.empty(80, 576, dtype=torch.bfloat16)[:, :520]
+            exps.exps_fwd(hidden, weight[first : first + 520], labels, state, u, out, first, 1.0, cap)
 
 
 def run(launch, change=lambda ptx: ptx):

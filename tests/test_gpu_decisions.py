@@ -48,7 +48,8 @@ MIB = 1 << 20
 def _as_on_a_gpu(monkeypatch):
     as_on_a_gpu(monkeypatch)
     # wherever the kernels that write exponentials run: heads with a bias go the other way
-    monkeypatch.setattr(blocks, "EXPONENTIALS", ("sm_90", "sm_100"))
+    for name in ("EXPONENTIALS", "CAPPED_EXPONENTIALS"):
+        monkeypatch.setattr(blocks, name, ("sm_90", "sm_100"))
 
 
 @pytest.fixture
@@ -239,6 +240,38 @@ def test_a_forward_relative_to_the_targets(trained, gap, fixed, monkeypatch):
         tensors, torch.bfloat16, trained, beyond=2e-7,  # half a unit in the last place of fp32, which is 0 by luck
     )  # fmt: skip
     assert set(launched) == {"sums_fwd" if fixed else "stats_fwd"}
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(emulator.emulated not in ("sm_90", "sm_100"), reason="kernels that a copy engine feeds")
+@pytest.mark.nightly_where(lambda trained, size, cap: (cap in (2.0, 30.0)) != (size == 3))
+@pytest.mark.parametrize("cap", [2.0, 30.0, 60.0, 61.0])
+@pytest.mark.parametrize("size", [0.1, 3, 100])
+@pytest.mark.parametrize("trained", ["", "hidden", "hidden weight"], ids=lambda t: t or "nothing")
+def test_a_softcap_that_bounds_logits_gives_their_exponentials_to_the_gemm(trained, size, cap, monkeypatch):
+    """Of logits about `size` times the cap, tokens beyond one block of rows, and entries beyond one tile."""
+    torch.manual_seed(int(cap))
+    hidden, weight, labels = torch.randn(2, 70, H), torch.randn(300, H), torch.randint(0, 300, (2, 70))
+    hidden *= size * cap / H**0.5
+    tensors = [t.bfloat16().double() for t in (hidden, weight, torch.zeros(300))]
+    labels[0, ::3] = -100
+    launched = []
+    for module, name in ((_triton.sums_kernels, "sums_fwd"), (_triton.exps_kernels, "exps_fwd")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, real=real: (launched.append(n), real(*a)))
+    options = {"softcap": cap, "backend": "triton"}
+
+    def ours(h, w, b):
+        if trained != "hidden weight":
+            return [alignloss.linear_logprob(h, w, labels, **options)]
+        return [alignloss.SFTLoss(**options)(h, w, labels).loss]
+
+    def full(h, w, b):
+        logps = naive_logps(h, w, 0, labels, cap)
+        return [logps] if trained != "hidden weight" else [-logps.sum() / (labels != -100).sum()]
+
+    check(ours, full, full, tensors, torch.bfloat16, trained, beyond=2e-7)
+    assert set(launched) == ({"exps_fwd" if trained else "sums_fwd"} if cap <= 60 else set())
 
 
 @pytest.mark.emulated

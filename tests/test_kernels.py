@@ -96,16 +96,18 @@ def test_statistics_of_operands_that_the_copy_engine_reaches_and_of_others(opera
     assert launched == ["stats_copied_fwd_kernel" if reached else "stats_fwd_kernel"]
 
 
-def exponentials(hidden, weight, labels, linear, columns):
+def exponentials(hidden, weight, labels, linear, columns, cap=None):
     """state, U, and for each slice its tile in memory of its own, with the references that it is relative to."""
-    block_v = blocks.gemm_blocks(blocks.architecture(hidden.device), hidden.element_size(), False)[1]
-    state, u, tiles = state_of_targets(hidden, weight, labels, None, linear, reference=True), None, []
+    kind, size, capped = blocks.architecture(hidden.device), hidden.element_size(), cap is not None
+    block_v = blocks.exponential_blocks(kind, size, capped)[1]
+    state, u, tiles = state_of_targets(hidden, weight, labels, None, linear, reference=not capped), None, []
     for first in range(0, len(weight), columns):
         part = weight[first : first + columns]
         padded = -(-len(part) // blocks.PITCH) * blocks.PITCH
         out = torch.full((len(hidden), padded), torch.nan, device=DEVICE, dtype=weight.dtype)
-        exps.exps_fwd(hidden, part, labels, state, u, out[:, : len(part)], first, linear)
-        assert not out[:, : -(-len(part) // block_v) * block_v].isnan().any()
+        exps.exps_fwd(hidden, part, labels, state, u, out[:, : len(part)], first, linear, cap)
+        finite = hidden.isfinite().all(1)
+        assert not out[finite, : -(-len(part) // block_v) * block_v].isnan().any()
         assert not out[:, len(part) :].nan_to_num().any()
         product = out[:, : len(part)].float() @ part.float()
         u = product if u is None else u + product
@@ -152,7 +154,7 @@ def test_sums_by_a_gemm_that_knows_the_reference_of_a_row(N, H, V, far):
         hidden[2] = torch.nan
     begin = state_of_targets(hidden, weight, labels, None, linear)
     state, plain = begin.clone(), begin.clone()
-    sums.sums_fwd(hidden, weight, labels, state, linear)
+    sums.sums_fwd(hidden, weight, labels, state, linear, None)
     stats.stats_fwd(hidden, weight, None, labels, plain, linear, None, False, "ieee")
     z = hidden.double() @ weight.double().T * linear
     target = z.gather(1, labels[:, None]).squeeze(1)
@@ -212,6 +214,44 @@ def test_exponentials_written_by_the_gemm_whatever_the_reference_of_a_row(N, H, 
     expected = e @ weight.double()
     scale = e.sum(1) * weight.double().abs().max()
     assert float(((u.double() - expected).abs().amax(1) / scale).max()) <= rounding + 2e-5
+
+
+@with_a_copy_engine
+@overflows
+@pytest.mark.parametrize("cap", [2.0, 60.0])
+@pytest.mark.parametrize(("N", "H", "V", "columns"), [(150, 48, 337, 337), (37, 72, 600, 256), (3, 72, 1, 1)])
+def test_exponentials_and_sums_under_a_softcap_are_relative_to_0(N, H, V, columns, cap):
+    """Of logits that are small, near their bounds and beyond what tanh tells from 1; with a row of NaN, and of none."""
+    linear = 1 / cap
+    if V == 1:
+        hidden, weight, labels = (t.to(DEVICE) for t in (torch.randn(N, H), torch.randn(1, H), torch.zeros(N).long()))
+    else:
+        hidden, weight, _, labels = inputs(N, hidden_size=H, vocabulary=V, masked=0.0)
+        # the last rows and tokens: saturated, the likeliest and the least likely ones
+        hidden[-9:] *= cap * torch.tensor([0.01, 1, 3, 10, 30, -1, -10, -1000, 1000]).double()[:, None]
+        hidden[2] = torch.nan
+    hidden, weight, labels = hidden.to(DEVICE, WRITTEN), weight.to(DEVICE, WRITTEN), labels.to(DEVICE)
+    begin = state_of_targets(hidden, weight, labels, None, linear)
+    state, u, tiles = exponentials(hidden, weight, labels, linear, columns, cap)
+    summed = begin.clone()
+    sums.sums_fwd(hidden, weight, labels, summed, linear, cap)
+    x = hidden.double() @ weight.double().T * linear
+    other = torch.ones_like(x, dtype=torch.bool).scatter(1, labels[:, None], False)
+    e = torch.where(other, (cap * x.tanh()).exp(), 0)
+    slope = torch.where(other, e * 4 / (x.exp() + (-x).exp()).square(), 0)
+    # a logit errs by what fp32 makes of it, and a factor exp(z) by as much
+    near = 4e-6 * (1 + cap)
+    rounded = torch.finfo(WRITTEN).eps + near + 2e-6 * (hidden.double().abs() @ weight.double().abs().T) * linear
+    for found in (state, summed):
+        assert not found[0].any() and torch.equal(found[2:7].nan_to_num(), begin[2:7].nan_to_num())
+        torch.testing.assert_close(found[1].double(), e.sum(1), rtol=near, atol=0, equal_nan=True)
+    assert torch.equal(state[7].nan_to_num(), state[1].nan_to_num())
+    most = rounded * slope + 1e-6 * e  # 1 - t^2 errs by units of 1
+    got = torch.cat([tile for tile, _ in tiles], 1)
+    assert not any(reference.any() for _, reference in tiles) and torch.equal(got.isnan(), slope.isnan())
+    assert not ((got - slope).abs() > most).any()
+    off = (u.double() - slope @ weight.double()).abs()
+    assert not (off > (most @ weight.double().abs())).any()
 
 
 def set_precision(switch, value):

@@ -46,18 +46,21 @@ def statistics(
     # is_top1 compares the target with the others: it takes all logits from one GEMM, or ties would break
     if stats & IS_TOP1 or weight.stride(1) != 1 or hidden.stride(1) != 1:
         return False
-    extras = _extras(stats)
+    extras, cap = _extras(stats), transform.cap
     kind = blocks.architecture(weight.device)
-    block_v = blocks.gemm_blocks(kind, weight.element_size(), extras or transform.cap is not None)[1]
-    plain = weight.dtype == torch.bfloat16 and bias is None and transform.cap is None and not extras
-    fixed = kind in blocks.FIXED_REFERENCE and plain and stats_kernels.copies(kind, hidden, weight)
-    row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, extras, fixed)
+    known = kind in blocks.FIXED_REFERENCE if cap is None else blocks.takes_cap(kind, cap)
+    known &= weight.dtype == torch.bfloat16 and bias is None and not extras
+    known = known and stats_kernels.copies(kind, hidden, weight)
+    fields = (3 if cap is None else 1) if known else 5 if extras else 2
+    sized, full = weight.element_size(), extras or cap is not None
+    block_v = (blocks.exponential_blocks if known else blocks.gemm_blocks)(kind, sized, full)[1]
+    row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, fields)
     block = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
     precision = _gemm_precision()
     for start in range(0, len(labels), block):
         part = slice(start, start + block)
-        if fixed:
-            sums_kernels.sums_fwd(hidden[part], weight, labels[part], state[:, part], transform.linear)
+        if known:
+            sums_kernels.sums_fwd(hidden[part], weight, labels[part], state[:, part], transform.linear, cap)
             continue
         stats_kernels.stats_fwd(
             hidden[part],
@@ -66,7 +69,7 @@ def statistics(
             labels[part],
             state[:, part],
             transform.linear,
-            transform.cap,
+            cap,
             extras,
             precision,
         )
@@ -114,7 +117,7 @@ def exponentials(
     transform: Transform,
 ) -> None:
     """`fold` of one derivative with the GEMM before it, for operands that the copy engine reaches."""
-    exps_kernels.exps_fwd(rows, weight, labels, state, u, out, first, transform.linear)
+    exps_kernels.exps_fwd(rows, weight, labels, state, u, out, first, transform.linear, transform.cap)
 
 
 def finish(

@@ -82,10 +82,12 @@ class Options(NamedTuple):
         exponentials = (
             self.backend == "triton"
             and self.compute_dtype == torch.bfloat16
-            and not (softcap or bias or width % 8)
+            and not (bias or width % 8)
             and self.vocab_group is None  # its reference is the logit of the target, which one part has
-            and architecture(device_type) in blocks.EXPONENTIALS
         )
+        if exponentials:
+            kind, cap = architecture(device_type), self.transform.cap
+            exponentials = blocks.takes_cap(kind, cap) if softcap else kind in blocks.EXPONENTIALS
         return Footprint(
             vocabulary, width, *dtypes, indexed, softcap, device_type, self.backend, trained_from, exponentials
         )

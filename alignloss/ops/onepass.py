@@ -2,10 +2,10 @@
 
 For a group of tokens whose logits fit the workspace: the tiles stay in memory as exponentials while U and the
 statistics accumulate as in regime 2; then the loss of the group, a plain torch function of its log-probabilities, gives
-one coefficient per token by autograd; then every tile becomes the gradient of its logits in place, and adds its part
-to dweight. Groups whose tiles are not held come last: they are computed a second time and add to the same dweight,
-4 GEMMs. That gradient belongs to a loss with upstream gradient 1; the backward multiplies it by the real one and hands
-its buffers over, so that a second backward (retain_graph=True) has to make the pass again.
+one coefficient per token, by autograd or a kernel of its own; then every tile becomes the gradient of its logits in
+place, and adds its part to dweight. Groups whose tiles are not held come last: they are computed a second time and add
+to the same dweight, 4 GEMMs. That gradient belongs to a loss with upstream gradient 1; the backward multiplies it by
+the real one and hands its buffers over, so that a second backward (retain_graph=True) has to make the pass again.
 """
 
 from collections.abc import Callable, Sequence

@@ -180,8 +180,8 @@ class Footprint(NamedTuple):
     @property
     def _exponential_bytes(self) -> Sizes:
         gemm = self.gemm_dtype.itemsize
-        block_v = blocks.gemm_blocks(architecture(self.device_type), gemm, False)[1]
-        partials = blocks.EXPONENTIAL_PARTIAL_BYTES
+        block_v = blocks.exponential_blocks(architecture(self.device_type), gemm, self.softcap)[1]
+        partials = blocks.EXPONENTIAL_PARTIAL_BYTES // (3 if self.softcap else 1)
         # a last tile has as many partials as a whole one
         row = self.width * (self.accum_dtype.itemsize + self.copies_rows * gemm) + partials
         return Sizes(row, self.slice_bytes, gemm + partials / block_v)
@@ -217,7 +217,7 @@ class Footprint(NamedTuple):
         """
         if self.writes_exponentials(stats, derivatives):
             most = self.pitch(self.vocabulary)
-            return self.fit_tile(rows, self._exponential_bytes, workspace_bytes, 2 * self.slice, most=most)
+            return self.fit_tile(rows, self._exponential_bytes, workspace_bytes, 2 * blocks.SLICE, most=most)
         sizes, wide = self._forward_bytes(stats, derivatives), self.slice  # a slice reads and writes U once
         if not (recomputed and self.recomputes_exactly):
             return self.fit_tile(rows, sizes, workspace_bytes, wide)

@@ -135,16 +135,13 @@ class Walk(Scored):
             return
         primitives, transform = self.primitives, self.transform
         derivatives = (dlogp is not None) + (dentropy is not None)
-        block, columns, _ = self.footprint.forward_tile(
-            self.rows, stats, derivatives, self.workspace_bytes, recomputed, self.sized_direct
-        )
-        if held is not None:
-            block, columns = self.rows, held.columns
+        block, columns = self._forward_tile(stats, derivatives, recomputed, held)
         written = self.footprint.writes_exponentials(stats, derivatives)
         in_place = held is not None and (held.in_place or written)
         fused = not derivatives and not self.footprint.casts_weight
         fused &= not (recomputed and self.footprint.recomputes_exactly)
-        targets = Targets(self.weight, self.bias, transform.linear, written) if fused or written else None
+        reference = written and transform.cap is None  # what a softcap bounds is relative to 0
+        targets = Targets(self.weight, self.bias, transform.linear, reference) if fused or written else None
         row_buffer = self.row_buffer(block)
         weight_buffer = tile = scratch = accumulators = None
         for start in range(0, self.rows, block):
@@ -195,6 +192,15 @@ class Walk(Scored):
                         addmm(u, exps, weight, beta=int(first > 0))
             found = [None if t is None else t[part] for t in (dlogp, dentropy)]
             self._finish(part, labels, sums, u, u2, outputs, found)
+
+    def _forward_tile(
+        self, stats: int, derivatives: int, recomputed: bool, held: "HeldTiles | None"
+    ) -> tuple[int, int]:
+        if held is not None:
+            return self.rows, held.columns
+        of_call = derivatives, self.workspace_bytes, recomputed, self.sized_direct
+        block, columns, _ = self.footprint.forward_tile(self.rows, stats, *of_call)
+        return block, columns
 
     def _finish(
         self,

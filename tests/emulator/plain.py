@@ -180,9 +180,10 @@ def _address(operands, given, found, guard):
     return _plain(operands, given, guard, "u64", lambda x: x)  # `registers.PARAMETERS` is a generic address
 
 
-@instruction(r"ex2\.approx\.f32", 2)
+@instruction(r"ex2\.approx(\.ftz)?\.f32", 2)
 def _exponential(operands, given, found, guard):
-    return _plain(operands, given, guard, "f32", on.exp2)
+    function = on.exp2 if found[1] is None else lambda x: on.flushed(on.exp2(on.flushed(x)))
+    return _plain(operands, given, guard, "f32", function)
 
 
 @instruction(r"rcp\.approx\.ftz\.f64", 2)
