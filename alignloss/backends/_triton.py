@@ -48,9 +48,10 @@ def statistics(
         return False
     extras, cap = _extras(stats), transform.cap
     kind = blocks.architecture(weight.device)
+    # whether the reference of a row is known before its GEMM
     known = kind in blocks.FIXED_REFERENCE if cap is None else blocks.takes_cap(kind, cap)
-    known &= weight.dtype == torch.bfloat16 and bias is None and not extras
-    known = known and stats_kernels.copies(kind, hidden, weight)
+    plain = weight.dtype == torch.bfloat16 and bias is None and not extras
+    known = known and plain and stats_kernels.copies(kind, hidden, weight)
     fields = (3 if cap is None else 1) if known else 5 if extras else 2
     sized, full = weight.element_size(), extras or cap is not None
     block_v = (blocks.exponential_blocks if known else blocks.gemm_blocks)(kind, sized, full)[1]
