@@ -293,9 +293,11 @@ def test_a_checkpoint_around_a_step_makes_the_pass_twice(tokens, reentrant, pass
         loss = torch.utils.checkpoint.checkpoint(step, h, w, use_reentrant=reentrant) if around else step(h, w)
         loss.backward()
         found.append((loss.detach(), h.grad, w.grad))
-    # the one under torch.no_grad(), of a reentrant one, needs no gradients
+    # the one under torch.no_grad(), of a reentrant one, needs no gradients, and a GPU has another way to its sums
     assert len(passes) == 2 - reentrant
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    (loss, *gradients), (again, *others) = found
+    torch.testing.assert_close(again, loss, rtol=2e-7 * reentrant, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
 
 
 def test_a_step_outside_of_what_is_saved_elsewhere_saves_little(monkeypatch):
