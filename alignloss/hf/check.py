@@ -241,8 +241,11 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
                 setattr(layer, PACKS, True)
 
 
-def _tokens(model: nn.Module, count: int = 8) -> dict[str, Any]:
-    """A few tokens that stand for no image, sound or padding."""
+def _tokens(model: nn.Module, count: int = 16) -> dict[str, Any]:
+    """A few tokens that stand for no image, sound or padding.
+
+    Not 8 or 24, of which flex_attention, compiled for a CPU by torch 2.13, now and then makes NaN.
+    """
     base = unwrapped(model)
     config: Any = base.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
