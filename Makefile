@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # kernels compiled for a GPU and executed on the CPU
-EMULATED := $(BIN)/python -m pytest -n 2 --dist loadgroup -q tests/test_kernels.py tests/test_gpu_decisions.py tests/test_emulated_*.py
+EMULATED := $(BIN)/python -m pytest -n 2 --dist loadfile -q tests/test_kernels.py tests/test_gpu_decisions.py tests/test_emulated_*.py
 
 .PHONY: demo test nightly bench docs clean
 

@@ -22,14 +22,12 @@ import alignloss
 
 pytestmark = [
     pytest.mark.emulated,
-    pytest.mark.xdist_group("one fixture of all launches"),
     pytest.mark.skipif(emulator.emulated is None, reason="needs --emulate"),
 ]
 KERNELS = (
     "gather_fwd", "finish_fwd", "rows_bwd", "scale_rows_bwd", "scale_bwd", "stats_fwd", "combine_fwd", "fold_fwd",
-    "dlogits_bwd",
-    "held_bwd", "kl_fwd", "kl_bwd", "sequence_fwd", "sequence_bwd", "preference_fwd", "preference_reduce_fwd",
-    "preference_bwd", "settle_fwd", "stats_copied_fwd", "exps_fwd", "repair_fwd", "sums_fwd",
+    "dlogits_bwd", "held_bwd", "kl_fwd", "kl_bwd", "sequence_fwd", "sequence_bwd", "preference_fwd",
+    "preference_reduce_fwd", "preference_bwd", "settle_fwd", "stats_copied_fwd", "exps_fwd", "repair_fwd", "sums_fwd",
     "repair_sums", "settle_sums",
 )  # fmt: skip
 GEMMS = ("stats", "exps", "repair", "sums")

@@ -218,6 +218,7 @@ def test_exponentials_written_by_the_gemm_whatever_the_reference_of_a_row(N, H, 
 
 @with_a_copy_engine
 @overflows
+@pytest.mark.nightly_where(lambda N, cap, **_: (N == 37) != (cap == 60))
 @pytest.mark.parametrize("cap", [2.0, 60.0])
 @pytest.mark.parametrize(("N", "H", "V", "columns"), [(150, 48, 337, 337), (37, 72, 600, 256), (3, 72, 1, 1)])
 def test_exponentials_and_sums_under_a_softcap_are_relative_to_0(N, H, V, columns, cap):
