@@ -266,13 +266,10 @@ def _workspace(head: Footprint, regime: int, arranged: _Arranged, tiles: list[Ti
     if regime == 1 and head.backend == "triton" and not head.casts_weight:
         # the fused kernel holds partial statistics of a block of rows instead of a tile
         rows = tiles[0].rows
-        kind, capped = architecture(head.device_type), head.softcap and head.exponentials
-        known = capped or (head.exponentials and kind in blocks.FIXED_REFERENCE)
-        fields = 1 if capped else 3 if known else 2
-        block_v = (blocks.exponential_blocks if known else blocks.gemm_blocks)(
-            kind, head.gemm_dtype.itemsize, head.softcap
-        )[1]
-        partials = rows * blocks.partial_bytes_per_row(head.vocabulary, block_v, fields)
+        kind = architecture(head.device_type)
+        known = head.exponentials and (head.softcap or kind in blocks.FIXED_REFERENCE)
+        of_head = head.gemm_dtype.itemsize, head.vocabulary, head.softcap
+        partials = rows * blocks.partial_bytes_per_row(kind, *of_head, known)
         return rows * head.width * head.gemm_dtype.itemsize * head.copies_rows + min(budget, partials), 0
     return tiles[0].bytes, tiles[1].bytes if regime == 4 else 0
 

@@ -105,15 +105,23 @@ def exponential_blocks(architecture: str, itemsize: int, capped: bool) -> tuple[
     return gemm_blocks(architecture, itemsize, capped and architecture == "sm_100")
 
 
-def partial_bytes_per_row(vocabulary: int, block_v: int, fields: int) -> int:
-    """Bytes of partial statistics that stats_fwd_kernel, or sums_fwd_kernel, writes for one row."""
+def exponential_fields(capped: bool) -> int:
+    """Numbers of each row and tile beside exponentials or their sums: under a softcap nothing is repaired."""
+    return 1 if capped else 3
+
+
+def partial_bytes_per_row(
+    architecture: str, itemsize: int, vocabulary: int, capped: bool, known: bool, extras: bool = False
+) -> int:
+    """Bytes of partial statistics that a forward's GEMM writes for one row.
+
+    known: sums_fwd_kernel, to which the reference of a row is known; otherwise stats_fwd_kernel.
+    """
+    fields = exponential_fields(capped) if known else 5 if extras else 2
+    block_v = (exponential_blocks if known else gemm_blocks)(architecture, itemsize, capped or extras)[1]
     return 4 * fields * cdiv(vocabulary, block_v)
 
 
 def takes_cap(architecture: str, cap: float | None) -> bool:
     """Whether GEMMs take exponentials under this softcap of the logits."""
     return cap is not None and cap <= LARGEST_CAP and architecture in CAPPED_EXPONENTIALS
-
-
-# those of exps_fwd_kernel for a row of one tile
-EXPONENTIAL_PARTIAL_BYTES = 4 * 3

@@ -223,7 +223,8 @@ def exps_fwd(
     kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = exponential_blocks(kind, hidden.element_size(), cap is not None)
     blocks_n, tiles = cdiv(N, block_n), cdiv(Vs, block_v)
-    partials = torch.empty((3 if cap is None else 1, tiles, N), dtype=torch.float32, device=hidden.device)
+    fields = blocks.exponential_fields(cap is not None)
+    partials = torch.empty((fields, tiles, N), dtype=torch.float32, device=hidden.device)
     # with its padding, which is written as zeros
     filled = TensorDescriptor(out, [N, reach(out)], list(out.stride()), [block_n, block_v])
     shared = *blocks_of(hidden, weight, block_n, block_v, block_h), filled, labels, state, partials, N, Vs, H, first

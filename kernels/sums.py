@@ -147,7 +147,8 @@ def sums_fwd(
     kind = blocks.architecture(hidden.device)
     block_n, block_v, block_h, warps, stages = exponential_blocks(kind, hidden.element_size(), cap is not None)
     blocks_n, tiles = cdiv(N, block_n), cdiv(V, block_v)
-    partials = torch.empty((3 if cap is None else 1, tiles, N), dtype=torch.float32, device=hidden.device)
+    fields = blocks.exponential_fields(cap is not None)
+    partials = torch.empty((fields, tiles, N), dtype=torch.float32, device=hidden.device)
     operands = blocks_of(hidden, weight, block_n, block_v, block_h)
     constants = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_H": block_h, "num_warps": warps} | OPTIONS
     combine, most = {"BLOCK_T": COMBINE_BLOCK_T}, multiprocessors(hidden.device)

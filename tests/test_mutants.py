@@ -337,6 +337,7 @@ def test_a_fault_is_found(mutant, copy):
     assert code == 0, said
     path = copy / mutant.file
     text = path.read_text()
+    assert text.count(mutant.before) == 1 and mutant.after != mutant.before
     path.write_text(text.replace(mutant.before, mutant.after))
     try:
         code, said = outcome(copy, mutant.tests)

@@ -52,10 +52,7 @@ def statistics(
     known = kind in blocks.FIXED_REFERENCE if cap is None else blocks.takes_cap(kind, cap)
     plain = weight.dtype == torch.bfloat16 and bias is None and not extras
     known = known and plain and stats_kernels.copies(kind, hidden, weight)
-    fields = (3 if cap is None else 1) if known else 5 if extras else 2
-    sized, full = weight.element_size(), extras or cap is not None
-    block_v = (blocks.exponential_blocks if known else blocks.gemm_blocks)(kind, sized, full)[1]
-    row_bytes = blocks.partial_bytes_per_row(len(weight), block_v, fields)
+    row_bytes = blocks.partial_bytes_per_row(kind, weight.element_size(), len(weight), cap is not None, known, extras)
     block = max(blocks.COMBINE_BLOCK_N, workspace_bytes // row_bytes)
     precision = _gemm_precision()
     for start in range(0, len(labels), block):

@@ -181,7 +181,7 @@ class Footprint(NamedTuple):
     def _exponential_bytes(self) -> Sizes:
         gemm = self.gemm_dtype.itemsize
         block_v = blocks.exponential_blocks(architecture(self.device_type), gemm, self.softcap)[1]
-        partials = blocks.EXPONENTIAL_PARTIAL_BYTES // (3 if self.softcap else 1)
+        partials = 4 * blocks.exponential_fields(self.softcap)
         # a last tile has as many partials as a whole one
         row = self.width * (self.accum_dtype.itemsize + self.copies_rows * gemm) + partials
         return Sizes(row, self.slice_bytes, gemm + partials / block_v)
